@@ -13,11 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from moetrain.config.errors import ConfigError
+
 C = TypeVar("C")
-
-
-class ConfigError(ValueError):
-    """A config that cannot run; its text is one line: what is wrong, where, and what to do."""
 
 
 @dataclass(frozen=True)

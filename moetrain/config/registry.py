@@ -2,6 +2,12 @@
 
 A new router (balance method, dispatcher, optimizer, model family ...) is one new file in the registry's package and one
 preset; nothing else is edited, because a registry imports every module of its package before it answers.
+
+Options are pydantic dataclasses (``config=schema.STRICT``) that hold the option fields alone, every field with a default
+and a description; an entry without options has an empty one. The name of the entry is not among them: the config's ``kind``
+key (for ``balance``, the key of the mapping) picks the entry and is dropped, and ``entry_of(options)`` gives the entry back.
+So every entry has an options class of its own. A class may define ``check(self, cfg: Config) -> None``, which raises
+ConfigError where the options do not fit the rest of the config; it is called when the config is loaded.
 """
 
 from __future__ import annotations
@@ -42,10 +48,20 @@ class Registry:
         def add(build: C) -> C:
             if name in self._entries and self._entries[name].build is not build:
                 raise RuntimeError(f"{self.what} '{name}' is registered twice")
+            if any(e.options is options and e.name != name for e in self._entries.values()):
+                raise RuntimeError(f"{self.what} '{name}' needs an options class of its own, not {options.__name__}")
             self._entries[name] = Entry(name, build, options)
             return build
 
         return add
+
+    def entry_of(self, options: object) -> Entry:
+        """The entry whose options ``options`` are. Raises ConfigError where no entry declares that class."""
+        self._load()
+        for entry in self._entries.values():
+            if type(options) is entry.options:
+                return entry
+        raise ConfigError(f"{type(options).__name__} holds the options of no {self.what}")
 
     def names(self) -> list[str]:
         """All known names, sorted."""

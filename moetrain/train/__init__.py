@@ -1,0 +1,34 @@
+"""Training: ``run`` is what every rank of ``moetrain train`` calls."""
+
+from __future__ import annotations
+
+import os
+
+import torch.distributed as dist
+
+from moetrain.config.check import resolve_sizes
+from moetrain.config.schema import Config
+from moetrain.data.prepare import prepare_once
+from moetrain.train import runtime
+from moetrain.train.finish import finish
+from moetrain.train.rundir import claim
+from moetrain.train.trainer import Trainer
+
+
+def run(cfg: Config, resume: bool = False) -> None:
+    """Train ``cfg`` on this rank, in the process group of the launcher's environment, or alone where there is none.
+
+    resume: continue the run in ``cfg.run_dir`` from its newest whole checkpoint.
+    Raises a UserError (config, data, checkpoint, training) that every rank sees alike.
+    """
+    device = runtime.pick_device(cfg.device)
+    runtime.set_up_torch(cfg, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    with runtime.process_group(device, cfg.parallel.timeout_s):
+        sizes = resolve_sizes(cfg.parallel, dist.get_world_size())
+        run_dir = claim(cfg, resume)
+        runtime.set_up_log(run_dir, dist.get_rank())
+        prepare_once(cfg.data)
+        trainer = Trainer(cfg, sizes, run_dir)
+        if resume:
+            trainer.resume()
+        finish(trainer, trainer.fit())

@@ -1,0 +1,61 @@
+"""FSDP2: dense parameters sharded over the data ranks, experts over the expert-data ranks; gradients summed, never averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
+
+from moetrain.moe.experts import Experts
+
+
+def mixed_precision(precision: str) -> MixedPrecisionPolicy:
+    """Policy of ``train.precision``: bf16 computes in bfloat16 over float32 weights, with float32 gradient reductions.
+
+    Inputs are not cast on the way in: token ids stay integers and the auxiliary losses in the carry stay float32.
+    """
+    if precision != "bf16":
+        return MixedPrecisionPolicy(cast_forward_inputs=False)
+    return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+
+def expert_placement(edp: int) -> Callable[[nn.Parameter], Shard]:
+    """Which dimension of an expert parameter (e, ...) FSDP splits over ``edp`` ranks: the last one that divides.
+
+    Dimension 0 already belongs to expert parallelism; splitting another keeps ranks with few experts evenly loaded.
+    """
+
+    def place(p: nn.Parameter) -> Shard:
+        for dim in range(p.dim() - 1, 0, -1):
+            if p.shape[dim] % edp == 0:
+                return Shard(dim)
+        raise ValueError(f"no dimension of expert parameter {tuple(p.shape)} divides by edp={edp}")
+
+    return place
+
+
+def shard(model: nn.Module, dense_mesh: DeviceMesh, expert_mesh: DeviceMesh, precision: str, reshard: bool) -> None:
+    """Apply FSDP2 in place: experts over ``expert_mesh`` (1-D), each block and the root over ``dense_mesh`` (1-D or 2-D)."""
+    policy = mixed_precision(precision)
+    for module in model.modules():
+        if isinstance(module, Experts):
+            fully_shard(
+                module,
+                mesh=expert_mesh,
+                mp_policy=policy,
+                reshard_after_forward=reshard,
+                shard_placement_fn=expert_placement(expert_mesh.size()),
+            )
+    for block in model.layers.values():  # type: ignore[union-attr, operator]
+        fully_shard(block, mesh=dense_mesh, mp_policy=policy, reshard_after_forward=reshard)
+    fully_shard(model, mesh=dense_mesh, mp_policy=policy, reshard_after_forward=False)
+    for module in model.modules():
+        # The loss is divided once by the global token count, so every reduction is a plain sum. Both setters act on one
+        # module only; gloo has no scaled reduction, hence the forced sum.
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)

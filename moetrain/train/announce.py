@@ -1,0 +1,72 @@
+"""What a run says before its first step: mapping, parameters, memory, tokens."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from torch.distributed.tensor import DTensor
+
+from moetrain.config.schema import Config
+
+if TYPE_CHECKING:
+    from moetrain.train.trainer import Trainer
+
+log = logging.getLogger("moetrain")
+
+
+def announce(trainer: Trainer) -> None:
+    """Log the plan of the run, a few lines."""
+    cfg, s, n = trainer.cfg, trainer.dims.sizes, trainer.parameters
+    t = cfg.train
+    accumulate = t.global_batch // (t.micro_batch * trainer.dims.data_size)
+    state = state_gib(trainer)
+    kernels = next((m.why for m in trainer.model.modules() if hasattr(m, "why")), None)
+    log.info("run        %s (seed %d, %s, %s)", trainer.run_dir, cfg.seed, trainer.device.type, t.precision)
+    log.info("mapping    pp %d x dp %dx%d x cp %d x tp %d | pp %d x edp %d x ep %d x etp %d",
+             s.pp, s.dp_replicate, s.dp_shard, s.cp, s.tp, s.pp, s.edp, s.ep, s.etp)  # fmt: skip
+    log.info("model      %s: %s parameters, %s active per token", cfg.model.name, short(n.total), short(n.active))
+    if kernels:
+        log.info("experts    %s", kernels)
+    log.info("memory     per rank: weights, gradients and optimizer %.2f GiB, activations about %.2f GiB",
+             state, activation_gib(cfg))  # fmt: skip
+    log.info("data       %s: %s", cfg.data.name, ", ".join(trainer.data.describe()))
+    log.info("tokens     %d steps x %d sequences x %d = %s (%d micro-batches a step and rank)",
+             t.steps, t.global_batch, t.seq_len, short(t.steps * t.global_batch * t.seq_len), accumulate)  # fmt: skip
+
+
+def state_gib(trainer: Trainer) -> float:
+    """GiB that this rank's shards take: weights, gradients and two optimizer moments, each as wide as the weight."""
+    total = 0
+    for p in trainer.model.parameters():
+        local = p.to_local() if isinstance(p, DTensor) else p
+        total += 4 * local.numel() * local.element_size()
+    return total / 2**30
+
+
+def activation_gib(cfg: Config) -> float:
+    """Rough GiB of activations of one micro-batch, balanced routing, without recompute: per token and layer the block's
+    inputs and norms (6 D), attention (3 heads' widths and their output), the routed pre-activations and rows
+    (k (2 D + 3 F)), and the logits' hidden state. The planner will do better; this is an order of magnitude."""
+    m, t = cfg.model, cfg.train
+    width = {"float64": 8, "float32": 4, "bf16": 2}[t.precision]
+    heads = m.attention.n_heads * (m.attention.v_head_dim if m.attention.kind == "mla" else m.attention.head_dim)
+    per_token = 0
+    for layer in range(m.n_layers):
+        per_token += 6 * m.dim + 4 * heads
+        if m.is_moe(layer):
+            k, f = m.layer_value("top_k", layer), m.layer_value("expert_dim", layer)
+            per_token += k * (2 * m.dim + 3 * f) + 3 * m.layer_value("shared_dim", layer)
+        else:
+            per_token += 3 * m.dense_dim
+    if t.recompute == "full":
+        per_token = m.n_layers * m.dim
+    return t.micro_batch * t.seq_len * per_token * width / 2**30
+
+
+def short(n: float) -> str:
+    """A count as people write it: 3.2M, 46.7B."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if n >= size:
+            return f"{n / size:.3g}{unit}"
+    return str(int(n))

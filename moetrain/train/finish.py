@@ -1,0 +1,125 @@
+"""The end of a run: what was learned, beside what simple models know; samples; the export and its proof; summary.json."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from moetrain.config.errors import ConvertError
+from moetrain.convert.export import export_hf
+from moetrain.data.baselines import Baselines, baselines
+from moetrain.data.loader import validation_batches
+from moetrain.train.evaluate import Evaluation
+from moetrain.train.generate import generate
+from moetrain.train.rundir import write_summary
+from moetrain.train.trainer import Trainer
+
+log = logging.getLogger("moetrain")
+
+SUMMARY_VERSION = 1
+
+
+def finish(trainer: Trainer, evaluation: Evaluation) -> dict[str, Any]:
+    """Report, sample, export as the config asks; write and return the summary. Collective."""
+    cfg = trainer.cfg
+    known = baselines(trainer.data)
+    report(trainer, evaluation, known)
+    for i, prompt in enumerate(cfg.generate.prompts):
+        g = cfg.generate
+        text = generate(trainer.model, trainer.data.tokenizer(), prompt, g.max_tokens, g.temperature, cfg.seed + i)
+        log.info("sample     %r", text)
+    summary: dict[str, Any] = {
+        "version": SUMMARY_VERSION,
+        "val_loss": evaluation.loss,
+        "val_loss_by_domain": evaluation.by_domain,
+        "val_tokens": evaluation.tokens,
+        "unigram_nats": known.unigram,
+        "bigram_nats": known.bigram,
+        "params_total": trainer.parameters.total,
+        "params_active": trainer.parameters.active,
+        "steps": trainer.step,
+        "tokens": trainer.tokens,
+        "seconds": round(trainer.seconds, 3),
+        "exit_reason": "finished",
+    }
+    if cfg.export.at_end:
+        summary |= export(trainer, evaluation)
+    write_summary(trainer.run_dir, summary)
+    log.info("done       %s", trainer.run_dir)
+    return summary
+
+
+def report(trainer: Trainer, evaluation: Evaluation, known: Baselines) -> None:
+    """Log the held-out loss beside the baselines, per domain, and how the experts were used in the last step."""
+    verdict = "below both baselines" if evaluation.loss < min(known.unigram, known.bigram) else "NOT below both baselines"
+    log.info("held out   %.4f nats/token on %d tokens; unigram %.4f, bigram %.4f: %s",
+             evaluation.loss, evaluation.tokens, known.unigram, known.bigram, verdict)  # fmt: skip
+    for name, loss in evaluation.by_domain.items():
+        log.info("  %-14s %.4f   (unigram %.4f, bigram %.4f)", name, loss,
+                 known.by_domain[name].unigram, known.by_domain[name].bigram)  # fmt: skip
+    loads = trainer.loads
+    if loads:
+        per_layer = zip(loads["load_max_over_mean_by_layer"], loads["load_entropy_by_layer"], strict=True)
+        log.info("experts    last step: %d dead; by MoE layer max/mean (entropy): %s", loads["dead_experts"],
+                 ", ".join(f"{ratio:.2f} ({entropy:.2f})" for ratio, entropy in per_layer))  # fmt: skip
+
+
+def export(trainer: Trainer, evaluation: Evaluation) -> dict[str, Any]:
+    """Write ``export/`` in Hugging Face form and, if asked, prove that transformers computes the same held-out loss."""
+    out = trainer.run_dir / "export"
+    dtype = getattr(torch, trainer.cfg.export.dtype)
+    whole = whole_tensors(trainer, dtype)
+    failure: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            export_hf(trainer.cfg.model, whole, out, trainer.data.tokenizer(), dtype)
+            log.info("exported   %s", out)
+        except (ConvertError, OSError) as error:
+            failure = [str(error)]
+    for _ in whole:  # gathering is collective: the other ranks take part, and rank 0 goes on after an error
+        pass
+    dist.broadcast_object_list(failure, src=0)
+    if failure[0] is not None:
+        raise ConvertError(failure[0])
+    return {"export": str(out)} | (verify(trainer, evaluation) if trainer.cfg.export.verify else {})
+
+
+def whole_tensors(trainer: Trainer, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole tensor on the CPU in ``dtype``) of every parameter and persistent buffer, one at a time. Collective."""
+    for name, value in trainer.model.state_dict().items():
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        yield name, whole.detach().to("cpu", dtype if whole.is_floating_point() else whole.dtype)
+
+
+def verify(trainer: Trainer, evaluation: Evaluation) -> dict[str, Any]:
+    """Load ``export/`` with transformers on rank 0 and compare its loss on the same held-out text. Collective."""
+    result: list[Any] = [None]
+    if dist.get_rank() == 0:
+        loss = transformers_loss(trainer)
+        log.info("verified   transformers on the export: %.6f nats/token, here %.6f (difference %.1e)",
+                 loss, evaluation.loss, abs(loss - evaluation.loss))  # fmt: skip
+        result = [loss]
+    dist.broadcast_object_list(result, src=0)
+    return {"export_val_loss": result[0]}
+
+
+@torch.no_grad()
+def transformers_loss(trainer: Trainer) -> float:
+    """Held-out loss in nats per token of transformers' own model, loaded from ``export/``."""
+    from transformers import AutoModelForCausalLM
+
+    t, data = trainer.cfg.train, trainer.data
+    model = AutoModelForCausalLM.from_pretrained(trainer.run_dir / "export", dtype="auto").eval()
+    total, count = 0.0, 0
+    for domain in data.domains:
+        for batch in validation_batches(data, domain, t.seq_len, t.micro_batch, t.eval_sequences, 0, 1):
+            logits = model(batch.tokens_BS).logits.flatten(0, 1).float()
+            total += float(torch.nn.functional.cross_entropy(logits, batch.targets_BS.flatten(), reduction="sum"))
+            count += int((batch.targets_BS >= 0).sum())
+    return total / max(count, 1)

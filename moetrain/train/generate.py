@@ -1,0 +1,34 @@
+"""Sample text from the model as it is trained: every rank runs the forward pass, because experts live on all of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moetrain.model.decoder import Decoder
+
+
+@torch.no_grad()
+def generate(model: Decoder, tokenizer: Any, prompt: str, max_tokens: int, temperature: float, seed: int) -> str:
+    """``prompt`` continued by up to ``max_tokens`` tokens, drawn at ``temperature`` (0: the likeliest token).
+
+    tokenizer: a ``tokenizers.Tokenizer``. Collective; rank 0 draws and the others follow, so that all run the same text.
+    """
+    device = next(model.parameters()).device
+    model.eval()
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.tensor([tokenizer.encode(prompt).ids], device=device)
+    for _ in range(max_tokens):
+        logits_BSV, _ = model(tokens)
+        last_V = logits_BSV[0, -1].float().cpu()
+        if temperature == 0:
+            drawn = last_V.argmax()[None]
+        else:
+            drawn = torch.multinomial((last_V / temperature).softmax(-1), 1, generator=generator)
+        drawn = drawn.to(device)
+        dist.broadcast(drawn, src=0)
+        tokens = torch.cat([tokens, drawn[None]], dim=1)
+    model.train()
+    return str(tokenizer.decode(tokens[0].tolist()))

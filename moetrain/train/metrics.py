@@ -1,0 +1,64 @@
+"""What a log step reports: speed, memory, and how evenly the experts are loaded."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+
+from moetrain.moe.balance import Loads
+from moetrain.train.runtime import memory_gib
+
+
+def load_metrics(loads: Loads) -> dict[str, Any]:
+    """Expert load of one step. Lists have one entry per MoE layer, in order.
+
+    load_max_over_mean_by_layer: rows of the fullest expert over the mean (1: balanced);
+    load_entropy_by_layer: entropy of the load divided by log E (1: balanced);
+    dead_experts_by_layer: experts without a single row; dropped_share_by_layer: assignments dropped by capacity.
+    """
+    ratio, entropy, dead, dropped = [], [], [], []
+    for name, counts in loads.counts.items():
+        total = int(counts.sum())
+        share = counts.double() / max(total, 1)
+        ratio.append(float(share.max() * len(counts)))
+        entropy.append(float(torch.special.entr(share).sum()) / math.log(len(counts)) if len(counts) > 1 else 1.0)
+        dead.append(int((counts == 0).sum()))
+        dropped.append(loads.dropped[name] / max(total, 1))
+    if not ratio:
+        return {}
+    return {
+        "load_max_over_mean": max(ratio),
+        "dead_experts": sum(dead),
+        "dropped_share": sum(dropped) / len(dropped),
+        "load_max_over_mean_by_layer": ratio,
+        "load_entropy_by_layer": entropy,
+        "dead_experts_by_layer": dead,
+        "dropped_share_by_layer": dropped,
+    }
+
+
+class Meter:
+    """Speed between two log steps, and the memory of this rank."""
+
+    def __init__(self, device: torch.device, flops_per_token: float, peak_tflops: float | None, world: int) -> None:
+        self._device, self._flops, self._peak, self._world = device, flops_per_token, peak_tflops, world
+        self._tokens = 0
+        self._since = time.perf_counter()
+
+    def add(self, tokens: int) -> None:
+        """Count the tokens of one step."""
+        self._tokens += tokens
+
+    def read(self) -> dict[str, float]:
+        """tokens_per_s (all ranks together), tflops_per_rank, mfu (share of the device's peak, if known), memory_gib."""
+        now = time.perf_counter()
+        rate = self._tokens / max(now - self._since, 1e-9)
+        self._tokens, self._since = 0, now
+        tflops = rate * self._flops / self._world / 1e12
+        out = {"tokens_per_s": rate, "tflops_per_rank": tflops, "memory_gib": memory_gib(self._device)}
+        if self._peak is not None:
+            out["mfu"] = tflops / self._peak
+        return out

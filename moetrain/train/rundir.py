@@ -1,0 +1,58 @@
+"""The run directory: who may write there, and what is in it. Its layout is documented in docs/run-directory.md."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from moetrain.config import read, save, to_dict
+from moetrain.config.errors import ConfigError
+from moetrain.config.schema import Config
+
+
+def claim(cfg: Config, resume: bool) -> Path:
+    """Make ``cfg.run_dir`` ready for this run and return it; collective, done by rank 0 for all.
+
+    Raises ConfigError when it already holds a run that is not being resumed, or cannot be written.
+    """
+    answer: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            _claim(Path(cfg.run_dir), cfg, resume)
+        except ConfigError as error:
+            answer = [str(error)]
+    dist.broadcast_object_list(answer, src=0)
+    if answer[0] is not None:
+        raise ConfigError(answer[0])
+    return Path(cfg.run_dir)
+
+
+def refuse_taken(run_dir: Path) -> None:
+    """Raise ConfigError when ``run_dir`` already holds a run."""
+    if (run_dir / "metrics.jsonl").exists() or (run_dir / "checkpoints").exists():
+        raise ConfigError(f"{run_dir} already holds a run; continue it with --resume {run_dir}, or choose another run_dir")
+
+
+def _claim(run_dir: Path, cfg: Config, resume: bool) -> None:
+    if not resume:
+        refuse_taken(run_dir)
+    try:
+        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        config = run_dir / "config.yaml"
+        if config.exists() and to_dict(read(config)) != to_dict(cfg):
+            n = len(list(run_dir.glob("config-before-resume-*.yaml"))) + 1
+            config.rename(run_dir / f"config-before-resume-{n}.yaml")
+        save(cfg, config)
+    except OSError as error:
+        raise ConfigError(f"run_dir {run_dir} cannot be written: {error.strerror}; choose another run_dir") from error
+
+
+def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
+    """Write ``summary.json``, whole or not at all, on rank 0."""
+    if dist.get_rank() == 0:
+        temporary = run_dir / "summary.json.tmp"
+        temporary.write_text(json.dumps(summary, indent=2) + "\n")
+        temporary.replace(run_dir / "summary.json")

@@ -1,0 +1,89 @@
+"""What a process needs before it can train: its device, threads, process group, seeds and log."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from moetrain.config.errors import ConfigError
+from moetrain.config.schema import Config
+
+log = logging.getLogger("moetrain")
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of this rank for ``device: auto|cpu|cuda``. Raises ConfigError when cuda is asked for and absent."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("device=cuda, but torch sees no CUDA device; use device=auto or device=cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
+
+
+@contextmanager
+def process_group(device: torch.device, timeout_s: int) -> Iterator[None]:
+    """The default process group: from the launcher's environment, or of this one process when there is no launcher."""
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_s)
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def set_up_torch(cfg: Config, ranks_here: int) -> None:
+    """Threads, seeds and determinism. ``ranks_here``: processes that share this machine's cores."""
+    torch.set_num_threads(cfg.train.threads or max(1, (os.cpu_count() or 1) // ranks_here))
+    torch.manual_seed(cfg.seed)
+    if cfg.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        # Determinism does not need fresh memory to be filled; every value that is read has been written.
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.set_float32_matmul_precision("highest")
+
+
+def set_up_log(run_dir: Path, rank: int) -> None:
+    """Send log lines to the terminal and to ``run_dir/log.txt``. Ranks other than 0 only report errors, to the terminal."""
+    log.handlers.clear()
+    log.propagate = False
+    log.setLevel(logging.INFO)
+    terminal = logging.StreamHandler()
+    terminal.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    terminal.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
+    log.addHandler(terminal)
+    if rank == 0:
+        file = logging.FileHandler(run_dir / "log.txt")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(file)
+
+
+def peak_tflops(device: torch.device, asked: float | None) -> float | None:
+    """Dense bf16 peak of the device in TFLOP/s (vendor data sheets), or ``asked``; None when it is not known."""
+    if asked is not None or device.type != "cuda":
+        return asked
+    name = torch.cuda.get_device_name(device)
+    known = {"GB200": 2500.0, "B200": 2250.0, "H200": 989.5, "H100": 989.5, "H800": 989.5, "A100": 312.0, "V100": 125.0}
+    return next((tflops for key, tflops in known.items() if key in name), None)
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory of this rank so far, in GiB: allocated on the GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

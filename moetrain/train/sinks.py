@@ -1,0 +1,144 @@
+"""Where metrics go: metrics.jsonl, the progress bar, TensorBoard and Weights & Biases. The only code that knows which rank writes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from moetrain.config.schema import Config
+
+log = logging.getLogger("moetrain")
+
+
+class Sink(Protocol):
+    """Takes the metrics of a log step."""
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+
+class Jsonl:
+    """``metrics.jsonl``: one object per log step. On resume, lines of steps that will be run again are cut off."""
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        kept = [line for line in self._whole_lines(path) if json.loads(line)["step"] <= resumed_step]
+        path.with_suffix(".tmp").write_text("".join(kept))
+        path.with_suffix(".tmp").replace(path)
+        self._file = path.open("a", buffering=1)
+
+    @staticmethod
+    def _whole_lines(path: Path) -> list[str]:
+        if not path.exists():
+            return []
+        return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        self._file.write(json.dumps(metrics) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Progress:
+    """A bar with the important few: loss, learning rate, tokens/s, balance of the experts."""
+
+    def __init__(self, total: int, start: int) -> None:
+        self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, smoothing=0.1)
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        show = {"loss": f"{metrics['loss']:.3f}", "lr": f"{metrics['lr']:.1e}", "tok/s": f"{metrics['tokens_per_s']:,.0f}"}
+        if "load_max_over_mean" in metrics:
+            show["load"] = f"{metrics['load_max_over_mean']:.2f}"
+        self._bar.set_postfix(show, refresh=False)
+        self._bar.update(step - self._bar.n)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class TensorBoard:
+    """Scalars in ``tensorboard/``; lists (per-layer figures) become one scalar per layer."""
+
+    def __init__(self, run_dir: Path, resumed_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1)  # type: ignore[no-untyped-call]
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        for name, value in flat(metrics).items():
+            self._writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        self._writer.close()  # type: ignore[no-untyped-call]
+
+
+class WandB:
+    """Weights & Biases; ``auto`` is online with an API key and offline without. A failing tracker never stops the run."""
+
+    def __init__(self, cfg: Config, run_dir: Path, resolved: dict[str, Any]) -> None:
+        import wandb
+
+        mode = cfg.log.wandb
+        if mode == "auto":
+            mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
+        self._run: Any = wandb.init(
+            project=cfg.log.wandb_project, name=run_dir.name, dir=str(run_dir), mode=mode, config=resolved  # type: ignore[arg-type]
+        )
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        self._run.log(flat(metrics), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Writer:
+    """Hands metrics to every sink, on the rank that writes; on other ranks it does nothing. A sink that fails is dropped with one warning."""
+
+    def __init__(self, cfg: Config, run_dir: Path, resolved: dict[str, Any], resumed_step: int, rank: int) -> None:
+        self._sinks: list[Sink] = []
+        if rank != 0:
+            return
+        self._sinks.append(Jsonl(run_dir / "metrics.jsonl", resumed_step))
+        makers: list[tuple[bool, str, Any]] = [
+            (cfg.log.progress, "progress bar", lambda: Progress(cfg.train.steps, resumed_step)),
+            (cfg.log.tensorboard, "TensorBoard", lambda: TensorBoard(run_dir, resumed_step)),
+            (cfg.log.wandb != "off", "wandb", lambda: WandB(cfg, run_dir, resolved)),
+        ]
+        for wanted, name, make in makers:
+            if wanted:
+                try:
+                    self._sinks.append(make())
+                except Exception as error:  # a tracker must never cost a run
+                    log.warning("%s is off: %s", name, error)
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        """Send one log step's metrics (names to numbers, strings, or lists of numbers per MoE layer)."""
+        for sink in list(self._sinks):
+            try:
+                sink.write(step, metrics)
+            except Exception as error:
+                log.warning("%s stopped: %s; training goes on without it", type(sink).__name__, error)
+                self._sinks.remove(sink)
+
+    def close(self) -> None:
+        for sink in self._sinks:
+            sink.close()
+
+
+def flat(metrics: dict[str, Any]) -> dict[str, float]:
+    """Numbers of ``metrics``, lists and dicts spread out as name/key."""
+    out: dict[str, float] = {}
+    for name, value in metrics.items():
+        if isinstance(value, dict):
+            out.update(flat({f"{name}/{k}": v for k, v in value.items()}))
+        elif isinstance(value, list):
+            out.update({f"{name}/{i}": float(v) for i, v in enumerate(value)})
+        elif isinstance(value, int | float):
+            out[name] = float(value)
+    return out

@@ -1,0 +1,126 @@
+"""The training loop. Reads from top to bottom: build everything, take steps, look, save."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from moetrain.checkpoint import Checkpointer, apply_state, gather_state, load
+from moetrain.config import to_dict
+from moetrain.config.check import Sizes
+from moetrain.config.schema import Config
+from moetrain.data.dataset import TokenData
+from moetrain.data.loader import Loader
+from moetrain.data.sampler import Sampler
+from moetrain.model.count import count_parameters, flops_per_token
+from moetrain.moe.balance import aux_coefs, end_of_step
+from moetrain.optim import build_optimizer
+from moetrain.optim.schedule import lr_factor
+from moetrain.parallel.apply import build_parallel
+from moetrain.parallel.mesh import ParallelDims
+from moetrain.train import runtime
+from moetrain.train.announce import announce
+from moetrain.train.evaluate import Evaluation, evaluate
+from moetrain.train.metrics import Meter, load_metrics
+from moetrain.train.sinks import Writer
+from moetrain.train.step import check_finite, clip_gradients, forward_backward
+
+log = logging.getLogger("moetrain")
+
+
+class Trainer:
+    """One run on one rank. ``step`` counts finished optimizer steps; all other state follows from the config and it."""
+
+    def __init__(self, cfg: Config, sizes: Sizes, run_dir: Path) -> None:
+        self.cfg, self.run_dir = cfg, run_dir
+        self.device = runtime.pick_device(cfg.device)
+        self.dims = ParallelDims.build(sizes, self.device.type)
+        self.data = TokenData.open(cfg.data.dir, vocab_size=cfg.model.vocab_size)
+        self.loader = self._loader()
+        self.model = build_parallel(cfg, self.dims, self.device)
+        self.optimizer = build_optimizer(cfg.optim, self.model)
+        self.peak_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        self.checkpointer = Checkpointer(run_dir / "checkpoints", cfg.checkpoint.keep, cfg.checkpoint.asynchronous)
+        self.parameters = count_parameters(cfg.model)
+        self.step = 0
+        self.tokens = 0
+        self.seconds = 0.0
+        self.loads: dict[str, Any] = {}
+
+    def resume(self) -> None:
+        """Continue from the newest whole checkpoint, or from the start when there is none."""
+        newest = self.checkpointer.newest()
+        if newest is None:
+            log.info("no checkpoint in %s yet: starting from step 0", self.run_dir)
+            return
+        state = gather_state(self.model, self.optimizer, self._progress())
+        load(newest, state)
+        progress = apply_state(self.model, self.optimizer, state)
+        self.step, self.tokens, self.seconds = progress["step"], progress["tokens"], progress["seconds"]
+        log.info("resumed from %s", newest)
+
+    def fit(self) -> Evaluation:
+        """Train until ``train.steps``, then evaluate. Raises TrainError when the loss stops being finite."""
+        cfg = self.cfg
+        announce(self)
+        writer = Writer(cfg, self.run_dir, to_dict(cfg), self.step, dist.get_rank())
+        flops = flops_per_token(cfg.model, cfg.train.seq_len)
+        peak = runtime.peak_tflops(self.device, cfg.log.peak_tflops)
+        meter = Meter(self.device, flops, peak, dist.get_world_size())
+        evaluation = None
+        while self.step < cfg.train.steps:
+            began = time.perf_counter()
+            metrics = self._step()
+            meter.add(metrics.pop("step_tokens"))
+            self.seconds += time.perf_counter() - began
+
+            if self._due(cfg.train.eval_every) or self.step == cfg.train.steps:
+                evaluation = self.evaluate()
+                metrics |= {"val_loss": evaluation.loss, "val_loss_by_domain": evaluation.by_domain}
+            if self._due(cfg.log.every) or "val_loss" in metrics:
+                writer.write(self.step, metrics | meter.read() | self.loads)
+            if self._due(cfg.checkpoint.every) or (cfg.checkpoint.at_end and self.step == cfg.train.steps):
+                self.checkpointer.save(self.step, gather_state(self.model, self.optimizer, self._progress()))
+        self.checkpointer.wait()
+        writer.close()
+        return evaluation or self.evaluate()
+
+    def evaluate(self) -> Evaluation:
+        """Loss on the held-out text of every domain."""
+        t = self.cfg.train
+        return evaluate(self.model, self.data, t.seq_len, t.micro_batch, t.eval_sequences, self.dims, self.step)
+
+    def _step(self) -> dict[str, Any]:
+        cfg, step = self.cfg, self.step
+        batches = self.loader.step(step)
+        factor = lr_factor(cfg.schedule, step, cfg.train.steps)
+        for group, peak in zip(self.optimizer.param_groups, self.peak_lrs, strict=True):
+            group["lr"] = peak * factor
+        coefs = aux_coefs(cfg.balance, step)
+        loss, aux, tokens = forward_backward(self.model, batches, coefs, step, self.dims.stage_group)
+        grad_norm = clip_gradients(self.model, cfg.train.clip_norm)
+        check_finite(loss, grad_norm, step, cfg.train.global_batch, self.checkpointer.last_good())
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.loads = load_metrics(end_of_step(self.model, self.dims.stage_group, step))
+        self.step += 1
+        self.tokens += tokens
+        lr = self.peak_lrs[0] * factor
+        return {"step": self.step, "tokens": self.tokens, "loss": loss, "grad_norm": grad_norm, "lr": lr, **aux,
+                "data_wait_s": self.loader.waited_s, "step_tokens": tokens}  # fmt: skip
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _progress(self) -> dict[str, Any]:
+        return {"step": self.step, "tokens": self.tokens, "seconds": self.seconds}
+
+    def _loader(self) -> Loader:
+        cfg, t = self.cfg, self.cfg.train
+        weights = {name: s.weight for name, s in cfg.data.sources.items()}
+        sampler = Sampler(self.data, cfg.seed, weights, t.seq_len)
+        return Loader(self.data, sampler, t.global_batch, t.micro_batch, self.dims.data_rank, self.dims.data_size, cfg.data.workers)

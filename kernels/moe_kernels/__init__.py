@@ -1,0 +1,9 @@
+"""Expert math of mixture-of-experts layers as pure functions of tensors: a reference, and fast paths that match it.
+
+Imports torch only; usable without moetrain.
+"""
+
+from moe_kernels.api import BACKENDS, choose_backend, expert_mlp
+from moe_kernels.loss import linear_cross_entropy, token_counts
+
+__all__ = ["BACKENDS", "choose_backend", "expert_mlp", "linear_cross_entropy", "token_counts"]

@@ -1,0 +1,112 @@
+"""The signature that every backend shares, its checks, and the choice of backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from moe_kernels.cpu import cpu_expert_mlp
+from moe_kernels.grouped import grouped_expert_mlp, grouped_mm_obstacle
+from moe_kernels.reference import ACTIVATIONS, loop_expert_mlp
+
+_PATHS: dict[str, Callable[..., Tensor]] = {
+    "loop": loop_expert_mlp,
+    "grouped_mm": grouped_expert_mlp,
+    "cpu": cpu_expert_mlp,
+}
+BACKENDS = ("auto", *_PATHS)
+
+
+def choose_backend(
+    backend: str, device: torch.device | str, dtype: torch.dtype, dim: int, expert_dim: int
+) -> tuple[str, str]:
+    """(name, why) of the expert kernels that run for ``backend`` ("auto" or a name) on experts of width ``expert_dim``
+    in a model of width ``dim``.
+
+    Raises:
+        ValueError: the backend is unknown, or was forced and cannot run here.
+    """
+    device = torch.device(device)
+    if backend not in BACKENDS:
+        raise ValueError(f"no expert backend is called {backend!r}; known: {', '.join(BACKENDS)}")
+    obstacle = grouped_mm_obstacle(device, dtype, dim, expert_dim)
+    if backend == "grouped_mm" and obstacle is not None:
+        raise ValueError(f"expert backend 'grouped_mm' cannot run: {obstacle}; use 'auto' or 'loop'")
+    if backend == "cpu" and device.type != "cpu":
+        raise ValueError(f"expert backend 'cpu' cannot run on {device.type}; use 'auto' or 'loop'")
+    if backend != "auto":
+        return backend, "asked for"
+    if device.type == "cpu":
+        return "cpu", "the experts are on the CPU"
+    if obstacle is None:
+        return "grouped_mm", f"torch's grouped_mm runs on {device.type} in {str(dtype).removeprefix('torch.')}"
+    return "loop", obstacle
+
+
+def expert_mlp(
+    x_ND: Tensor,
+    counts: list[int],
+    w13: Tensor,
+    w2: Tensor,
+    *,
+    index_R: Tensor | None = None,
+    weight_R: Tensor | None = None,
+    b13: Tensor | None = None,
+    b2: Tensor | None = None,
+    activation: str = "swiglu",
+    backend: str = "auto",
+) -> Tensor:
+    """Gated MLPs of e experts, each on its own rows: y_r = weight_r * (W2 act(W13 x_r + b13) + b2). y_RD (R, D).
+
+    x_ND: (N, D). Row r is ``x_ND[index_R[r]]``, or ``x_ND[r]`` without index_R (then N = R). Grouped by expert.
+    counts: rows of each expert, in order; they sum to R. Zeros are legal, and so is R = 0: every parameter still takes
+        part in the graph, with a gradient of zeros.
+    w13: (e, 2, F, D), the gate's weights then up's. w2: (e, D, F). b13: (e, 2, F) or None. b2: (e, D) or None.
+    index_R: int64 (R,) or None. weight_R: float (R,), any float dtype, or None for 1.
+    activation: "swiglu" or "gpt_oss" (``reference.activate``). backend: one of ``BACKENDS``.
+
+    Differentiable once in x, w13, w2, b13, b2 and weight_R. Deterministic. All paths agree up to rounding.
+
+    Raises:
+        ValueError: shapes, dtypes or counts do not fit; the backend is unknown or cannot run here.
+    """
+    _check(x_ND, counts, w13, w2, index_R, weight_R, b13, b2, activation)
+    name, _ = choose_backend(backend, x_ND.device, x_ND.dtype, w13.shape[3], w13.shape[2])
+    return _PATHS[name](x_ND, counts, w13, w2, index_R, weight_R, b13, b2, activation)
+
+
+def _check(
+    x_ND: Tensor,
+    counts: list[int],
+    w13: Tensor,
+    w2: Tensor,
+    index_R: Tensor | None,
+    weight_R: Tensor | None,
+    b13: Tensor | None,
+    b2: Tensor | None,
+    activation: str,
+) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"no activation is called {activation!r}; known: {', '.join(ACTIVATIONS)}")
+    if x_ND.dim() != 2 or w13.dim() != 4 or w13.shape[1] != 2:
+        raise ValueError(f"x is (N, D) and w13 (e, 2, F, D), not {tuple(x_ND.shape)} and {tuple(w13.shape)}")
+    R = x_ND.shape[0] if index_R is None else index_R.shape[0]
+    e, _, F, D = w13.shape
+    shapes = (
+        ("x", x_ND, (x_ND.shape[0], D)),
+        ("w2", w2, (e, D, F)),
+        ("index_R", index_R, (R,)),
+        ("weight_R", weight_R, (R,)),
+        ("b13", b13, (e, 2, F)),
+        ("b2", b2, (e, D)),
+    )
+    for name, tensor, shape in shapes:
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)} where w13 {tuple(w13.shape)} needs {shape}")
+    for name, tensor in (("w13", w13), ("w2", w2), ("b13", b13), ("b2", b2)):
+        if tensor is not None and tensor.dtype != x_ND.dtype:
+            raise ValueError(f"{name} is {tensor.dtype} but x is {x_ND.dtype}; the experts need one dtype")
+    if len(counts) != e or any(n < 0 for n in counts) or sum(counts) != R:
+        raise ValueError(f"counts must be {e} row numbers that sum to {R}, not {len(counts)} that sum to {sum(counts)}")

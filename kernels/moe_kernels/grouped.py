@@ -1,0 +1,62 @@
+"""Experts through torch's grouped matrix product: one call for the rows of all experts, where torch has a kernel."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_kernels.reference import activate, loop_expert_mlp
+
+
+def grouped_mm_obstacle(device: torch.device, dtype: torch.dtype, dim: int, expert_dim: int) -> str | None:
+    """Why torch's grouped product cannot run these experts, or None where it can.
+
+    Row strides must be multiples of 16 bytes; the CPU kernel takes float32, bfloat16 and float16, CUDA's bfloat16.
+    """
+    if not hasattr(F, "grouped_mm") and not hasattr(torch, "_grouped_mm"):
+        return f"torch {torch.__version__} has no grouped_mm"
+    takes = {"cpu": (torch.float32, torch.bfloat16, torch.float16), "cuda": (torch.bfloat16,)}.get(device.type, ())
+    if dtype not in takes:
+        return f"torch's grouped_mm does not take {str(dtype).removeprefix('torch.')} on {device.type}"
+    multiple = 16 // dtype.itemsize
+    for name, size in (("D", dim), ("F", expert_dim)):
+        if size % multiple:
+            return f"torch's grouped_mm needs {name} to be a multiple of {multiple} in this dtype, and {name} is {size}"
+    return None
+
+
+def grouped_expert_mlp(
+    x_ND: Tensor,
+    counts: list[int],
+    w13: Tensor,
+    w2: Tensor,
+    index_R: Tensor | None,
+    weight_R: Tensor | None,
+    b13: Tensor | None,
+    b2: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """``moe_kernels.expert_mlp`` through ``torch.nn.functional.grouped_mm``. y_RD (R, D)."""
+    if sum(counts) == 0:  # torch's backward refuses operands without rows
+        return loop_expert_mlp(x_ND, counts, w13, w2, index_R, weight_R, b13, b2, activation)
+    rows_RD = x_ND.contiguous() if index_R is None else x_ND.index_select(0, index_R)
+    counts_e = torch.tensor(counts, device=x_ND.device)
+    offsets_e = counts_e.cumsum(0).to(torch.int32)
+    product = F.grouped_mm if hasattr(F, "grouped_mm") else torch._grouped_mm
+    gate_up = product(rows_RD, w13.flatten(1, 2).transpose(-2, -1), offs=offsets_e)
+    if b13 is not None:
+        gate_up = gate_up + _per_row(b13.flatten(1, 2), counts_e)
+    gate, up = gate_up.chunk(2, dim=-1)
+    a_RF = activate(gate, up, activation)
+    y_RD = product(a_RF.contiguous(), w2.transpose(-2, -1), offs=offsets_e)
+    if y_RD.requires_grad:
+        # grouped_mm's backward refuses expanded gradients, such as that of y.sum().
+        y_RD.register_hook(Tensor.contiguous)
+    if b2 is not None:
+        y_RD = y_RD + _per_row(b2, counts_e)
+    return y_RD if weight_R is None else (y_RD * weight_R[:, None]).to(y_RD.dtype)
+
+
+def _per_row(bias: Tensor, counts_e: Tensor) -> Tensor:
+    return bias.repeat_interleave(counts_e, dim=0)

@@ -3,11 +3,13 @@
 A new router (balance method, dispatcher, optimizer, model family ...) is one new file in the registry's package and one
 preset; nothing else is edited, because a registry imports every module of its package before it answers.
 
-Options are pydantic dataclasses (``config=schema.STRICT``) that hold the option fields alone, every field with a default
-and a description; an entry without options has an empty one. The name of the entry is not among them: the config's ``kind``
-key (for ``balance``, the key of the mapping) picks the entry and is dropped, and ``entry_of(options)`` gives the entry back.
-So every entry has an options class of its own. A class may define ``check(self, cfg: Config) -> None``, which raises
-ConfigError where the options do not fit the rest of the config; it is called when the config is loaded.
+Options are pydantic dataclasses (``config=schema.STRICT``) that hold the option fields alone, every field with a
+default and a description; an entry without options has an empty one. The name of the entry is not among them: the
+config's ``kind`` key (for ``balance``, the key of the mapping) picks the entry and is dropped, and
+``entry_of(options)`` gives the entry back. So every entry has an options class of its own.
+
+A class may define ``check(self, cfg: Config) -> None``, which raises ConfigError where the options do not fit the rest
+of the config; ``config.load`` calls it.
 """
 
 from __future__ import annotations

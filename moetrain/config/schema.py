@@ -1,11 +1,13 @@
-"""The schema of a run: one dataclass per group of the Hydra tree, every field with its type, default and one-line help.
+"""The schema of a run: one dataclass per group of the Hydra tree, each field with its type, default and one-line help.
 
-A field whose type is ``Kind`` names an entry of a registry (``config/registry.py``) by its ``kind`` key; its other keys are
-the options that the entry declares. After ``config.load`` such a field holds the entry's options dataclass.
+A field whose type is ``Kind`` names an entry of a registry (``config/registry.py``) by its ``kind`` key; its other keys
+are the options that the entry declares. After ``config.load`` such a field holds the entry's options dataclass.
+Defaults are given by keyword, ``Field(default=...)``, which is what type checkers understand.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
@@ -17,7 +19,7 @@ STRICT = ConfigDict(extra="forbid", validate_default=False)
 PerLayerInt = int | list[int]
 PerLayerFloat = float | list[float]
 # A number of the router or the balance: a constant, or {step: value} joined by straight lines, constant at both ends.
-Scheduled = float | dict[int, float]
+Scheduled = float | Annotated[dict[int, float], Field(min_length=1)]
 # Filled from a registry; see the module's docstring.
 Kind = Any
 
@@ -29,63 +31,78 @@ NonNegative = Annotated[int, Field(ge=0)]
 class RopeConfig:
     """Rotary position embedding (RoFormer, arXiv 2104.09864) and its context extensions."""
 
-    theta: float = Field(10000.0, gt=0, description="base of the rotation frequencies")
-    scaling: Literal["none", "linear", "llama3", "yarn"] = Field("none", description="context extension rule")
-    factor: float = Field(1.0, gt=0, description="extension factor of the rule")
-    original_max_seq_len: NonNegative = Field(0, description="context length before extension, in tokens")
-    beta_fast: float = Field(32.0, description="yarn: rotations above which a frequency is left as it is")
-    beta_slow: float = Field(1.0, description="yarn: rotations below which a frequency is fully interpolated")
-    mscale: float = Field(0.0, description="yarn: numerator of the attention temperature (0: the default rule)")
-    mscale_all_dim: float = Field(0.0, description="yarn: denominator of the attention temperature, DeepSeek's variant")
-    truncate: bool = Field(True, description="yarn: round the correction range to whole dimensions")
-    low_freq_factor: float = Field(1.0, description="llama3: wavelengths longer than original/this are scaled")
-    high_freq_factor: float = Field(4.0, description="llama3: wavelengths shorter than original/this are kept")
-    interleaved: bool = Field(False, description="rotate neighbouring pairs (DeepSeek) instead of halves (Llama)")
+    theta: float = Field(default=10000.0, gt=0, description="base of the rotation frequencies")
+    scaling: Literal["none", "linear", "llama3", "yarn"] = Field(default="none", description="context extension rule")
+    factor: float = Field(default=1.0, gt=0, description="extension factor of the rule")
+    original_max_seq_len: NonNegative = Field(default=0, description="context length before extension, in tokens")
+    beta_fast: float = Field(default=32.0, description="yarn: rotations above which a frequency is left as it is")
+    beta_slow: float = Field(default=1.0, description="yarn: rotations below which a frequency is fully interpolated")
+    mscale: float = Field(default=0.0, description="yarn: numerator of the attention temperature (0: the default rule)")
+    mscale_all_dim: float = Field(
+        default=0.0, description="yarn: denominator of the attention temperature, DeepSeek's variant"
+    )
+    truncate: bool = Field(default=True, description="yarn: round the correction range to whole dimensions")
+    low_freq_factor: float = Field(default=1.0, description="llama3: wavelengths longer than original/this are scaled")
+    high_freq_factor: float = Field(default=4.0, description="llama3: wavelengths shorter than original/this are kept")
+    interleaved: bool = Field(
+        default=False, description="rotate neighbouring pairs (DeepSeek) instead of halves (Llama)"
+    )
 
 
 @dataclass(config=STRICT)
 class AttentionConfig:
     """Grouped-query attention (arXiv 2305.13245) or multi-head latent attention (DeepSeek-V2, arXiv 2405.04434)."""
 
-    kind: Literal["gqa", "mla"] = Field("gqa", description="grouped-query or multi-head latent attention")
-    n_heads: Positive = Field(4, description="query heads")
-    n_kv_heads: Positive = Field(4, description="gqa: key/value heads; divides n_heads")
-    head_dim: Positive = Field(32, description="gqa: width of a head")
-    qkv_bias: bool = Field(False, description="biases on the query, key and value projections")
-    out_bias: bool = Field(False, description="bias on the output projection")
+    kind: Literal["gqa", "mla"] = Field(default="gqa", description="grouped-query or multi-head latent attention")
+    n_heads: Positive = Field(default=4, description="query heads")
+    n_kv_heads: Positive = Field(default=4, description="gqa: key/value heads; divides n_heads")
+    head_dim: Positive = Field(default=32, description="gqa: width of a head")
+    qkv_bias: bool = Field(default=False, description="biases on the query, key and value projections")
+    out_bias: bool = Field(default=False, description="bias on the output projection")
     qk_norm: Literal["none", "head", "full"] = Field(
-        "none", description="RMSNorm on queries and keys: over each head (Qwen3) or all heads together (OLMoE)"
+        default="none", description="RMSNorm on queries and keys: over each head (Qwen3) or all heads together (OLMoE)"
     )
-    clip_qkv: float | None = Field(None, description="clamp queries, keys and values to +-this (OLMoE-0924: none)")
-    sliding_window: int | None = Field(None, description="tokens that a windowed layer attends to; null: full attention")
-    sliding_layers: list[int] | None = Field(None, description="layers that use the window; null: all, when one is set")
-    sinks: bool = Field(False, description="a learned logit per head that takes part in the softmax (GPT-OSS)")
-    q_lora_rank: int | None = Field(None, description="mla: rank of the query compression; null: none")
-    kv_lora_rank: NonNegative = Field(0, description="mla: rank of the key/value compression")
-    qk_nope_head_dim: NonNegative = Field(0, description="mla: per-head width without rotation")
-    qk_rope_head_dim: NonNegative = Field(0, description="mla: per-head width with rotation (key shared by heads)")
-    v_head_dim: NonNegative = Field(0, description="mla: per-head width of values")
-    backend: Literal["auto", "sdpa", "math"] = Field("auto", description="attention kernel; math is the oracle")
+    clip_qkv: float | None = Field(
+        default=None, description="clamp queries, keys and values to +-this (OLMoE-0924: none)"
+    )
+    sliding_window: int | None = Field(
+        default=None, description="tokens that a windowed layer attends to; null: full attention"
+    )
+    sliding_layers: list[int] | None = Field(
+        default=None, description="layers that use the window; null: all, when one is set"
+    )
+    sinks: bool = Field(default=False, description="a learned logit per head that takes part in the softmax (GPT-OSS)")
+    q_lora_rank: int | None = Field(default=None, description="mla: rank of the query compression; null: none")
+    kv_lora_rank: NonNegative = Field(default=0, description="mla: rank of the key/value compression")
+    qk_nope_head_dim: NonNegative = Field(default=0, description="mla: per-head width without rotation")
+    qk_rope_head_dim: NonNegative = Field(
+        default=0, description="mla: per-head width with rotation (key shared by heads)"
+    )
+    v_head_dim: NonNegative = Field(default=0, description="mla: per-head width of values")
+    backend: Literal["auto", "sdpa", "math"] = Field(default="auto", description="attention kernel; math is the oracle")
 
 
 @dataclass(config=STRICT)
 class MoEConfig:
     """The MoE layers of a model. Numbers may be one value or one per decoder layer."""
 
-    num_experts: PerLayerInt = Field(8, description="routed experts of a layer; 0 makes the layer dense")
-    top_k: PerLayerInt = Field(2, description="experts per token")
-    expert_dim: PerLayerInt = Field(256, description="inner width of a routed expert")
-    shared_dim: PerLayerInt = Field(0, description="inner width of all shared experts together; 0: none")
-    shared_gate: bool = Field(False, description="scale the shared experts by sigmoid of a learned gate (Qwen2-MoE)")
-    first_dense: NonNegative = Field(0, description="leading layers that are dense")
-    every: Positive = Field(1, description="one MoE layer in this many, after the dense ones")
-    activation: Literal["swiglu", "gpt_oss"] = Field("swiglu", description="gated activation of the experts")
-    bias: bool = Field(False, description="biases in the experts (GPT-OSS)")
+    num_experts: PerLayerInt = Field(default=8, description="routed experts of a layer; 0 makes the layer dense")
+    top_k: PerLayerInt = Field(default=2, description="experts per token")
+    expert_dim: PerLayerInt = Field(default=256, description="inner width of a routed expert")
+    shared_dim: PerLayerInt = Field(default=0, description="inner width of all shared experts together; 0: none")
+    shared_gate: bool = Field(
+        default=False, description="scale the shared experts by sigmoid of a learned gate (Qwen2-MoE)"
+    )
+    first_dense: NonNegative = Field(default=0, description="leading layers that are dense")
+    every: Positive = Field(default=1, description="one MoE layer in this many, after the dense ones")
+    activation: Literal["swiglu", "gpt_oss"] = Field(default="swiglu", description="gated activation of the experts")
+    bias: bool = Field(default=False, description="biases in the experts (GPT-OSS)")
     capacity_factor: PerLayerFloat | None = Field(
-        None, description="rows an expert takes, as a multiple of T*k/E on each rank; null: dropless"
+        default=None, description="rows an expert takes, as a multiple of T*k/E on each rank; null: dropless"
     )
     drop_policy: Literal["score", "position", "random"] = Field(
-        "score", description="whom a full expert keeps: the highest weights, the earliest tokens, or a random draw"
+        default="score",
+        description="whom a full expert keeps: the highest weights, the earliest tokens, or a random draw",
     )
 
 
@@ -93,20 +110,24 @@ class MoEConfig:
 class ModelConfig:
     """One decoder-only transformer."""
 
-    name: str = Field("tiny", description="name printed in logs and saved in exports")
-    family: str = Field("auto", description="Hugging Face family for import and export; auto: chosen from the features")
-    vocab_size: Positive = Field(1024, description="rows of the embedding")
-    dim: Positive = Field(128, description="model width")
-    n_layers: Positive = Field(4, description="decoder layers")
-    dense_dim: Positive = Field(512, description="inner width of the dense MLP layers")
-    max_seq_len: Positive = Field(1024, description="longest sequence that the model is meant for, in tokens")
-    norm_eps: float = Field(1e-6, gt=0, description="epsilon of RMSNorm")
-    tie_embeddings: bool = Field(False, description="the output head shares the embedding's weight")
-    init_std: float = Field(0.02, gt=0, description="standard deviation of the normal initialisation")
+    name: str = Field(default="tiny", description="name printed in logs and saved in exports")
+    family: str = Field(
+        default="auto", description="Hugging Face family for import and export; auto: chosen from the features"
+    )
+    vocab_size: Positive = Field(default=1024, description="rows of the embedding")
+    dim: Positive = Field(default=128, description="model width")
+    n_layers: Positive = Field(default=4, description="decoder layers")
+    dense_dim: Positive = Field(default=512, description="inner width of the dense MLP layers")
+    max_seq_len: Positive = Field(default=1024, description="longest sequence that the model is meant for, in tokens")
+    norm_eps: float = Field(default=1e-6, gt=0, description="epsilon of RMSNorm")
+    tie_embeddings: bool = Field(default=False, description="the output head shares the embedding's weight")
+    init_std: float = Field(default=0.02, gt=0, description="standard deviation of the normal initialisation")
     attention: AttentionConfig = Field(default_factory=AttentionConfig, description="attention")
     rope: RopeConfig = Field(default_factory=RopeConfig, description="rotary positions")
     moe: MoEConfig = Field(default_factory=MoEConfig, description="mixture-of-experts layers")
-    router: Kind = Field(default_factory=lambda: {"kind": "topk"}, description="router", json_schema_extra={"registry": "ROUTERS"})
+    router: Kind = Field(
+        default_factory=lambda: {"kind": "topk"}, description="router", json_schema_extra={"registry": "ROUTERS"}
+    )
 
     def layer_value(self, name: str, layer: int) -> Any:
         """Field ``moe.<name>`` at decoder layer ``layer`` (0-based), whether it is one value or one per layer."""
@@ -128,116 +149,146 @@ class ExpertsConfig:
     """How expert computation runs; never what it computes."""
 
     backend: Literal["auto", "loop", "grouped_mm", "cpu"] = Field(
-        "auto", description="expert kernels; loop is the oracle that the others are tested against"
+        default="auto", description="expert kernels; loop is the oracle that the others are tested against"
     )
 
 
 @dataclass(config=STRICT)
 class ParallelConfig:
-    """Sizes of the two rank grids: pp x dp_replicate x dp_shard x cp x tp, and pp x edp x ep x etp. -1 infers one size."""
+    """Sizes of the two grids of ranks, pp x dp_replicate x dp_shard x cp x tp pp x edp x ep x etp. -1 infers one."""
 
-    pp: int = Field(1, description="pipeline stages' ranks")
-    dp_replicate: int = Field(1, description="replicas of the sharded model (HSDP)")
-    dp_shard: int = Field(-1, description="ranks that shard dense parameters (FSDP2)")
-    cp: int = Field(1, description="context parallel ranks")
-    tp: int = Field(1, description="tensor parallel ranks of attention and dense parts")
-    ep: int = Field(1, description="expert parallel ranks")
-    etp: int = Field(1, description="tensor parallel ranks inside an expert")
-    reshard_after_forward: bool = Field(True, description="free gathered parameters after forward; saves memory, costs an all-gather")
-    timeout_s: Positive = Field(600, description="seconds after which a stuck collective ends the job")
+    pp: int = Field(default=1, description="pipeline stages' ranks")
+    dp_replicate: int = Field(default=1, description="replicas of the sharded model (HSDP)")
+    dp_shard: int = Field(default=-1, description="ranks that shard dense parameters (FSDP2)")
+    cp: int = Field(default=1, description="context parallel ranks")
+    tp: int = Field(default=1, description="tensor parallel ranks of attention and dense parts")
+    ep: int = Field(default=1, description="expert parallel ranks")
+    etp: int = Field(default=1, description="tensor parallel ranks inside an expert")
+    reshard_after_forward: bool = Field(
+        default=True, description="free gathered parameters after forward; saves memory, costs an all-gather"
+    )
+    timeout_s: Positive = Field(default=600, description="seconds after which a stuck collective ends the job")
 
 
 @dataclass(config=STRICT)
 class SourceConfig:
     """One domain's text."""
 
-    paths: list[str] = Field(default_factory=list, description="files, folders or globs; package: files that ship with moetrain start with 'moetrain:'")
-    weight: float | None = Field(None, description="share of training tokens; null: in proportion to the domain's tokens")
-    licence: str = Field("", description="licence tag of the text")
-    delimiter: str | None = Field(None, description="regular expression between documents of a file; null: one file, one document")
+    paths: list[str] = Field(
+        default_factory=list,
+        description="files, folders or globs; package: files that ship with moetrain start with 'moetrain:'",
+    )
+    weight: float | None = Field(
+        default=None, description="share of training tokens; null: in proportion to the domain's tokens"
+    )
+    licence: str = Field(default="", description="licence tag of the text")
+    delimiter: str | None = Field(
+        default=None, description="regular expression between documents of a file; null: one file, one document"
+    )
 
 
 @dataclass(config=STRICT)
 class TokenizerConfig:
     """Which tokenizer, or how to train one."""
 
-    path: str | None = Field(None, description="tokenizer.json or a Hugging Face folder; null: train byte-level BPE on the data")
-    vocab_size: Positive = Field(2048, description="size of a tokenizer trained here")
+    path: str | None = Field(
+        default=None, description="tokenizer.json or a Hugging Face folder; null: train byte-level BPE on the data"
+    )
+    vocab_size: Positive = Field(default=2048, description="size of a tokenizer trained here")
 
 
 @dataclass(config=STRICT)
 class DataConfig:
     """Text sources and where their tokens are kept."""
 
-    name: str = Field("demo", description="name of the data set")
-    dir: str = Field("prepared/${data.name}", description="folder of prepared shards, made by 'moetrain prepare'")
+    name: str = Field(default="demo", description="name of the data set")
+    dir: str = Field(
+        default="prepared/${data.name}", description="folder of prepared shards, made by 'moetrain prepare'"
+    )
     sources: dict[str, SourceConfig] = Field(default_factory=dict, description="domain name -> its text")
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig, description="tokenizer")
-    val_fraction: float = Field(0.05, gt=0, lt=1, description="share of each domain's documents (by bytes) held out")
-    max_line_mb: Positive = Field(64, description="longest line that prepare accepts, in MB")
-    workers: NonNegative = Field(1, description="background batches that are loaded ahead of the step")
+    val_fraction: float = Field(
+        default=0.05, gt=0, lt=1, description="share of each domain's documents (by bytes) held out"
+    )
+    max_line_mb: Positive = Field(default=64, description="longest line that prepare accepts, in MB")
+    workers: NonNegative = Field(default=1, description="background batches that are loaded ahead of the step")
 
 
 @dataclass(config=STRICT)
 class ScheduleConfig:
     """Learning rate over steps."""
 
-    kind: Literal["cosine", "linear", "constant", "wsd"] = Field("cosine", description="shape after the warm-up")
-    warmup_steps: NonNegative = Field(10, description="steps of linear warm-up from 0")
-    final_ratio: float = Field(0.1, ge=0, le=1, description="final learning rate as a share of the peak")
-    decay_fraction: float = Field(0.2, ge=0, le=1, description="wsd: share of all steps spent in the final decay")
-    decay_steps: int | None = Field(None, description="steps that the decay spans, counted from step 0; null: train.steps")
+    kind: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        default="cosine", description="shape after the warm-up"
+    )
+    warmup_steps: NonNegative = Field(default=10, description="steps of linear warm-up from 0")
+    final_ratio: float = Field(default=0.1, ge=0, le=1, description="final learning rate as a share of the peak")
+    decay_fraction: float = Field(
+        default=0.2, ge=0, le=1, description="wsd: share of all steps spent in the final decay"
+    )
+    decay_steps: int | None = Field(
+        default=None, description="steps that the decay spans, counted from step 0; null: train.steps"
+    )
 
 
 @dataclass(config=STRICT)
 class TrainConfig:
     """Length, batch, precision and memory of a run."""
 
-    steps: Positive = Field(100, description="optimizer steps")
-    seq_len: Positive = Field(128, description="tokens per sequence")
-    global_batch: Positive = Field(8, description="sequences per step, over all ranks")
-    micro_batch: Positive = Field(4, description="sequences per rank and forward pass; fixes gradient accumulation")
-    precision: Literal["float32", "bf16", "float64"] = Field("float32", description="compute dtype; bf16 keeps float32 weights and reductions")
-    recompute: Literal["none", "selective", "full"] = Field(
-        "none", description="activations recomputed in backward: none, the experts' and the norms' (no communication), or whole blocks"
+    steps: Positive = Field(default=100, description="optimizer steps")
+    seq_len: Positive = Field(default=128, description="tokens per sequence")
+    global_batch: Positive = Field(default=8, description="sequences per step, over all ranks")
+    micro_batch: Positive = Field(
+        default=4, description="sequences per rank and forward pass; fixes gradient accumulation"
     )
-    compile: bool = Field(False, description="torch.compile the dense parts of each block")
-    deterministic: bool = Field(True, description="deterministic algorithms only")
-    clip_norm: float = Field(1.0, ge=0, description="largest gradient norm of the whole model; 0: no clipping")
-    eval_every: NonNegative = Field(0, description="steps between evaluations; 0: only at the end")
-    eval_sequences: NonNegative = Field(0, description="held-out sequences per domain and evaluation; 0: all")
-    threads: NonNegative = Field(0, description="CPU threads per rank; 0: cores divided by ranks")
+    precision: Literal["float32", "bf16", "float64"] = Field(
+        default="float32", description="compute dtype; bf16 keeps float32 weights and reductions"
+    )
+    recompute: Literal["none", "selective", "full"] = Field(
+        default="none",
+        description="what backward recomputes: nothing, the experts and norms (no communication), or whole blocks",
+    )
+    compile: bool = Field(default=False, description="torch.compile the dense parts of each block")
+    deterministic: bool = Field(default=True, description="deterministic algorithms only")
+    clip_norm: float = Field(default=1.0, ge=0, description="largest gradient norm of the whole model; 0: no clipping")
+    eval_every: NonNegative = Field(default=0, description="steps between evaluations; 0: only at the end")
+    eval_sequences: NonNegative = Field(default=0, description="held-out sequences per domain and evaluation; 0: all")
+    threads: NonNegative = Field(default=0, description="CPU threads per rank; 0: cores divided by ranks")
 
 
 @dataclass(config=STRICT)
 class CheckpointConfig:
     """Saving training state."""
 
-    every: NonNegative = Field(0, description="steps between checkpoints; 0: only at the end")
-    keep: Positive = Field(2, description="checkpoints kept; older ones go once a newer one is whole")
-    asynchronous: bool = Field(True, description="write in the background while training goes on")
-    at_end: bool = Field(True, description="save one when the run ends")
+    every: NonNegative = Field(default=0, description="steps between checkpoints; 0: only at the end")
+    keep: Positive = Field(default=2, description="checkpoints kept; older ones go once a newer one is whole")
+    asynchronous: bool = Field(default=True, description="write in the background while training goes on")
+    at_end: bool = Field(default=True, description="save one when the run ends")
 
 
 @dataclass(config=STRICT)
 class LogConfig:
     """What is reported, how often, and where."""
 
-    every: Positive = Field(1, description="steps between log lines")
-    progress: bool = Field(True, description="progress bar on the terminal")
-    tensorboard: bool = Field(True, description="write TensorBoard events to the run directory")
-    wandb: Literal["off", "auto", "online", "offline"] = Field("off", description="Weights & Biases; auto: online with a key, else offline")
-    wandb_project: str = Field("moetrain", description="project of the Weights & Biases run")
-    peak_tflops: float | None = Field(None, description="device peak for model FLOP utilisation; null: known devices only")
+    every: Positive = Field(default=1, description="steps between log lines")
+    progress: bool = Field(default=True, description="progress bar on the terminal")
+    tensorboard: bool = Field(default=True, description="write TensorBoard events to the run directory")
+    wandb: Literal["off", "auto", "online", "offline"] = Field(
+        default="off", description="Weights & Biases; auto: online with a key, else offline"
+    )
+    wandb_project: str = Field(default="moetrain", description="project of the Weights & Biases run")
+    peak_tflops: float | None = Field(
+        default=None, description="device peak for model FLOP utilisation; null: known devices only"
+    )
 
 
 @dataclass(config=STRICT)
 class ExportConfig:
     """Hugging Face checkpoint at the end of a run."""
 
-    at_end: bool = Field(False, description="write export/ when training ends")
-    verify: bool = Field(True, description="load the export with transformers and compare the held-out loss")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the exported tensors")
+    at_end: bool = Field(default=False, description="write export/ when training ends")
+    verify: bool = Field(default=True, description="load the export with transformers and compare the held-out loss")
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="dtype of the exported tensors")
 
 
 @dataclass(config=STRICT)
@@ -245,33 +296,43 @@ class GenerateConfig:
     """Sample text at the end of a run."""
 
     prompts: list[str] = Field(default_factory=list, description="prompts that are continued when training ends")
-    max_tokens: Positive = Field(48, description="tokens generated per prompt")
-    temperature: float = Field(0.8, ge=0, description="sampling temperature; 0: the likeliest token")
+    max_tokens: Positive = Field(default=48, description="tokens generated per prompt")
+    temperature: float = Field(default=0.8, ge=0, description="sampling temperature; 0: the likeliest token")
 
 
 @dataclass(config=STRICT)
 class LaunchConfig:
     """Ranks that 'moetrain train' starts by itself when no launcher has."""
 
-    ranks: Positive = Field(1, description="local processes (torchrun) when not already started by a launcher")
+    ranks: Positive = Field(default=1, description="local processes (torchrun) when not already started by a launcher")
 
 
 @dataclass(config=STRICT)
 class Config:
     """A whole run."""
 
-    seed: NonNegative = Field(0, description="seed of initialisation, data order and every random choice")
-    run_dir: str = Field("runs/${model.name}", description="folder of everything that the run leaves")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="accelerator; auto: cuda where there is one")
+    seed: NonNegative = Field(default=0, description="seed of initialisation, data order and every random choice")
+    run_dir: str = Field(default="runs/${model.name}", description="folder of everything that the run leaves")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="accelerator; auto: cuda where there is one"
+    )
     model: ModelConfig = Field(default_factory=ModelConfig, description="the model")
     balance: dict[str, Kind] = Field(
-        default_factory=dict, description="balance methods in use: name -> options", json_schema_extra={"registry": "BALANCE"}
+        default_factory=dict,
+        description="balance methods in use: name -> options",
+        json_schema_extra={"registry": "BALANCE"},
     )
     experts: ExpertsConfig = Field(default_factory=ExpertsConfig, description="expert computation")
-    dispatch: Kind = Field(default_factory=lambda: {"kind": "auto"}, description="token dispatcher", json_schema_extra={"registry": "DISPATCHERS"})
+    dispatch: Kind = Field(
+        default_factory=lambda: {"kind": "auto"},
+        description="token dispatcher",
+        json_schema_extra={"registry": "DISPATCHERS"},
+    )
     parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="parallel mapping")
     data: DataConfig = Field(default_factory=DataConfig, description="data")
-    optim: Kind = Field(default_factory=lambda: {"kind": "adamw"}, description="optimizer", json_schema_extra={"registry": "OPTIMIZERS"})
+    optim: Kind = Field(
+        default_factory=lambda: {"kind": "adamw"}, description="optimizer", json_schema_extra={"registry": "OPTIMIZERS"}
+    )
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, description="learning rate schedule")
     train: TrainConfig = Field(default_factory=TrainConfig, description="training")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="checkpoints")
@@ -282,13 +343,13 @@ class Config:
 
 
 def value_at(value: Scheduled, step: int) -> float:
-    """``value`` at optimizer step ``step`` (0-based): a constant, or {step: value} interpolated linearly between its points."""
+    """``value`` at optimizer step ``step`` (0-based): the constant, or a linear interpolation between the points."""
     if not isinstance(value, dict):
         return float(value)
     points = sorted(value.items())
     if step <= points[0][0]:
         return float(points[0][1])
-    for (s0, v0), (s1, v1) in zip(points, points[1:], strict=False):
+    for (s0, v0), (s1, v1) in itertools.pairwise(points):
         if step <= s1:
             return float(v0 + (v1 - v0) * (step - s0) / (s1 - s0))
     return float(points[-1][1])

@@ -1,0 +1,81 @@
+"""Softmax attention over whole sequences: one signature, two backends. ``math`` spells it out and is the oracle.
+
+Shapes: B batch, S sequence, H query heads, G key/value heads (G divides H), d head width, v value width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attend(
+    q_BSHd: Tensor,
+    k_BSGd: Tensor,
+    v_BSGv: Tensor,
+    *,
+    scale: float,
+    mask_SS: Tensor | None = None,
+    sinks_H: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """softmax(scale * q k^T) v -> (B, S, H, v).
+
+    mask_SS: boolean, true where a query (row) sees a key (column); None: causal.
+    sinks_H: a logit per head that joins the softmax and has no value (GPT-OSS, arXiv 2508.10925).
+    backend: ``sdpa`` (also ``auto``) or ``math``.
+    """
+    q, k, v = (t.transpose(1, 2) for t in (q_BSHd, k_BSGd, v_BSGv))
+    out = (_math if backend == "math" else _sdpa)(q, k, v, scale, mask_SS, sinks_H)
+    return out.transpose(1, 2)
+
+
+def _causal(seq_len: int, device: torch.device) -> Tensor:
+    return torch.ones(seq_len, seq_len, dtype=torch.bool, device=device).tril()
+
+
+def _math(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, sinks_H: Tensor | None) -> Tensor:
+    B, H, S, _ = q.shape
+    G = k.shape[1]
+    mask = _causal(S, q.device) if mask is None else mask
+    scores = q.unflatten(1, (G, H // G)) @ k.unsqueeze(2).transpose(-1, -2) * scale
+    scores = scores.masked_fill(~mask, float("-inf"))
+    if sinks_H is not None:
+        scores = torch.cat((scores, sinks_H.view(1, G, H // G, 1, 1).expand(B, -1, -1, S, 1).to(scores.dtype)), dim=-1)
+    wide = torch.float32 if q.dtype in (torch.bfloat16, torch.float16) else q.dtype
+    probs = scores.softmax(dim=-1, dtype=wide)[..., :S].to(v.dtype)
+    return (probs @ v.unsqueeze(2)).flatten(1, 2)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, sinks_H: Tensor | None) -> Tensor:
+    width = v.shape[-1]
+    if sinks_H is not None:
+        mask = _causal(q.shape[2], q.device) if mask is None else mask
+        q, k, v, mask = _sink_as_key(q, k, v, scale, mask, sinks_H)
+    if q.device.type == "cpu" and v.shape[-1] < q.shape[-1]:
+        # The CPU's flash kernel needs equal widths; without it attention falls back to the quadratic-memory path, which is
+        # three times slower (DeepSeek's 192/128 heads).
+        v = F.pad(v, (0, q.shape[-1] - v.shape[-1]))
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out[..., :width]
+
+
+def _sink_as_key(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor, sinks_H: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Express the sink as one more key with value zero, which fused kernels know how to differentiate.
+
+    Eight more head dimensions (kernels want a multiple of 8): the first is sink/scale in queries and 1 in the sink's key,
+    0 in all other keys; so the sink's score is exactly its logit.
+    """
+    B, H, S, _ = q.shape
+    G = k.shape[1]
+    sink_q = F.pad((sinks_H / scale).to(q.dtype).view(1, H, 1, 1), (0, 7)).expand(B, -1, S, -1)
+    sink_k = F.pad(k.new_ones(1, 1, 1, 1), (k.shape[-1], 7)).expand(B, G, -1, -1)
+    q = torch.cat((q, sink_q), dim=-1)
+    k = torch.cat((sink_k, F.pad(k, (0, 8))), dim=2)
+    v = F.pad(v, (0, 0, 1, 0))
+    return q, k, v, F.pad(mask, (1, 0), value=True)

@@ -1,0 +1,78 @@
+"""One decoder block: attention and an MLP or MoE layer, each behind a norm and beside the residual stream."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moetrain.config.schema import ExpertsConfig, ModelConfig
+from moetrain.model.attention import build_attention, window_of
+from moetrain.model.mlp import MLP
+from moetrain.model.norm import RMSNorm
+from moetrain.model.rope import Positions
+from moetrain.moe.build import build_moe_layer
+from moetrain.moe.routing import Carry, Memo, TokenContext
+
+Recompute = Literal["none", "selective", "full"]
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)). Dense layers have ``mlp``, MoE layers ``moe``; the other is None.
+
+    ``recompute`` says what backward computes again: nothing, the inner activations of experts and MLPs ("selective": no
+    communication is repeated), or the whole block. Routing is never decided twice: the memo outlives the first pass.
+    """
+
+    def __init__(self, cfg: ModelConfig, layer: int, balance: dict, experts: ExpertsConfig) -> None:
+        super().__init__()
+        self.layer = layer
+        self.window = window_of(cfg, layer)
+        self.attention_norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.attention = build_attention(cfg)
+        self.mlp_norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        is_moe = cfg.is_moe(layer)
+        self.mlp = None if is_moe else MLP(cfg.dim, cfg.dense_dim)
+        self.moe = build_moe_layer(cfg, layer, balance, experts) if is_moe else None
+        self.recompute = "none"
+
+    @property
+    def recompute(self) -> Recompute:
+        """What backward computes again."""
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, value: Recompute) -> None:
+        self._recompute = value
+        if self.moe is not None:
+            self.moe.experts.recompute = value == "selective"
+
+    def forward(self, x_BSD: Tensor, carry: Carry, positions: Positions, step: int) -> tuple[Tensor, Carry]:
+        """(x_BSD, carry) -> (x_BSD, carry). step: optimizer step, for scheduled numbers and seeded noise."""
+        context = TokenContext(x_BSD.shape[1], step, self.training, Memo())
+        if self._recompute == "full" and torch.is_grad_enabled():
+            return checkpoint(
+                self._run, x_BSD, carry, positions, context, use_reentrant=False, preserve_rng_state=False
+            )
+        return self._run(x_BSD, carry, positions, context)
+
+    def _run(self, x: Tensor, carry: Carry, positions: Positions, context: TokenContext) -> tuple[Tensor, Carry]:
+        x, h = self.attend(x, positions.cos, positions.sin, positions.mask(self.window))
+        if self.moe is not None:
+            out_TD, carry = self.moe(h.flatten(0, 1), carry, context)
+            return x + out_TD.view_as(x), carry
+        assert self.mlp is not None
+        if self._recompute == "selective" and torch.is_grad_enabled():
+            return x + checkpoint(self.mlp, h, use_reentrant=False, preserve_rng_state=False), carry
+        return x + self.mlp(h), carry
+
+    def attend(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x_BSD -> (x + attention, its norm): all of the block that has fixed shapes."""
+        x = x + self.attention(self.attention_norm(x), cos, sin, mask)
+        return x, self.mlp_norm(x)
+
+    def compile_dense(self) -> None:
+        """torch.compile ``attend`` in place; the routed part has shapes that depend on the data."""
+        self.attend = torch.compile(self.attend)  # type: ignore[method-assign]

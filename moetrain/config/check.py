@@ -178,8 +178,8 @@ def _batch_message(cfg: Config, data: int) -> str:
     smaller = [n for n in _divisors(batch // data) if n <= micro] if batch % data == 0 else []
     if smaller:
         choices += f" or train.micro_batch={smaller[-1]}"
-    ranks = f" x {data} data-parallel ranks" if data > 1 else ""
-    return f"train.global_batch={batch} must be a multiple of train.micro_batch={micro}{ranks} = {step}; {choices}"
+    ranks = f" x {data} data-parallel ranks = {step}" if data > 1 else ""
+    return f"train.global_batch={batch} must be a multiple of train.micro_batch={micro}{ranks}; {choices}"
 
 
 def _infer(sizes: dict[str, int], total: int, what: str) -> dict[str, int]:
@@ -210,7 +210,7 @@ def _single_changes(known: dict[str, int], total: int, divides: bool) -> str:
         rest = product // size
         legal = [n for n in _divisors(total) if (total % (rest * n) == 0 if divides else rest * n == total)]
         changes += [f"parallel.{name}={n}" for n in _near(size, legal)]
-    ranks = f"a multiple of {product} ranks" if divides else f"{product} ranks"
+    ranks = f"a multiple of {product} ranks" if divides else f"a world of {product}"
     return f"nearest legal: {', '.join([*changes, ranks])}"
 
 

@@ -76,7 +76,7 @@ def _kinds(path: str, field: FieldInfo) -> Iterator[Section]:
     if not by_name:
         default = json.dumps(to_dict(field.get_default(call_default_factory=True)["kind"]))
         row = Row(
-            f"{path}.kind", "one of: " + ", ".join(kinds.names()), default, f"which {kinds.what}; fixes the other keys"
+            f"{path}.kind", "one of " + ", ".join(kinds.names()), default, f"which {kinds.what}; fixes the other keys"
         )
         yield Section(f"{path}: {field.description}", [row])
     for name in kinds.names():

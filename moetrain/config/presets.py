@@ -69,7 +69,7 @@ def parse(overrides: Sequence[str]) -> list[Override]:
     parser = OverridesParser.create()
     parsed = []
     for text in overrides:
-        if not text.startswith("~") and "=" not in text:
+        if not text.startswith("~") and "=" not in text[1:]:
             raise ConfigError(f"'{text}' is not an override; write key=value")
         try:
             parsed.append(parser.parse_override(text))
@@ -109,6 +109,8 @@ def apply_settings(tree: DictConfig, settings: Sequence[Override]) -> DictConfig
                 _delete(tree, key)
             else:
                 OmegaConf.update(tree, key, override.value(), merge=True, force_add=True)
+        except ConfigError:
+            raise
         except (OmegaConfBaseException, TypeError, ValueError) as error:
             why = str(error).splitlines()[0]
             raise ConfigError(f"'{override.input_line}' cannot be applied: {why}") from error

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-STRICT = ConfigDict(extra="forbid", validate_default=False)
+STRICT = ConfigDict(extra="forbid", validate_default=False, allow_inf_nan=False)
 
 # A number of the MoE layer: one value, or one per decoder layer (entries of dense layers are ignored).
 PerLayerInt = int | list[int]
@@ -194,7 +194,7 @@ class TokenizerConfig:
     path: str | None = Field(
         default=None, description="tokenizer.json or a Hugging Face folder; null: train byte-level BPE on the data"
     )
-    vocab_size: Positive = Field(default=2048, description="size of a tokenizer trained here")
+    vocab_size: Positive = Field(default=1024, description="size of a tokenizer trained here")
 
 
 @dataclass(config=STRICT)
@@ -311,7 +311,9 @@ class LaunchConfig:
 class Config:
     """A whole run."""
 
-    seed: NonNegative = Field(default=0, description="seed of initialisation, data order and every random choice")
+    seed: int = Field(
+        default=0, ge=0, lt=2**63, description="seed of initialisation, data order and all random choices"
+    )
     run_dir: str = Field(default="runs/${model.name}", description="folder of everything that the run leaves")
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="accelerator; auto: cuda where there is one"

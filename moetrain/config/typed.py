@@ -178,8 +178,8 @@ def _say(cls: type, tree: dict[str, Any], path: str, problem: Any) -> str:
     if problem["type"] == "unexpected_keyword_argument":
         return _unknown(where, parent, tree, path)
     takes = type_name(field.annotation, field.metadata) if field is not None else "something else"
-    quote = "; to give digits as text, write it as \"'...'\"" if _wants_text(problem, node) else ""
-    return f"{where} takes {takes}, got {_show(node)}{quote}"
+    quote = "; digits that are text need quotes: \"'...'\"" if _wants_text(problem, node) else ""
+    return f"{where} takes {takes}; got {_show(node)}{quote}"
 
 
 def _unknown(where: str, parent: type, tree: dict[str, Any], path: str) -> str:
@@ -189,7 +189,8 @@ def _unknown(where: str, parent: type, tree: dict[str, Any], path: str) -> str:
     prefix = f"{group}." if group else ""
     if near:
         return f"{where} is not a setting; did you mean {prefix}{near[0]}?"
-    everywhere = [p for p in {*paths_of(Config), *(_tree_paths(tree) if not path else ())} if not p.startswith(where)]
+    known = {*paths_of(Config), *(_tree_paths(tree) if not path else ())}
+    everywhere = [p for p in known if not p.startswith(where) and not where.startswith(p)]
     same_name = [p for p in sorted(everywhere) if p.rpartition(".")[2] == name]
     near = same_name or difflib.get_close_matches(where, everywhere, n=1, cutoff=0.75)
     if near:
@@ -221,7 +222,7 @@ def _bare_type(annotation: Any) -> str:
         return simple[annotation]
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
-        return "one of: " + ", ".join(map(str, arguments))
+        return "one of " + ", ".join(map(str, arguments))
     if origin in (Union, types.UnionType):
         return " or ".join(_bare_type(a) for a in arguments)
     if origin is list:

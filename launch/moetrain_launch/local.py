@@ -1,0 +1,97 @@
+"""Several ranks of one command on this machine, through torch's elastic agent (what torchrun starts)."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import tempfile
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+# Set for the ranks: whoever started them reports the first error of all ranks, once, so they do not print their own.
+REPORTED = "MOETRAIN_ERRORS_REPORTED"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the ranks ended. code: exit code to pass on; message: the first failing rank's error, "" on success."""
+
+    code: int
+    message: str = ""
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_ranks(command: Sequence[str], ranks: int, env: Mapping[str, str] | None = None) -> Outcome:
+    """Run ``command`` (program and arguments) as ``ranks`` processes that can find each other, and wait for them.
+
+    When one fails, the others are stopped. SIGINT and SIGTERM are passed on to the ranks. Changes this process's
+    environment, which the ranks inherit.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ.update(env or {})
+    os.environ[REPORTED] = "1"
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    with tempfile.TemporaryDirectory(prefix="moetrain-ranks-") as folder:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=ranks,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="localhost",
+            max_restarts=0,
+            monitor_interval=0.1,
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+        )
+        try:
+            elastic_launch(config, command[0])(*command[1:])
+        except SignalException as stopped:
+            return Outcome(128 + stopped.sigval.value, f"stopped by {stopped.sigval.name}")
+        except ChildFailedError as error:
+            return _first_cause(error.failures)
+    return Outcome(0)
+
+
+def record_error(message: str) -> None:
+    """Called by a rank that fails: leave ``message``, one line, for the process that started the ranks."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        with open(path, "w") as file:
+            json.dump({"message": message, "timestamp": str(int(time.time()))}, file)
+
+
+def reports_for_me() -> bool:
+    """Whether the process that started this rank prints its error."""
+    return REPORTED in os.environ and "TORCHELASTIC_ERROR_FILE" in os.environ
+
+
+def _first_cause(failures: Mapping[int, Any]) -> Outcome:
+    """The failure to report. A rank that was killed takes its peers down with it, so it comes first; then one that
+    left a message; then the lowest rank."""
+
+    def order(item: tuple[int, Any]) -> tuple[bool, bool, int]:
+        rank, failure = item
+        return failure.exitcode >= 0, failure.error_file == "<N/A>", rank
+
+    rank, failure = min(failures.items(), key=order)
+    if failure.exitcode < 0:
+        name = signal.Signals(-failure.exitcode).name
+        return Outcome(128 - failure.exitcode, f"rank {rank} was ended by {name}; the other ranks were stopped")
+    if failure.error_file == "<N/A>":
+        return Outcome(failure.exitcode, f"rank {rank} failed with exit code {failure.exitcode}; see its output above")
+    return Outcome(failure.exitcode, failure.message)

@@ -1,0 +1,281 @@
+"""``moetrain COMMAND [options] [key=value ...]``: each command is a few lines that call one function."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import yaml
+from moetrain_launch import local
+
+from moetrain import __version__
+from moetrain.config import Config, load, save
+from moetrain.config.check import check_mapping
+from moetrain.config.errors import ConfigError, TrainError, UserError
+
+USAGE = "moetrain COMMAND [options] [key=value ...]"
+
+
+class Parser(argparse.ArgumentParser):
+    """Argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see '{self.prog} --help'")
+
+
+def command_parser(name: str) -> Parser:
+    """What every command understands: overrides, and how to show errors and help."""
+    parser = Parser(prog=f"moetrain {name}", add_help=False, allow_abbrev=False)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, and presets as group=NAME")
+    parser.add_argument("-h", "--help", action="store_true", help="show this; 'train --help optim' shows one group")
+    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--config-dir", action="append", default=[], metavar="DIR", help="a folder of your own presets")
+    return parser
+
+
+def train(argv: Sequence[str]) -> int:
+    """Train a model; prepares the data and starts the ranks by itself."""
+    parser = command_parser("train")
+    parser.add_argument("--resume", type=Path, metavar="DIR", help="continue the run in DIR from its newest checkpoint")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="start from a saved config.yaml instead of presets")
+    parser.add_argument("-m", "--multirun", action="store_true", help="run every combination of sweeps like a=1,2")
+    args = parser.parse_intermixed_args(argv)
+    if args.help:
+        return show_help(parser, "train", args.overrides)
+    if args.multirun:
+        if args.resume or args.config:
+            raise ConfigError("-m starts new runs; it does not go with --resume or --config")
+        return sweep(args.overrides, args.config_dir)
+    started = "WORLD_SIZE" in os.environ and "RANK" in os.environ
+    base = args.config
+    if args.resume:
+        refuse_no_run(args.resume)
+        base = base or args.resume / "config.yaml"
+    cfg = load(
+        args.overrides,
+        base=base,
+        config_dirs=args.config_dir,
+        check=lambda cfg: check_mapping(cfg, int(os.environ["WORLD_SIZE"]) if started else cfg.launch.ranks),
+    )
+    if args.resume:
+        cfg.run_dir = str(args.resume)
+    if not started:
+        if not args.resume:
+            cfg.run_dir = str(pick_run_dir(cfg, asked=any(word.startswith("run_dir=") for word in args.overrides)))
+        get_ready(cfg, bool(args.resume))
+        if cfg.launch.ranks > 1:
+            return start_ranks(cfg, args.resume, args.traceback)
+    from moetrain.train import run
+
+    run(cfg, resume=bool(args.resume))
+    return 0
+
+
+def prepare(argv: Sequence[str]) -> int:
+    """Turn text into the token shards that training reads."""
+    parser = command_parser("prepare")
+    args = parser.parse_intermixed_args(argv)
+    if args.help:
+        return show_help(parser, "prepare", args.overrides or ["data"])
+    cfg = load(args.overrides, config_dirs=args.config_dir)
+    from moetrain.data.prepare import prepare as prepare_data
+
+    prepare_data(cfg.data)
+    print(f"prepared: {cfg.data.dir}")
+    return 0
+
+
+def version(argv: Sequence[str]) -> int:
+    """Print the versions of moetrain, Python and torch."""
+    command_parser("version").parse_args(argv)
+    import platform
+    from importlib.metadata import version as installed
+
+    print(f"moetrain {__version__}, Python {platform.python_version()}, torch {installed('torch')}")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "prepare": prepare, "version": version}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns its exit code: 0, 1 a run failed, 2 the input cannot run, 130 Ctrl-C."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    set_up_log()
+    try:
+        if not words or words[0] in ("-h", "--help", "help"):
+            show_commands()
+            return 0 if words else 2
+        if words[0] in ("-V", "--version"):
+            words[0] = "version"
+        if words[0] not in COMMANDS:
+            from moetrain.config.presets import nearest
+
+            raise ConfigError(f"there is no command '{words[0]}'; {nearest(words[0], list(COMMANDS))}")
+        return COMMANDS[words[0]](words[1:])
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (UserError, OSError) as error:
+        if "--traceback" in words:
+            raise
+        return report(error)
+
+
+def report(error: Exception) -> int:
+    """Show ``error`` as one line, or leave it for the process that started this rank; return the exit code."""
+    line = " ".join(str(error).split())
+    local.record_error(line)
+    if not local.reports_for_me():
+        print(f"moetrain: error: {line}", file=sys.stderr)
+    return error.exit_code if isinstance(error, UserError) else 1
+
+
+def refuse_no_run(folder: Path) -> None:
+    """Raise ConfigError unless ``folder`` is a run directory."""
+    if not folder.is_dir():
+        raise ConfigError(f"--resume {folder}: there is no such folder")
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(f"--resume {folder}: not a run directory, it has no config.yaml")
+
+
+def pick_run_dir(cfg: Config, asked: bool) -> Path:
+    """``cfg.run_dir``; where it is taken and nobody asked for that name, the first of NAME-2, NAME-3 ... that is free."""
+    wanted = Path(cfg.run_dir)
+    if asked:
+        return wanted
+    number, folder = 1, wanted
+    while (folder / "config.yaml").exists() or (folder / "sweep.yaml").exists():
+        number += 1
+        folder = wanted.with_name(f"{wanted.name}-{number}")
+    return folder
+
+
+def get_ready(cfg: Config, resume: bool) -> None:
+    """What is better done once, before there are ranks: refuse a taken run directory, prepare the data, set threads."""
+    from moetrain.data.prepare import prepare as prepare_data
+    from moetrain.train.rundir import refuse_taken
+
+    if not resume:
+        refuse_taken(Path(cfg.run_dir))
+    prepare_data(cfg.data)
+
+
+def start_ranks(cfg: Config, resume: Path | None, traceback: bool) -> int:
+    """Run ``cfg`` on ``cfg.launch.ranks`` processes of this machine. Raises TrainError with the first rank's error."""
+    ranks = cfg.launch.ranks
+    threads = cfg.train.threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, local.cores() // ranks)
+    with tempfile.TemporaryDirectory(prefix="moetrain-config-") as folder:
+        config = Path(folder) / "config.yaml"
+        save(cfg, config)
+        command = [sys.executable, "-m", "moetrain.cli", "train", "--config", str(config)]
+        command += ["--resume", str(resume)] if resume else []
+        command += ["--traceback"] if traceback else []
+        outcome = local.run_ranks(command, ranks, {"OMP_NUM_THREADS": str(threads)})
+    if outcome.message:
+        again = f"; to go on: moetrain train --resume {cfg.run_dir}" if outcome.code > 128 else ""
+        print(f"moetrain: error: {outcome.message}{again}", file=sys.stderr)
+    return outcome.code
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep."""
+
+    name: str
+    overrides: list[str]
+    cfg: Config
+
+
+def sweep(overrides: Sequence[str], config_dirs: Sequence[str]) -> int:
+    """Every combination of the sweeps in ``overrides``, one after the other, each in a directory of its own.
+
+    All configs are checked before the first run starts. A run that fails does not stop the others.
+    """
+    from moetrain.config.presets import expand_sweep
+
+    jobs = []
+    for number, words in enumerate(expand_sweep(overrides, config_dirs)):
+        cfg = load(words, config_dirs=config_dirs, check=lambda cfg: check_mapping(cfg, cfg.launch.ranks))
+        jobs.append(Job(f"{number:03d}", words, cfg))
+    asked = any(word.startswith("run_dir=") for word in overrides)
+    if not asked:
+        jobs[0].cfg.run_dir += "-sweep"
+    folder = pick_run_dir(jobs[0].cfg, asked)
+    if (folder / "sweep.yaml").exists():
+        raise ConfigError(f"{folder} already holds a sweep; choose another run_dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    table = {"sweep_version": 1, "runs": {job.name: job.overrides for job in jobs}}
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(table, sort_keys=False))
+    failed = []
+    for job in jobs:
+        print(f"sweep {folder}: run {job.name} of {len(jobs)}: {' '.join(job.overrides)}", flush=True)
+        job.cfg.run_dir = str(folder / job.name)
+        with tempfile.TemporaryDirectory(prefix="moetrain-config-") as temporary:
+            save(job.cfg, Path(temporary) / "config.yaml")
+            command = [sys.executable, "-m", "moetrain.cli", "train", "--config", f"{temporary}/config.yaml"]
+            if subprocess.run(command).returncode:
+                failed.append(job.name)
+    if failed:
+        raise TrainError(f"{len(failed)} of {len(jobs)} runs of the sweep {folder} failed: {', '.join(failed)}")
+    return 0
+
+
+def set_up_log() -> None:
+    """Show moetrain's log lines on the terminal; a run adds its own log file."""
+    logger = logging.getLogger("moetrain")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+
+
+def show_commands() -> None:
+    """Print the commands."""
+    print(f"usage: {USAGE}\n")
+    for name, function in COMMANDS.items():
+        print(f"  {name:10} {(function.__doc__ or '').splitlines()[0]}")
+    print("\n'moetrain train --help' lists every setting, 'moetrain train --help optim' those of one group.")
+
+
+def show_help(parser: Parser, command: str, only: Sequence[str]) -> int:
+    """Print a command's options, the presets, and every setting (or those below the paths in ``only``)."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from moetrain.config import help
+
+    # A pipe or a file gets wide lines, so that grep finds a setting with its description.
+    console = Console(width=None if sys.stdout.isatty() else 180, highlight=False)
+    tables: list[tuple[str, list[help.Row]]] = []
+    if not only:
+        console.print(parser.format_help(), markup=False)
+        tables.append(("presets, chosen with group=NAME", help.presets()))
+    for path in only or [""]:
+        found = [(section.title, section.rows) for section in help.sections(path)]
+        if not found:
+            raise ConfigError(f"'{path}' is not a setting or a group; see 'moetrain {command} --help'")
+        tables += found
+    for title, rows in tables:
+        table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), title=escape(title), title_justify="left")
+        for row in rows:
+            default = f"= {row.default}" if row.default else ""
+            table.add_row(f"  {escape(row.path)}", escape(f"{row.type} {default}"), escape(row.description))
+        console.print(table, "")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

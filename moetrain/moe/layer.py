@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
 
 from torch import Tensor, nn
 
+from moetrain.moe.dispatch import Dispatcher
 from moetrain.moe.routing import Carry, Routing, TokenContext
 
 
 class MoELayer(nn.Module):
-    """Routed experts beside shared ones. Knows no mesh: ``parallel.apply`` replaces ``dispatcher`` and shards ``experts``.
+    """Routed experts beside shared ones. Knows no mesh: ``parallel.apply`` sets ``dispatcher`` and shards ``experts``.
 
     router(x_TD, carry, context) -> (Routing, Carry)
     dispatcher.dispatch(x_TD, routing) -> (Rows, plan) and dispatcher.combine(y_RD, plan) -> out_TD
@@ -17,7 +19,9 @@ class MoELayer(nn.Module):
     shared(x_TD) -> out_TD, or None
     """
 
-    def __init__(self, router: nn.Module, dispatcher: object, experts: nn.Module, shared: nn.Module | None) -> None:
+    def __init__(
+        self, router: nn.Module, dispatcher: Dispatcher[Any], experts: nn.Module, shared: nn.Module | None
+    ) -> None:
         super().__init__()
         self.router = router
         self.dispatcher = dispatcher

@@ -1,7 +1,7 @@
 """The values that pass between router, dispatcher, experts and blocks.
 
-Shapes, one letter a dimension: T tokens on this rank, S sequence length, E routed experts, e local experts, K experts per
-token, D model width, R routed rows (token copies) held by this rank, A auxiliary loss terms.
+Shapes, one letter a dimension: T tokens on this rank, S sequence length, E routed experts, e local experts, K experts
+per token, D model width, R routed rows (token copies) held by this rank, A auxiliary loss terms.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Carry(NamedTuple):
     """What one block hands to the next besides the residual stream: a flat tuple of tensors, static in shape.
 
     aux_A: float, the running sums of the auxiliary loss terms over this rank's tokens and the layers so far, in the
-        order of ``Decoder.aux_names``. Term a adds ``coefficient_a * sum over ranks of aux_A[a] / N`` to the loss, with N
-        the tokens of the global batch: one normaliser for every term, whatever the mapping.
+        order of ``Decoder.aux_names``. Term a adds ``coefficient_a * sum over ranks of aux_A[a] / N`` to the loss, with
+        N the tokens of the global batch: one normaliser for every term, whatever the mapping.
     state: tensors that a router or block kind declares (previous router logits, recurrent state ...), each (T, ...).
     """
 
@@ -48,16 +48,18 @@ class Carry(NamedTuple):
 
 @dataclass(frozen=True)
 class Routing:
-    """Which token goes to which expert, with what weight: a list of assignments, of which top-k is the dense special case.
+    """Which token goes to which expert, with what weight: a list of assignments; top-k is the dense special case.
 
     Dense: ``ids_TK`` int64 and ``weights_TK`` float; ``token_A`` and the others are None.
     List:  ``token_A``, ``expert_A`` int64 and ``weight_A`` float, in ascending order of token (expert choice, dropping,
            a varying number of experts per token).
     Ids run from 0 to ``n_experts`` - 1; ids from there upward are free experts, which no dispatcher sees.
-    memo: the block's memo; the dispatcher keeps its plan there, so that recomputation reuses it.
+    n_tokens: T, which the list form alone does not tell.
+    memo: the block's memo; the dispatcher keeps its layout there, so that recomputation reuses it.
     """
 
     n_experts: int
+    n_tokens: int
     memo: Memo
     ids_TK: Tensor | None = None
     weights_TK: Tensor | None = None
@@ -75,10 +77,17 @@ class Routing:
         token_A = torch.arange(T, device=self.ids_TK.device).repeat_interleave(K)
         return token_A, self.ids_TK.reshape(-1), self.weights_TK.reshape(-1)
 
+    def flat_weights(self) -> Tensor:
+        """weight_A of either form."""
+        weights = self.weight_A if self.weights_TK is None else self.weights_TK
+        assert weights is not None
+        return weights.reshape(-1)
 
-@dataclass(frozen=True)
-class Rows:
+
+class Rows(NamedTuple):
     """What an expert computation gets: the rows of each local expert, one expert after the other.
+
+    A tuple, because FSDP finds a module's input tensors in tuples and not in other classes.
 
     Row r is ``x_ND[index_R[r]]``, so kernels can fuse the gather; ``index_R`` None means ``x_ND`` is already in order.
     counts: rows of each local expert (a plain list of ints, length e; they sum to R; zeros are legal).

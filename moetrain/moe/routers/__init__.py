@@ -1,0 +1,132 @@
+"""Routers decide which experts a token goes to, and with what weight. One file per kind.
+
+A new kind is one new file here, with a subclass of Router, and one preset in configs/model/router/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moetrain.config.registry import ROUTERS
+from moetrain.config.schema import ModelConfig
+from moetrain.moe.balance import BalanceMethod, Decision, build_balance
+from moetrain.moe.capacity import capacity, random_priority, within_capacity
+from moetrain.moe.options import as_options
+from moetrain.moe.permute import count
+from moetrain.moe.routing import Carry, Routing, TokenContext
+
+
+class Router(nn.Module):
+    """Base of all routers: what follows once the experts are chosen. Counting, auxiliary terms, dropping.
+
+    balance: the layer's balance methods by name, in the order of Carry.aux_A.
+    counts_E, dropped: int64, the choices of each expert and the dropped choices in this step so far, on this rank.
+    group: ranks that share a micro-batch, sequence_group: ranks that each hold a part of the same sequences; None
+        where this rank has it all. The model's parallel form sets them.
+
+    Choices are made, counted and dropped once per token; a recomputed block takes them from the memo. Outside training
+    nothing is counted or dropped, and no term is added.
+    """
+
+    counts_E: Tensor
+    dropped: Tensor
+
+    def __init__(self, cfg: ModelConfig, layer: int, balance: nn.ModuleDict) -> None:
+        super().__init__()
+        self.layer = layer
+        self.n_experts: int = cfg.layer_value("num_experts", layer)
+        self.top_k: int = cfg.layer_value("top_k", layer)
+        self.capacity_factor: float | None = cfg.layer_value("capacity_factor", layer)
+        self.drop_policy = cfg.moe.drop_policy
+        self.balance = balance
+        self.group: dist.ProcessGroup | None = None
+        self.sequence_group: dist.ProcessGroup | None = None
+        self.register_buffer("counts_E", torch.zeros(self.n_experts, dtype=torch.int64), persistent=False)
+        self.register_buffer("dropped", torch.zeros((), dtype=torch.int64), persistent=False)
+
+    def methods(self) -> list[BalanceMethod]:
+        """The balance methods, in order."""
+        return list(self.balance.values())  # type: ignore[arg-type]
+
+    def add_selection_bias(self, scores_TE: Tensor) -> Tensor:
+        """The scores by which experts are chosen: scores_TE plus the balance methods' biases."""
+        for method in self.methods():
+            bias_E = method.selection_bias()
+            if bias_E is not None:
+                scores_TE = scores_TE + bias_E
+        return scores_TE
+
+    def finish(
+        self,
+        logits_TE: Tensor,
+        probs: Callable[[], Tensor],
+        ids_TK: Tensor,
+        weights_TK: Tensor,
+        carry: Carry,
+        context: TokenContext,
+    ) -> tuple[Routing, Carry]:
+        """The routing of chosen experts, and the carry with this layer's auxiliary terms added.
+
+        logits_TE, probs: see Decision. ids_TK must come from the memo. weights_TK: with gradient.
+        """
+        routing = Routing(self.n_experts, len(ids_TK), context.memo, ids_TK, weights_TK)
+        if not context.training:
+            return routing, carry
+        counts_E = context.memo.once("router.counts", lambda: self._count(ids_TK))
+        decision = Decision(logits_TE, probs, ids_TK, counts_E, context, self.group, self.sequence_group)
+        terms = [method.term(decision) for method in self.methods() if method.has_term]
+        if terms:
+            carry = carry._replace(aux_A=carry.aux_A + torch.stack(terms).to(carry.aux_A.dtype))
+        if self.capacity_factor is not None:
+            routing = self._drop(routing, context)
+        return routing, carry
+
+    def reset_buffers(self) -> None:
+        """Start counting anew (each step, and after the module was moved off the meta device)."""
+        self.counts_E.zero_()
+        self.dropped.zero_()
+
+    def _count(self, ids_TK: Tensor) -> Tensor:
+        counts_E = count(ids_TK, self.n_experts)
+        self.counts_E += counts_E
+        return counts_E
+
+    def _drop(self, routing: Routing, context: TokenContext) -> Routing:
+        """The list form of ``routing``, with at most ``capacity`` rows per expert. Weights stay as they are."""
+        token_A, expert_A, weight_A = routing.assignments()
+        kept_A = context.memo.once("router.kept", lambda: self._keep(expert_A, weight_A.detach(), context.step))
+        return Routing(
+            self.n_experts,
+            routing.n_tokens,
+            context.memo,
+            token_A=token_A.index_select(0, kept_A),
+            expert_A=expert_A.index_select(0, kept_A),
+            weight_A=weight_A.index_select(0, kept_A),
+        )
+
+    def _keep(self, expert_A: Tensor, weight_A: Tensor, step: int) -> Tensor:
+        assert self.capacity_factor is not None
+        limit = capacity(len(expert_A), self.n_experts, self.capacity_factor)
+        priority_A = {
+            "score": lambda: weight_A,
+            "position": lambda: None,
+            "random": lambda: random_priority(len(expert_A), step, self.layer, expert_A.device),
+        }[self.drop_policy]()
+        kept_A = within_capacity(expert_A, priority_A, self.n_experts, limit)
+        self.dropped += len(expert_A) - len(kept_A)
+        return kept_A
+
+
+def build_router(cfg: ModelConfig, layer: int, balance: Mapping[str, Any]) -> Router:
+    """The router of decoder layer ``layer`` (0-based). balance: name -> options of the balance methods.
+
+    Parameters are not initialised. Raises ConfigError for an unknown kind or setting.
+    """
+    options = as_options(ROUTERS, cfg.router)
+    methods = build_balance(balance, cfg.layer_value("num_experts", layer))
+    return ROUTERS.entry_of(options).build(options, cfg, layer, methods)

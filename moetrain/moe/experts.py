@@ -1,0 +1,84 @@
+"""Expert computation as modules: parameters here, the mathematics in ``moe_kernels``."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from moe_kernels import expert_mlp
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moetrain.config.schema import ModelConfig
+from moetrain.moe.routing import Rows
+
+
+class Experts(nn.Module):
+    """The gated MLPs of E routed experts, or of this rank's e of them once the model is made parallel.
+
+    w13 (e, 2, F, D): the gate's weights, then up's. w2 (e, D, F). b13 (e, 2, F), b2 (e, D): only with ``bias``.
+    Parameters may be DTensors, whose local part then holds whole experts; they are not initialised here.
+    backend: the kernels (``moe_kernels``). recompute: backward computes the inner activations again.
+    """
+
+    def __init__(self, cfg: ModelConfig, layer: int, backend: str = "auto") -> None:
+        super().__init__()
+        E, F_, D = cfg.layer_value("num_experts", layer), cfg.layer_value("expert_dim", layer), cfg.dim
+        self.w13 = nn.Parameter(torch.empty(E, 2, F_, D))
+        self.w2 = nn.Parameter(torch.empty(E, D, F_))
+        self.b13 = nn.Parameter(torch.empty(E, 2, F_)) if cfg.moe.bias else None
+        self.b2 = nn.Parameter(torch.empty(E, D)) if cfg.moe.bias else None
+        self.activation = cfg.moe.activation
+        self.backend = backend
+        self.recompute = False
+
+    def forward(self, rows: Rows) -> Tensor:
+        """y_RD (R, D): the output of each row's expert, times the row's weight if it has one."""
+        run = functools.partial(expert_mlp, activation=self.activation, backend=self.backend)
+        weights = [_local(p) for p in (self.w13, self.w2, self.b13, self.b2)]
+        return _maybe_checkpoint(self.recompute, _call, run, rows, *weights)
+
+
+class SharedExperts(nn.Module):
+    """A SwiGLU MLP that every token passes, as wide as all shared experts together.
+
+    w_gate, w_up: D -> shared_dim, w_down back, without biases. gate: D -> 1 or None; its sigmoid scales the output
+    (Qwen2-MoE, arXiv 2407.10671). recompute: as in Experts.
+    """
+
+    def __init__(self, cfg: ModelConfig, layer: int) -> None:
+        super().__init__()
+        inner = cfg.layer_value("shared_dim", layer)
+        self.w_gate = nn.Linear(cfg.dim, inner, bias=False)
+        self.w_up = nn.Linear(cfg.dim, inner, bias=False)
+        self.w_down = nn.Linear(inner, cfg.dim, bias=False)
+        self.gate = nn.Linear(cfg.dim, 1, bias=False) if cfg.moe.shared_gate else None
+        self.recompute = False
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """x_TD (T, D) -> (T, D)."""
+        return _maybe_checkpoint(self.recompute, self._run, x_TD)
+
+    def _run(self, x_TD: Tensor) -> Tensor:
+        out_TD = self.w_down(F.silu(self.w_gate(x_TD)) * self.w_up(x_TD))
+        return out_TD if self.gate is None else self.gate(x_TD).sigmoid() * out_TD
+
+
+def _call(
+    run: Callable[..., Tensor], rows: Rows, w13: Tensor, w2: Tensor, b13: Tensor | None, b2: Tensor | None
+) -> Tensor:
+    return run(rows.x_ND, rows.counts, w13, w2, index_R=rows.index_R, weight_R=rows.weight_R, b13=b13, b2=b2)
+
+
+def _local(p: Tensor | None) -> Tensor | None:
+    """The part of a parameter that this rank holds."""
+    to_local = getattr(p, "to_local", None)
+    return p if to_local is None else to_local()
+
+
+def _maybe_checkpoint(recompute: bool, fn: Callable[..., Tensor], *args: object) -> Tensor:
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(fn, *args, use_reentrant=False, preserve_rng_state=False)
+    return fn(*args)

@@ -1,0 +1,127 @@
+"""Top-k routing with a linear gate: the routers of Mixtral, Qwen3, OLMoE, GPT-OSS, DeepSeek-V2 and -V3, by options."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from moetrain.config.errors import ConfigError
+from moetrain.config.registry import ROUTERS
+from moetrain.config.schema import STRICT, Config, ModelConfig, Positive
+from moetrain.moe.routers import Router
+from moetrain.moe.routing import Carry, Routing, TokenContext
+
+# Keeps the sum of sigmoid scores that all underflow from dividing by zero (DeepSeek-V3's own guard).
+TINY = 1e-20
+
+
+@dataclass(config=STRICT)
+class TopKOptions:
+    """A linear gate, scores, and the top_k best experts."""
+
+    score: Literal["softmax", "sigmoid"] = Field("softmax", description="how logits become scores")
+    order: Literal["score_then_topk", "topk_then_score"] = Field(
+        "score_then_topk", description="score all experts and choose, or choose by logits and score the chosen"
+    )
+    renormalize: bool = Field(True, description="divide the chosen scores by their sum")
+    scale: Annotated[float, Field(gt=0)] = Field(1.0, description="factor on the routing weights, last of all")
+    n_groups: Positive = Field(1, description="equal groups that the experts are cut into")
+    topk_groups: Positive = Field(1, description="groups that a token may choose experts from")
+    group_score: Literal["max", "top2_sum"] = Field(
+        "top2_sum",
+        description="a group's score: its best expert (DeepSeek-V2) or the sum of its best two (DeepSeek-V3)",
+    )
+    logit_bias: bool = Field(False, description="a learned bias on the logits (GPT-OSS)")
+    force_balance: bool = Field(False, description="benchmarks: ignore the scores and hand experts out in turn")
+
+    def check(self, cfg: Config) -> None:
+        """Raise ConfigError where the groups do not fit a layer of the model."""
+        if self.topk_groups > self.n_groups:
+            raise ConfigError(
+                f"model.router.topk_groups={self.topk_groups} is more than n_groups={self.n_groups}; lower topk_groups"
+            )
+        for layer in cfg.model.moe_layers() if self.n_groups > 1 else []:
+            self._check_layer(cfg.model, layer)
+
+    def _check_layer(self, model: ModelConfig, layer: int) -> None:
+        experts, top_k = model.layer_value("num_experts", layer), model.layer_value("top_k", layer)
+        size = experts // self.n_groups
+        if experts % self.n_groups:
+            raise ConfigError(
+                f"layer {layer}: model.router.n_groups={self.n_groups} must divide model.moe.num_experts={experts}"
+            )
+        if top_k > self.topk_groups * size:
+            raise ConfigError(
+                f"layer {layer}: model.router.topk_groups={self.topk_groups} groups of {size} experts cannot give "
+                f"model.moe.top_k={top_k}; raise topk_groups"
+            )
+        if self.group_score == "top2_sum" and size < 2:
+            raise ConfigError(
+                f"layer {layer}: model.router.group_score=top2_sum needs 2 experts or more in each of "
+                f"n_groups={self.n_groups} groups, not {size}; use max or fewer groups"
+            )
+
+
+@ROUTERS.register("topk", TopKOptions)
+class TopKRouter(Router):
+    """weight (E, D), bias (E) or None. Computes in float32, or wider if its input is."""
+
+    def __init__(self, options: TopKOptions, cfg: ModelConfig, layer: int, balance: nn.ModuleDict) -> None:
+        super().__init__(cfg, layer, balance)
+        self.options = options
+        self.weight = nn.Parameter(torch.empty(self.n_experts, cfg.dim))
+        self.bias = nn.Parameter(torch.empty(self.n_experts)) if options.logit_bias else None
+
+    def forward(self, x_TD: Tensor, carry: Carry, context: TokenContext) -> tuple[Routing, Carry]:
+        """x_TD (T, D) -> (routing in dense form unless capacity drops, carry with this layer's auxiliary terms)."""
+        logits_TE = self._logits(x_TD)
+        score_first = self.options.order == "score_then_topk"
+        scores_TE = self._score(logits_TE) if score_first else logits_TE
+        # Chosen without autograd and once per token: forward and recomputation then save the same tensors.
+        ids_TK = context.memo.once("router.ids", lambda: self._choose(scores_TE.detach()))
+        weights_TK = scores_TE.gather(1, ids_TK)
+        if not score_first:
+            weights_TK = self._score(weights_TK)
+        if self.options.renormalize:
+            weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + TINY)
+        if self.options.scale != 1:
+            weights_TK = weights_TK * self.options.scale
+
+        def probs() -> Tensor:
+            all_TE = scores_TE if score_first else self._score(logits_TE)
+            return all_TE if self.options.score == "softmax" else all_TE / (all_TE.sum(dim=-1, keepdim=True) + TINY)
+
+        return self.finish(logits_TE, probs, ids_TK, weights_TK, carry, context)
+
+    def _logits(self, x_TD: Tensor) -> Tensor:
+        wide = torch.promote_types(x_TD.dtype, torch.float32)
+        bias_E = None if self.bias is None else self.bias.to(wide)
+        return F.linear(x_TD.to(wide), self.weight.to(wide), bias_E)
+
+    def _score(self, logits: Tensor) -> Tensor:
+        return logits.softmax(dim=-1) if self.options.score == "softmax" else logits.sigmoid()
+
+    def _choose(self, scores_TE: Tensor) -> Tensor:
+        """ids_TK, in descending order of biased score."""
+        if self.options.force_balance:
+            T, E = scores_TE.shape
+            turn = torch.arange(T * self.top_k, device=scores_TE.device)
+            return (turn % E).view(T, self.top_k)
+        scores_TE = self.add_selection_bias(scores_TE)
+        if self.options.n_groups > 1:
+            scores_TE = self._close_groups(scores_TE)
+        return scores_TE.topk(self.top_k, dim=-1).indices
+
+    def _close_groups(self, scores_TE: Tensor) -> Tensor:
+        """Scores with all but the best groups at -inf (node-limited routing; DeepSeek-V2, arXiv 2405.04434, 2.2.2)."""
+        o = self.options
+        scores_TGe = scores_TE.unflatten(1, (o.n_groups, -1))
+        best_TG = scores_TGe.amax(dim=-1) if o.group_score == "max" else scores_TGe.topk(2, dim=-1).values.sum(dim=-1)
+        open_Tg = best_TG.topk(o.topk_groups, dim=-1).indices
+        closed_TG = torch.ones_like(best_TG, dtype=torch.bool).scatter_(1, open_Tg, False)
+        return scores_TGe.masked_fill(closed_TG.unsqueeze(-1), float("-inf")).flatten(1)

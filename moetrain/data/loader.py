@@ -1,0 +1,162 @@
+"""Batches: those of a training step, made ahead of time by a background thread, and those of the held-out text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moetrain.config.errors import DataError
+from moetrain.data.dataset import TokenData
+from moetrain.data.order import Permutation, seed_key
+from moetrain.data.sampler import Sampler
+
+IGNORE = -100  # target that is not predicted
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of one rank. ``tokens_BS`` and ``targets_BS`` are int64 (B, S); a target of -100 is not
+    predicted. ``sample_ids`` are the run's sample numbers (-1: padding), ``domain_B`` the int64 (B,) numbers of their
+    domains in ``TokenData.domains``."""
+
+    tokens_BS: Tensor
+    targets_BS: Tensor
+    sample_ids: list[int]
+    domain_B: Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on ``device``."""
+        tokens_BS, targets_BS = self.tokens_BS.to(device), self.targets_BS.to(device)
+        return Batch(tokens_BS, targets_BS, self.sample_ids, self.domain_B.to(device))
+
+
+class Loader:
+    """The micro-batches of one data rank. ``step(s)`` depends on nothing but its arguments, so resuming is asking for
+    the next step.
+
+    Step s consists of the samples s*G .. s*G + G - 1 (G = ``global_batch``) in an order shuffled by (seed, s), so
+    that no rank always gets the same domain where the mixture is regular. Micro-batch m takes the m-th stretch of
+    ``micro_batch * dp_size`` of them, and rank r the r-th part of that: with the same number of micro-batches, a
+    micro-batch over all ranks holds the same samples under every mapping. ``prefetch`` steps are made ahead of the
+    one asked for (0: none, no thread). ``waited_s``: seconds that ``step`` has waited for data.
+    """
+
+    def __init__(
+        self,
+        data: TokenData,
+        sampler: Sampler,
+        global_batch: int,
+        micro_batch: int,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        prefetch: int = 1,
+    ) -> None:
+        if global_batch % (micro_batch * dp_size):
+            per_pass = micro_batch * dp_size
+            nearest = max(1, round(global_batch / per_pass)) * per_pass
+            raise DataError(
+                f"train.global_batch={global_batch} is not a multiple of train.micro_batch={micro_batch} x "
+                f"{dp_size} data ranks; use {nearest}"
+            )
+        self.data, self.sampler = data, sampler
+        self.global_batch, self.micro_batch = global_batch, micro_batch
+        self.dp_rank, self.dp_size = dp_rank, dp_size
+        self.prefetch = prefetch
+        self.waited_s = 0.0
+        self._number = {name: i for i, name in enumerate(data.domains)}
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data") if prefetch else None
+        self._ready: dict[int, Future[list[Batch]]] = {}
+
+    def step(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of optimizer step ``step`` (from 0). Raises what went wrong in the thread,
+        DataError for damaged data."""
+        start = time.perf_counter()
+        if self._thread is None:
+            batches = self._make(step)
+        else:
+            wanted = range(step, step + self.prefetch + 1)
+            for stale in [s for s in self._ready if s not in wanted]:
+                self._ready.pop(stale).cancel()
+            for s in wanted:
+                if s not in self._ready:
+                    self._ready[s] = self._thread.submit(self._make, s)
+            batches = self._ready.pop(step).result()
+        self.waited_s += time.perf_counter() - start
+        return batches
+
+    def sample_ids(self, step: int) -> list[int]:
+        """Sample numbers of a whole step in the order in which they are dealt to micro-batches and ranks."""
+        order = Permutation(self.global_batch, seed_key(self.sampler.seed, "step", step))
+        return [step * self.global_batch + order[i] for i in range(self.global_batch)]
+
+    def close(self) -> None:
+        """Stop the background thread."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _make(self, step: int) -> list[Batch]:
+        ids, stride = self.sample_ids(step), self.micro_batch * self.dp_size
+        starts = range(self.dp_rank * self.micro_batch, self.global_batch, stride)
+        return [self._batch(ids[start : start + self.micro_batch]) for start in starts]
+
+    def _batch(self, ids: list[int]) -> Batch:
+        samples = [self.sampler.locate(i) for i in ids]
+        windows = torch.from_numpy(np.stack([self.sampler.tokens(sample) for sample in samples]))
+        domain_B = torch.tensor([self._number[sample.domain] for sample in samples])
+        return Batch(windows[:, :-1].contiguous(), windows[:, 1:].contiguous(), ids, domain_B)
+
+
+def held_out_windows(tokens: int, seq_len: int, max_sequences: int = 0) -> range | list[int]:
+    """First tokens of the windows that predict tokens 1 .. ``tokens`` - 1 once each; the last may be partial. With
+    ``max_sequences`` > 0, at most that many of them, spread evenly."""
+    starts = range(0, tokens - 1, seq_len)
+    if max_sequences <= 0 or max_sequences >= len(starts):
+        return starts
+    return [starts[i * len(starts) // max_sequences] for i in range(max_sequences)]
+
+
+def validation_batches(
+    data: TokenData,
+    domain: str,
+    seq_len: int,
+    batch_size: int,
+    max_sequences: int = 0,
+    dp_rank: int = 0,
+    dp_size: int = 1,
+) -> Iterator[Batch]:
+    """This rank's share of a domain's held-out windows, in batches of ``batch_size`` (B) sequences of ``seq_len`` (S)
+    tokens.
+
+    Every rank gets the same number of batches. What is missing, at the end of the last window and as whole padding
+    sequences, has targets of -100 and the end-of-document token as input. ``sample_ids`` are window numbers, -1 for
+    padding. Raises DataError for an id past the vocabulary.
+    """
+    tokens = data.tokens(domain, "val")
+    starts = held_out_windows(len(tokens), seq_len, max_sequences)
+    per_pass = batch_size * dp_size
+    for first in range(dp_rank * batch_size, -(-len(starts) // per_pass) * per_pass, per_pass):
+        inputs = np.full((batch_size, seq_len), data.eos_id, dtype=np.int64)
+        targets = np.full((batch_size, seq_len), IGNORE, dtype=np.int64)
+        numbers = [n if n < len(starts) else -1 for n in range(first, first + batch_size)]
+        for row, number in enumerate(numbers):
+            if number >= 0:
+                window = tokens[starts[number] : starts[number] + seq_len + 1].astype(np.int64)
+                inputs[row, : len(window) - 1], targets[row, : len(window) - 1] = window[:-1], window[1:]
+        if max(inputs.max(), targets.max()) >= data.vocab_size:
+            raise DataError(
+                f"held-out shard of domain '{domain}' holds token {max(inputs.max(), targets.max())}, past the "
+                f"vocabulary of {data.vocab_size}; it "
+                "is damaged or of another tokenizer: delete the prepared folder and run 'moetrain prepare' again"
+            )
+        yield Batch(
+            torch.from_numpy(inputs),
+            torch.from_numpy(targets),
+            numbers,
+            torch.full((batch_size,), data.domains.index(domain)),
+        )

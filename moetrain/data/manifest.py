@@ -1,0 +1,103 @@
+"""The manifest of a prepared data set: what its shards hold, from which text, with which tokenizer."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from moetrain.config.errors import DataError
+
+FORMAT = "moetrain-data"
+VERSION = 1
+FILE = "manifest.json"
+TOKENIZER_FILE = "tokenizer.json"
+SPLITS = ("train", "val")
+
+
+@dataclass(frozen=True)
+class SplitInfo:
+    """One shard. ``tokens`` count the end-of-document tokens, one a document; ``bytes`` are UTF-8 bytes of text."""
+
+    documents: int
+    tokens: int
+    bytes: int
+    sha256: dict[str, str]
+
+
+@dataclass(frozen=True)
+class DomainInfo:
+    """One domain: its licence tag and its training and held-out shards."""
+
+    licence: str
+    train: SplitInfo
+    val: SplitInfo
+
+    def split(self, name: str) -> SplitInfo:
+        """The shard called 'train' or 'val'."""
+        return self.train if name == "train" else self.val
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of text per token of text (end-of-document tokens not counted), over both splits."""
+        text_tokens = sum(s.tokens - s.documents for s in (self.train, self.val))
+        return (self.train.bytes + self.val.bytes) / max(1, text_tokens)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A whole prepared data set. ``recipe`` and ``fingerprint`` are hashes: of the config alone, and of the config
+    with the text."""
+
+    recipe: str
+    fingerprint: str
+    vocab_size: int
+    eos: str
+    eos_id: int
+    tokenizer_sha256: str
+    domains: dict[str, DomainInfo]
+
+    def save(self, folder: Path) -> None:
+        """Write manifest.json into ``folder``."""
+        content = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        for name, domain in self.domains.items():
+            content["domains"][name]["bytes_per_token"] = round(domain.bytes_per_token, 4)
+        (folder / FILE).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """Read manifest.json of ``folder``. Raises DataError when it is missing, damaged, or of another version."""
+        file = folder / FILE
+        if not file.is_file():
+            raise DataError(
+                f"'{folder}' holds no prepared data ({FILE} is missing); run 'moetrain prepare' or correct data.dir"
+            )
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            if content["format"] != FORMAT:
+                raise KeyError("format")
+            if content["version"] != VERSION:
+                raise DataError(
+                    f"'{file}' has version {content['version']}, this program reads {VERSION}; delete "
+                    f"'{folder}' and run 'moetrain prepare'"
+                )
+            domains = {name: _domain(d) for name, d in content["domains"].items()}
+            fields = {k: v for k, v in content.items() if k not in ("format", "version", "domains")}
+            return cls(**fields, domains=domains)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise DataError(f"'{file}' is damaged; delete '{folder}' and run 'moetrain prepare' again") from None
+
+    def table(self) -> str:
+        """The domains as lines of text, for people."""
+        rows = [f"{'domain':<16}{'documents':>11}{'tokens':>13}{'held out':>11}{'MB':>9}{'bytes/token':>13}  licence"]
+        for name, d in self.domains.items():
+            rows.append(
+                f"{name:<16}{d.train.documents + d.val.documents:>11,}{d.train.tokens:>13,}{d.val.tokens:>11,}"
+                f"{(d.train.bytes + d.val.bytes) / 1e6:>9.2f}{d.bytes_per_token:>13.2f}  {d.licence}".rstrip()
+            )
+        return "\n".join(rows)
+
+
+def _domain(content: dict[str, Any]) -> DomainInfo:
+    return DomainInfo(content["licence"], SplitInfo(**content["train"]), SplitInfo(**content["val"]))

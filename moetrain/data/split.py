@@ -1,0 +1,72 @@
+"""Which documents are held out for validation."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class DocumentKey:
+    """A document as the split sees it: a hash of its text and its length in bytes."""
+
+    digest: bytes
+    size: int
+
+    @classmethod
+    def of(cls, text: str) -> DocumentKey:
+        """Key of a document's text."""
+        data = text.encode("utf-8")
+        return cls(hashlib.blake2b(data, digest_size=16).digest(), len(data))
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Documents that are held out whole, by number, and at most one (number, bytes) whose tail is."""
+
+    whole: frozenset[int]
+    cut: tuple[int, int] | None
+
+
+def choose_held_out(documents: Sequence[DocumentKey], fraction: float) -> HeldOut:
+    """Hold out about ``fraction`` of the bytes: whole documents in the order of their hashes, equal ones together.
+
+    So the choice depends on the texts alone, and no held-out document is also trained on. A document that would
+    overshoot the wanted bytes by more than a quarter is passed over. Where that leaves less than half of what is
+    wanted (few, long documents), the rest is the tail of the longest other document (one that has no copy, if there
+    is any).
+    """
+    wanted = fraction * sum(d.size for d in documents)
+    copies = Counter(d.digest for d in documents)
+    size = {d.digest: d.size * copies[d.digest] for d in documents}
+    taken, chosen = 0, set()
+    for digest in sorted(size):
+        if taken >= wanted:
+            break
+        if taken + size[digest] <= 1.25 * wanted:
+            taken += size[digest]
+            chosen.add(digest)
+    whole = frozenset(i for i, d in enumerate(documents) if d.digest in chosen)
+    if taken >= wanted / 2:
+        return HeldOut(whole, None)
+    others = (i for i in range(len(documents)) if i not in whole)
+    longest = max(others, key=lambda i: (copies[documents[i].digest] == 1, documents[i].size, documents[i].digest, -i))
+    return HeldOut(whole, (longest, max(1, round(wanted - taken))))
+
+
+def cut_tail(text: str, tail: int) -> tuple[str, str]:
+    """``text`` in two, the second about ``tail`` UTF-8 bytes long: at the line end nearest to that, when one lies
+    within half of ``tail``, else between two characters."""
+    data = text.encode("utf-8")
+    aim = max(1, len(data) - tail)
+    ends = (data.rfind(b"\n", 0, aim) + 1, data.find(b"\n", aim) + 1)
+    near = [end for end in ends if 0 < end < len(data) and abs(end - aim) <= tail / 2]
+    if near:
+        at = min(near, key=lambda end: abs(end - aim))
+    else:
+        at = aim
+        while at < len(data) and data[at] & 0xC0 == 0x80:  # inside a character
+            at += 1
+    return data[:at].decode("utf-8"), data[at:].decode("utf-8")

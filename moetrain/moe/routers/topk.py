@@ -36,7 +36,7 @@ class TopKOptions:
         "top2_sum",
         description="a group's score: its best expert (DeepSeek-V2) or the sum of its best two (DeepSeek-V3)",
     )
-    logit_bias: bool = Field(False, description="a learned bias on the logits (GPT-OSS)")
+    logits_bias: bool = Field(False, description="a learned bias on the logits (GPT-OSS)")
     force_balance: bool = Field(False, description="benchmarks: ignore the scores and hand experts out in turn")
 
     def check(self, cfg: Config) -> None:
@@ -75,7 +75,7 @@ class TopKRouter(Router):
         super().__init__(cfg, layer, balance)
         self.options = options
         self.weight = nn.Parameter(torch.empty(self.n_experts, cfg.dim))
-        self.bias = nn.Parameter(torch.empty(self.n_experts)) if options.logit_bias else None
+        self.bias = nn.Parameter(torch.empty(self.n_experts)) if options.logits_bias else None
 
     def forward(self, x_TD: Tensor, carry: Carry, context: TokenContext) -> tuple[Routing, Carry]:
         """x_TD (T, D) -> (routing in dense form unless capacity drops, carry with this layer's auxiliary terms)."""

@@ -16,7 +16,7 @@ _BIAS = re.compile(r"bias|b\d*")
 
 
 def role_of(fqn: str, p: Tensor) -> Role:
-    """The role of parameter ``fqn``: told from its shape, and from the model's names for its parts (embed, head, router).
+    """The role of parameter ``fqn``: told from its shape and from the model's names for its parts: embed, head, router.
 
     matrix: a hidden weight (.., F, D); dimensions before the last two number independent matrices, as those of experts.
     router: the router's weight, and any gate that maps to a single number. vector: norms, biases, attention sinks.

@@ -17,7 +17,7 @@ BATCH_ELEMENTS = 2**27
 
 
 def newton_schulz(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Each matrix of ``x`` (.., A, B) with its singular values s replaced by about 1 (between 0.7 and 1.2), in ``dtype``.
+    """Each matrix of ``x`` (.., A, B) with singular values s replaced by about 1 (0.7 to 1.2); computed in ``dtype``.
 
     Five steps of the quintic of Muon (https://kellerjordan.github.io/posts/muon/, the same as in torch.optim.Muon):
     s / (norm of all s) goes through p(s) = 3.4445 s - 4.7750 s^3 + 2.0315 s^5, five times.
@@ -39,7 +39,7 @@ def newton_schulz(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def at_once(p: Tensor) -> int:
-    """How many parameters like ``p`` to orthogonalise together: enough to keep all ranks busy, within BATCH_ELEMENTS."""
+    """How many parameters like ``p`` to orthogonalise together: enough for all ranks, within BATCH_ELEMENTS."""
     if not isinstance(p, DTensor):
         return max(1, BATCH_ELEMENTS // max(1, p.numel()))
     ways = math.prod(p.device_mesh.size(i) for i in _split_matrices(p))
@@ -49,10 +49,10 @@ def at_once(p: Tensor) -> int:
 def orthogonalize(xs: Sequence[Tensor], compute: Callable[[Tensor], Tensor]) -> list[Tensor]:
     """``compute`` of every tensor of ``xs``, each a matrix or a batch of matrices (.., A, B); returns the local shards.
 
-    xs: equal in shape, dtype and, where they are DTensors, mesh and placements. compute: (.., A, B) -> (.., A, B), acting on
-    each matrix by itself; it is only given whole matrices. A mesh dimension that splits matrices (FSDP's) trades shards
-    of all of them for whole ones of its share, one exchange there and one back, so the work is divided among its ranks.
-    One that splits the batch (expert parallelism's) communicates nothing. Collective over the meshes.
+    xs: equal in shape, dtype and, where they are DTensors, mesh and placements. compute: (.., A, B) -> (.., A, B), on each
+    matrix by itself; it is only given whole matrices. Ranks that split matrices among them (FSDP's) trade shards of all
+    of them for whole ones of their share, one exchange there and one back, so the work is divided among these ranks.
+    Ranks that split the batch (expert parallelism's) communicate nothing. Collective over the meshes.
     """
     first = xs[0]
     if not isinstance(first, DTensor):

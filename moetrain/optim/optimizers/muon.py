@@ -46,8 +46,8 @@ class MuonOptions:
 
 @OPTIMIZERS.register("muon", MuonOptions)
 def build_muon(options: MuonOptions, model: nn.Module) -> Muon:
-    """Muon for ``model``'s hidden matrices, each slice [.., F, D] of an expert weight being one; AdamW for embedding, head,
-    router and vectors. Parameters are plain tensors or DTensors of any mix of meshes."""
+    """Muon for ``model``'s hidden matrices, of which each slice [.., F, D] of an expert weight is one; AdamW for embedding,
+    head, router and vectors. Parameters are plain tensors or DTensors of any mix of meshes."""
     o, parameters = options, trainable(model)
     matrices = [p for fqn, p in parameters.items() if role_of(fqn, p) == "matrix"]
     rest = {fqn: p for fqn, p in parameters.items() if role_of(fqn, p) != "matrix"}
@@ -63,8 +63,8 @@ def build_muon(options: MuonOptions, model: nn.Module) -> Muon:
 class Muon(torch.optim.Optimizer):
     """Both algorithms in one optimizer: a group's ``algorithm`` is "muon" or "adamw".
 
-    State of a parameter: ``momentum_buffer``, or ``step``, ``exp_avg`` and ``exp_avg_sq`` as in torch.optim.AdamW. It is
-    sharded as the parameter is, so DCP saves and reshards it like any other.
+    State of a parameter: ``momentum_buffer``, or ``step``, ``exp_avg`` and ``exp_avg_sq`` as in torch.optim.AdamW. It
+    is sharded as the parameter is, so DCP saves and reshards it like any other.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:

@@ -67,6 +67,8 @@ def train(argv: Sequence[str]) -> int:
     )
     if args.resume:
         cfg.run_dir = str(args.resume)
+    if local.reports_for_me():
+        local.end_with_parent()
     if not started:
         if not args.resume:
             cfg.run_dir = str(pick_run_dir(cfg, asked=any(word.startswith("run_dir=") for word in args.overrides)))
@@ -150,7 +152,7 @@ def refuse_no_run(folder: Path) -> None:
 
 
 def pick_run_dir(cfg: Config, asked: bool) -> Path:
-    """``cfg.run_dir``; where it is taken and nobody asked for that name, the first of NAME-2, NAME-3 ... that is free."""
+    """``cfg.run_dir``; where it is taken and was not asked for, the first of NAME-2, NAME-3 ... that is free."""
     wanted = Path(cfg.run_dir)
     if asked:
         return wanted

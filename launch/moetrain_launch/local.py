@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
 import signal
+import sys
 import tempfile
 import time
 import uuid
@@ -75,6 +77,19 @@ def record_error(message: str) -> None:
             json.dump({"message": message, "timestamp": str(int(time.time()))}, file)
 
 
+def end_with_parent() -> None:
+    """Called by a rank at its start: let the system end it when the process that started it is gone, however that ends.
+
+    The agent gives every rank a session of its own, so a killed agent would leave ranks behind that go on writing to
+    the run directory. Linux only; elsewhere this does nothing.
+    """
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+        if os.getppid() == 1:  # it was gone already
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 def reports_for_me() -> bool:
     """Whether the process that started this rank prints its error."""
     return REPORTED in os.environ and "TORCHELASTIC_ERROR_FILE" in os.environ
@@ -82,11 +97,11 @@ def reports_for_me() -> bool:
 
 def _first_cause(failures: Mapping[int, Any]) -> Outcome:
     """The failure to report. A rank that was killed takes its peers down with it, so it comes first; then one that
-    left a message; then the lowest rank."""
+    left a message; then any other; those that the agent stopped with SIGTERM because of it come last."""
 
-    def order(item: tuple[int, Any]) -> tuple[bool, bool, int]:
+    def order(item: tuple[int, Any]) -> tuple[bool, bool, bool, int]:
         rank, failure = item
-        return failure.exitcode >= 0, failure.error_file == "<N/A>", rank
+        return failure.exitcode == -signal.SIGTERM, failure.exitcode >= 0, failure.error_file == "<N/A>", rank
 
     rank, failure = min(failures.items(), key=order)
     if failure.exitcode < 0:

@@ -49,9 +49,9 @@ def at_once(p: Tensor) -> int:
 def orthogonalize(xs: Sequence[Tensor], compute: Callable[[Tensor], Tensor]) -> list[Tensor]:
     """``compute`` of every tensor of ``xs``, each a matrix or a batch of matrices (.., A, B); returns the local shards.
 
-    xs: equal in shape, dtype and, where they are DTensors, mesh and placements. compute: (.., A, B) -> (.., A, B), on each
-    matrix by itself; it is only given whole matrices. Ranks that split matrices among them (FSDP's) trade shards of all
-    of them for whole ones of their share, one exchange there and one back, so the work is divided among these ranks.
+    xs: equal in shape, dtype and, where they are DTensors, mesh and placements. compute: (.., A, B) -> (.., A, B), on
+    each matrix by itself; it is only given whole matrices. Ranks that split matrices among them (FSDP's) trade shards
+    of all of them for whole ones of their share, one exchange there and one back, so they divide the work.
     Ranks that split the batch (expert parallelism's) communicate nothing. Collective over the meshes.
     """
     first = xs[0]

@@ -1,10 +1,13 @@
-"""Muon: each hidden matrix gets torch.optim.Muon's update, each slice of an expert weight too, however it is sharded."""
+"""Muon: every hidden matrix and slice of an expert weight gets torch.optim.Muon's update, however it is sharded."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from moetrain.optim import build_optimizer
 from moetrain.optim.groups import role_of
@@ -92,9 +95,6 @@ def test_sharded_equals_whole(ep: int, edp: int, batch_elements: int, monkeypatc
 
 def test_matrices_split_twice_are_gathered() -> None:
     """As tensor parallelism and FSDP together split them: both on the same dimension (strided), or one on each."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import Shard, distribute_tensor
 
     def run(sharded: bool) -> list[Tensor]:
         model = torch.nn.Sequential(torch.nn.Linear(6, 8, bias=False), torch.nn.Linear(8, 6, bias=False)).double()
@@ -111,12 +111,9 @@ def test_matrices_split_twice_are_gathered() -> None:
         optimizer = build_optimizer(MuonOptions(lr=0.1), model)
         for p, g in zip(model.parameters(), gradients, strict=True):
             if sharded:
-                flat = distribute_tensor(g, mesh, [Shard(0), Shard(0)])
-                g = flat.redistribute(placements=p.placements) if p.placements[1].is_shard(1) else None
-                if g is None:  # strided: rows are dealt to tp first, then to dp
-                    g = type(p).from_local(
-                        p.detach().to_local() ** 2, mesh, p.placements, shape=p.shape, stride=p.stride()
-                    )
+                assert isinstance(p, DTensor)
+                local = p.detach().to_local() ** 2
+                g = DTensor.from_local(local, mesh, p.placements, shape=p.shape, stride=p.stride())
             p.grad = g
         optimizer.step()
         return [p.detach().full_tensor() if sharded else p.detach() for p in model.parameters()]

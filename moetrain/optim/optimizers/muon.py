@@ -46,8 +46,10 @@ class MuonOptions:
 
 @OPTIMIZERS.register("muon", MuonOptions)
 def build_muon(options: MuonOptions, model: nn.Module) -> Muon:
-    """Muon for ``model``'s hidden matrices, of which each slice [.., F, D] of an expert weight is one; AdamW for embedding,
-    head, router and vectors. Parameters are plain tensors or DTensors of any mix of meshes."""
+    """Muon for ``model``'s hidden matrices, each slice [.., F, D] of an expert weight being one; AdamW for the rest.
+
+    The rest: embedding, head, router, and vectors (norms, biases). Parameters are plain tensors or DTensors of any mix of meshes.
+    """
     o, parameters = options, trainable(model)
     matrices = [p for fqn, p in parameters.items() if role_of(fqn, p) == "matrix"]
     rest = {fqn: p for fqn, p in parameters.items() if role_of(fqn, p) != "matrix"}

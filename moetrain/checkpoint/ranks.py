@@ -1,0 +1,66 @@
+"""Agreement among ranks: what fails on one fails on all, at the same point, so that nobody waits for ever."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+log = logging.getLogger("moetrain")
+
+T = TypeVar("T")
+
+
+class RankError(Exception):
+    """Something failed on one rank at least; raised on all. The text is one line, of the lowest of these ranks."""
+
+
+class Ranks:
+    """The ranks that take part, or this process alone when ``group`` is None and there is no default group.
+
+    group: its backend must carry CPU tensors (gloo).
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+        self.alone = not dist.is_initialized()
+        self.rank = 0 if self.alone else dist.get_rank(group)
+        self.size = 1 if self.alone else dist.get_world_size(group)
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's ``value`` (it must pickle), in rank order, on every rank."""
+        if self.alone:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def each(self, work: Callable[[], T]) -> list[T]:
+        """``work()`` on every rank; all results. Raises RankError on all ranks when it raised on any."""
+        try:
+            mine: tuple[bool, Any] = (True, work())
+        except Exception as error:
+            mine = (False, one_line(error))
+        answers = self.gather(mine)
+        for rank, (fine, answer) in enumerate(answers):
+            if not fine:
+                raise RankError(answer if self.size == 1 else f"rank {rank}: {answer}")
+        return [answer for _, answer in answers]
+
+    def first(self, work: Callable[[], T]) -> T:
+        """``work()`` on rank 0 alone; its result on every rank. Raises RankError on all ranks when it raised."""
+        return self.each(lambda: work() if self.rank == 0 else None)[0]  # type: ignore[return-value]
+
+    def say(self, level: int, text: str) -> None:
+        """Log, once, what all ranks know alike."""
+        log.log(level if self.rank == 0 else logging.DEBUG, text)
+
+
+def one_line(error: BaseException) -> str:
+    """What ``error`` says, on one line; its class where it says nothing."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    text = " ".join(str(error).split())
+    return text[:300] if text else type(error).__name__

@@ -46,8 +46,9 @@ class Block(nn.Module):
     @recompute.setter
     def recompute(self, value: Recompute) -> None:
         self._recompute = value
-        if self.moe is not None:
-            self.moe.experts.recompute = value == "selective"
+        for part in (self.moe.experts, self.moe.shared) if self.moe is not None else ():
+            if part is not None:
+                part.recompute = value == "selective"  # type: ignore[assignment]
 
     def forward(self, x_BSD: Tensor, carry: Carry, positions: Positions, step: int) -> tuple[Tensor, Carry]:
         """(x_BSD, carry) -> (x_BSD, carry). step: optimizer step, for scheduled numbers and seeded noise."""

@@ -15,9 +15,9 @@ from moetrain.model.decoder import Decoder
 class Counts:
     """Numbers of parameters.
 
-    total: all. active: those that one token meets: all but the routed experts that it is not sent to. embedding: those of
-    the input table, which are in both and cost no arithmetic; 0 when the head shares them, since the head's do.
-    matmul: active ones that multiply a token's activations: 2 FLOPs each, forward.
+    total: all. active: those that one token meets, which is all but the routed experts that it is not sent to.
+    embedding: those of the input table, in both, which cost no arithmetic; 0 when the head shares them.
+    head: those of the output table. matmul: active ones that multiply a token's activations: 2 FLOPs each, forward.
     Published counts differ in what they leave out: "non-embedding" is total - embedding - head.
     """
 
@@ -48,11 +48,11 @@ def count_parameters(cfg: ModelConfig) -> Counts:
 
 
 def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
-    """FLOPs per token of one training step on sequences of ``seq_len`` tokens: 3 x forward (backward costs two forwards).
+    """FLOPs per token of one training step on sequences of ``seq_len`` tokens: 3 x forward, as backward costs two.
 
-    2 per active weight of a matrix product, and 2 x heads x (query width + value width) for every position attended to,
-    causally (half of the square) and within the window. Recomputation, norms, softmax and the optimizer are not counted:
-    the "model FLOPs" of published throughputs (PaLM, arXiv 2204.02311, appendix B; Megatron-Core counts alike).
+    Forward: 2 per active weight of a matrix product, and 2 x heads x (query width + value width) for every position
+    attended to, causally (half of the square) and within the window. Recomputation, norms, softmax and the optimizer
+    are not counted: the "model FLOPs" of published throughputs (PaLM, arXiv 2204.02311, appendix B; Megatron-Core).
     """
     a = cfg.attention
     widths = 2 * a.head_dim if a.kind == "gqa" else a.qk_nope_head_dim + a.qk_rope_head_dim + a.v_head_dim

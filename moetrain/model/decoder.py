@@ -27,7 +27,7 @@ class Decoder(nn.Module):
     def __init__(self, cfg: ModelConfig, balance: dict, experts: ExpertsConfig) -> None:
         super().__init__()
         self.cfg = cfg
-        self.aux_names: list[str] = aux_names(balance)
+        self.aux_names: tuple[str, ...] = aux_names(balance)
         self.rope = Rope(cfg.rope, rotated_width(cfg))
         self.embed = nn.Embedding(cfg.vocab_size, cfg.dim)
         self.layers = nn.ModuleDict({str(i): Block(cfg, i, balance, experts) for i in range(cfg.n_layers)})
@@ -54,7 +54,7 @@ class Decoder(nn.Module):
         return self.output(x, targets_BS, reduction), carry
 
     def first_carry(self, x: Tensor) -> Carry:
-        """The carry that enters the first block: no auxiliary loss yet. Sums are float32, or float64 in such a model."""
+        """The carry that enters the first block: no auxiliary loss yet. Its sums are float32 or wider."""
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         return Carry(x.new_zeros(len(self.aux_names), dtype=dtype))
 

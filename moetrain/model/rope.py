@@ -16,7 +16,7 @@ from moetrain.config.schema import RopeConfig
 
 
 def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
-    """Attention temperature for an extension by ``factor`` (YaRN, arXiv 2309.00071, equation 22; DeepSeek's ``mscale``)."""
+    """Attention temperature of an extension by ``factor`` (YaRN, arXiv 2309.00071, equation 22; DeepSeek's mscale)."""
     return 1.0 if factor <= 1.0 else 0.1 * mscale * math.log(factor) + 1.0
 
 
@@ -32,12 +32,12 @@ def inverse_frequencies(cfg: RopeConfig, width: int, dtype: torch.dtype) -> tupl
     if cfg.scaling == "llama3":
         return _llama3(cfg, inv), 1.0
     if cfg.scaling == "yarn":
-        return _yarn(cfg, inv, width), _yarn_temperature(cfg)
+        return _yarn(cfg, inv, width), yarn_temperature(cfg)
     return inv, 1.0
 
 
 def _llama3(cfg: RopeConfig, inv: Tensor) -> Tensor:
-    # smooth runs from 0 (wavelength = original / low_freq_factor, fully scaled) to 1 (original / high_freq_factor, kept)
+    # from 0 at wavelength original / low_freq_factor (fully scaled) to 1 at original / high_freq_factor (kept)
     turns = cfg.original_max_seq_len * inv / (2 * math.pi)
     smooth = ((turns - cfg.low_freq_factor) / (cfg.high_freq_factor - cfg.low_freq_factor)).clamp(0, 1)
     return (1 - smooth) * inv / cfg.factor + smooth * inv
@@ -58,7 +58,8 @@ def _yarn(cfg: RopeConfig, inv: Tensor, width: int) -> Tensor:
     return inv / cfg.factor * interpolated + inv * (1 - interpolated)
 
 
-def _yarn_temperature(cfg: RopeConfig) -> float:
+def yarn_temperature(cfg: RopeConfig) -> float:
+    """Factor on cos and sin under yarn: the default rule, or the ratio of both mscales (DeepSeek)."""
     if cfg.mscale and cfg.mscale_all_dim:
         return yarn_mscale(cfg.factor, cfg.mscale) / yarn_mscale(cfg.factor, cfg.mscale_all_dim)
     return yarn_mscale(cfg.factor)
@@ -116,8 +117,8 @@ class Rope:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """Rotate the pairs of x (B, S, H, r): elements (i, i + r/2), or neighbours (2i, 2i+1) when ``interleaved``.
 
-    Interleaved pairs come out as halves (all first elements, then all second ones): queries and keys are permuted alike,
-    so their products are the same, and the writes are contiguous.
+    Interleaved pairs come out as halves (all first elements, then all second ones): queries and keys are permuted
+    alike, so their products are the same, and the writes are contiguous.
     """
     a, b = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)

@@ -54,8 +54,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, si
         mask = _causal(q.shape[2], q.device) if mask is None else mask
         q, k, v, mask = _sink_as_key(q, k, v, scale, mask, sinks_H)
     if q.device.type == "cpu" and v.shape[-1] < q.shape[-1]:
-        # The CPU's flash kernel needs equal widths; without it attention falls back to the quadratic-memory path, which is
-        # three times slower (DeepSeek's 192/128 heads).
+        # The CPU's flash kernel needs equal widths; without it attention falls back to the path that builds all scores,
+        # three times slower at DeepSeek's 3:2 widths.
         v = F.pad(v, (0, q.shape[-1] - v.shape[-1]))
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
@@ -68,8 +68,8 @@ def _sink_as_key(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Express the sink as one more key with value zero, which fused kernels know how to differentiate.
 
-    Eight more head dimensions (kernels want a multiple of 8): the first is sink/scale in queries and 1 in the sink's key,
-    0 in all other keys; so the sink's score is exactly its logit.
+    Eight more head dimensions (kernels want a multiple of 8): the first is sink/scale in queries, 1 in the sink's key
+    and 0 in all other keys; so the sink's score is exactly its logit.
     """
     B, H, S, _ = q.shape
     G = k.shape[1]

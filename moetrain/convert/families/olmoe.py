@@ -1,0 +1,31 @@
+"""OLMoE (arXiv 2409.02060): transformers' OlmoeForCausalLM."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from moetrain.convert.family import EXPERTS, FUSED, GQA, TRUNK, Family, register
+
+
+@register
+class Olmoe(Family):
+    """Attention with RMSNorm over all query heads together, and all key heads; softmax scores, renormalised or not."""
+
+    name = "olmoe"
+    architecture = "OlmoeForCausalLM"
+    fields: ClassVar = {
+        "attention.n_kv_heads": "num_key_value_heads",
+        "attention.qkv_bias": "attention_bias",
+        "attention.out_bias": "attention_bias",
+        "attention.clip_qkv": "clip_qkv",
+        "moe.num_experts": "num_experts",
+        "moe.expert_dim": "intermediate_size",
+        "router.renormalize": "norm_topk_prob",
+    }
+    implied: ClassVar = {"attention.qk_norm": "full"}
+    rules = (*TRUNK, *GQA, *EXPERTS)
+    in_memory = FUSED
+
+    def read(self, hf: Mapping[str, Any]) -> dict[str, Any]:
+        return {"attention.head_dim": hf["hidden_size"] // hf["num_attention_heads"]}

@@ -271,7 +271,8 @@ def show_help(parser: Parser, command: str, only: Sequence[str]) -> int:
             raise ConfigError(f"'{path}' is not a setting or a group; see 'moetrain {command} --help'")
         tables += found
     for title, rows in tables:
-        table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), title=escape(title), title_justify="left")
+        console.print(title, markup=False)
+        table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
         for row in rows:
             default = f"= {row.default}" if row.default else ""
             table.add_row(f"  {escape(row.path)}", escape(f"{row.type} {default}"), escape(row.description))

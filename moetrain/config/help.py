@@ -30,17 +30,22 @@ class Row:
 class Section:
     """Settings that belong together: a group, or the options of one registered kind."""
 
+    path: str
     title: str
     rows: list[Row]
 
 
 def sections(only: str = "") -> list[Section]:
-    """Help on every setting whose path starts with ``only``; imports the registries. Empty sections are left out."""
+    """Help on every setting whose path starts with ``only``; imports the registries."""
+
+    def below(path: str) -> bool:
+        return not only or path == only or path.startswith(f"{only}.")
+
     shown = []
     for section in _group("", Config, "settings of the run"):
-        rows = [row for row in section.rows if row.path == only or row.path.startswith(f"{only}." if only else "")]
-        if rows:
-            shown.append(Section(section.title, rows))
+        rows = [row for row in section.rows if below(row.path)]
+        if rows or (not section.rows and below(section.path)):
+            shown.append(Section(section.path, section.title, rows))
     return shown
 
 
@@ -65,7 +70,7 @@ def _group(path: str, cls: type, title: str) -> Iterator[Section]:
             rows.append(
                 Row(here, type_name(field.annotation, field.metadata), _default(field), field.description or "")
             )
-    yield Section(f"{path}: {title}" if path else title, rows)
+    yield Section(path, f"{path}: {title}" if path else title, rows)
     yield from below
 
 
@@ -74,11 +79,11 @@ def _kinds(path: str, field: FieldInfo) -> Iterator[Section]:
     assert kinds is not None
     by_name = get_origin(field.annotation) is dict
     if not by_name:
-        default = json.dumps(to_dict(field.get_default(call_default_factory=True)["kind"]))
+        default = field.get_default(call_default_factory=True)["kind"]
         row = Row(
             f"{path}.kind", "one of " + ", ".join(kinds.names()), default, f"which {kinds.what}; fixes the other keys"
         )
-        yield Section(f"{path}: {field.description}", [row])
+        yield Section(path, f"{path}: {field.description}", [row])
     for name in kinds.names():
         options = kinds.get(name).options
         prefix = f"{path}.{name}" if by_name else path
@@ -88,7 +93,7 @@ def _kinds(path: str, field: FieldInfo) -> Iterator[Section]:
         ]
         doc = (options.__doc__ or "").strip().splitlines()
         title = f"{prefix}" if by_name else f"{path}.kind={name}"
-        yield Section(f"{title}: {doc[0] if doc else kinds.what}", rows or [Row(prefix, "", "", "no options")])
+        yield Section(prefix, f"{title}: {doc[0] if doc else kinds.what}", rows)
 
 
 def _dataclass_of(field: FieldInfo) -> type | None:
@@ -101,4 +106,6 @@ def _dataclass_of(field: FieldInfo) -> type | None:
 
 def _default(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True)
-    return "" if value is PydanticUndefined else json.dumps(to_dict(value))
+    if value is PydanticUndefined:
+        return ""
+    return value if isinstance(value, str) and value else json.dumps(to_dict(value))

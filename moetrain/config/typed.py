@@ -71,7 +71,8 @@ def type_name(annotation: Any, metadata: tuple[Any, ...] | list[Any] = ()) -> st
     """A type as a reader of help and errors sees it: "int >= 1", "float or null", "one of: a, b"."""
     bounds = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
     limits = [f"{sign} {getattr(m, name)}" for m in metadata for name, sign in bounds.items() if hasattr(m, name)]
-    return " ".join([_bare_type(annotation), " and ".join(limits)]).strip()
+    bare, null, rest = _bare_type(annotation).partition(" or null")
+    return bare + (" " if limits else "") + " and ".join(limits) + null + rest
 
 
 def paths_of(cls: type, path: str = "") -> Iterator[str]:

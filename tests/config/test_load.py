@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moetrain.config import Config, load, read, save, to_dict
+from moetrain.config import Config, load, read, save, schema, to_dict
 from moetrain.config import registry as registries
-from moetrain.config import schema
 from moetrain.config.check import check_mapping
 from moetrain.config.errors import ConfigError
 from moetrain.config.presets import Presets, expand_sweep

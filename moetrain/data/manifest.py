@@ -50,6 +50,7 @@ class Manifest:
     """A whole prepared data set. ``recipe`` and ``fingerprint`` are hashes: of the config alone, and of the config
     with the text."""
 
+    name: str
     recipe: str
     fingerprint: str
     vocab_size: int

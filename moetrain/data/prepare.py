@@ -126,7 +126,7 @@ def _locked(out: Path) -> Iterator[None]:
 
 def _current(cfg: DataConfig, out: Path) -> Manifest | dict[str, list[SourceFile]]:
     """The manifest of ``out`` if nothing has to be done, else the files of every domain. Writes nothing."""
-    old, recipe = _existing(out), _recipe(cfg)
+    old, recipe = _existing(cfg.name, out), _recipe(cfg)
     try:
         files = {name: find_files(name, source) for name, source in cfg.sources.items()}
     except DataError as error:
@@ -137,13 +137,19 @@ def _current(cfg: DataConfig, out: Path) -> Manifest | dict[str, list[SourceFile
     return old if old is not None and old.recipe == recipe and _unchanged(out, old, files) else files
 
 
-def _existing(out: Path) -> Manifest | None:
+def _existing(name: str, out: Path) -> Manifest | None:
     """The manifest of the folder as it is, None where there is none. Raises DataError for a folder that is something
     else."""
     if not out.exists():
         return None
     if (out / FILE).is_file():
-        return Manifest.load(out)
+        manifest = Manifest.load(out)
+        if manifest.name != name:  # may have taken days: never replaced by mistake
+            raise DataError(
+                f"data.dir '{out}' holds the prepared data set '{manifest.name}', not '{name}'; choose another "
+                f"data.dir, or remove it yourself"
+            )
+        return manifest
     if out.is_dir() and not any(out.iterdir()):
         return None
     raise DataError(f"data.dir '{out}' exists and is not prepared data; choose another data.dir, or remove it yourself")
@@ -191,18 +197,25 @@ def _unchanged(out: Path, manifest: Manifest, files: dict[str, list[SourceFile]]
 
 
 def _replace(out: Path, partial: Path) -> None:
-    """Put the finished folder in the place of the old one."""
+    """Force the finished folder to disk and put it in the place of the old one."""
+    for path in (*partial.iterdir(), partial):
+        _to_disk(path)
     old = out.with_name(f".{out.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
         os.rename(out, old)
     os.rename(partial, out)
-    parent = os.open(out.parent, os.O_RDONLY)
-    try:
-        os.fsync(parent)
-    finally:
-        os.close(parent)
+    _to_disk(out.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, would survive a power failure."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @dataclass
@@ -228,6 +241,7 @@ class _Build:
         with bar:
             domains = {domain: self._write(domain, tokenizer, bar) for domain in self.files}
         manifest = Manifest(
+            name=self.cfg.name,
             recipe=self.recipe,
             fingerprint=_fingerprint(self.recipe, self.digests),
             vocab_size=tokenizer.vocab_size,

@@ -11,7 +11,6 @@ writes.
 from __future__ import annotations
 
 import hashlib
-import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,7 @@ def idx_path(prefix: Path) -> Path:
 
 
 class ShardWriter:
-    """Writes one shard, document by document. After ``close`` both files are on disk and ``sha256`` names their
+    """Writes one shard, document by document. After ``close`` both files are whole and ``sha256`` names their
     contents."""
 
     def __init__(self, prefix: Path, dtype: np.dtype[Any]) -> None:
@@ -60,7 +59,7 @@ class ShardWriter:
         self.lengths.append(len(ids))
 
     def close(self) -> None:
-        """Write the index and force both files to disk."""
+        """Write the index."""
         lengths = np.asarray(self.lengths, dtype="<i4")
         ends = np.cumsum(lengths, dtype="<i8") * self.dtype.itemsize
         pointers = np.concatenate([np.zeros(1, "<i8"), ends])[:-1]
@@ -72,17 +71,9 @@ class ShardWriter:
             + pointers.tobytes()
             + bounds.tobytes()
         )
-        with self._bin:
-            _to_disk(self._bin)
-        with open(idx_path(self.prefix), "wb") as file:
-            file.write(index)
-            _to_disk(file)
+        self._bin.close()
+        idx_path(self.prefix).write_bytes(index)
         self.sha256 = {"bin": self._digest.hexdigest(), "idx": hashlib.sha256(index).hexdigest()}
-
-
-def _to_disk(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 class Shard:

@@ -1,0 +1,227 @@
+"""The command line: one line and an exit code for what is wrong, help on every setting, ranks that start and end well.
+
+Training itself is tested in test_end_to_end.py; here ``moetrain.train.run`` is never reached, or is stood in for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from moetrain import cli
+from moetrain.config import Config, load, read, save
+from moetrain.config.typed import paths_of
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTHONPATH = os.pathsep.join(str(ROOT / folder) for folder in ("", "kernels", "launch"))
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    for name in ("WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        ("trian", 2, "there is no command 'trian'; did you mean 'train'?"),
+        ("train train.stepz=3", 2, "train.stepz is not a setting; did you mean train.steps?"),
+        ("train --resum x", 2, "unrecognized arguments: --resum"),
+        ("train parallel.ep=3", 2, "ep 3 x etp 1 = 3 must divide the world size 1"),
+        ("train launch.ranks=3", 2, "train.global_batch=8 must be a multiple of train.micro_batch=4 x 3"),
+        ("train --resume nowhere", 2, "--resume nowhere: there is no such folder"),
+        ("train --resume .", 2, "--resume .: not a run directory, it has no config.yaml"),
+        ("train --config nothing.yaml", 2, "nothing.yaml cannot be read"),
+        ("train --config-dir nowhere", 2, "is not a folder"),
+        ("train -m --resume . seed=1,2", 2, "-m starts new runs"),
+        ("train -m seed=1,2 train.steps=0,1", 2, "train.steps takes int >= 1; got 0"),
+        ("train --help trian", 2, "'trian' is not a setting or a group"),
+        ("prepare data=nothing", 2, "no preset of data is called 'nothing'"),
+        ("prepare --resume .", 2, "unrecognized arguments: --resume"),
+    ],
+)
+def test_wrong_words_give_one_line_and_an_exit_code(
+    words: str, code: int, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(words.split()) == code
+    out, err = capsys.readouterr()
+    assert says in err and err.startswith("moetrain: error: ") and err.count("\n") == 1
+    assert not out and not list(Path(".").iterdir())
+
+
+def test_traceback_on_request() -> None:
+    with pytest.raises(Exception, match="is not a setting"):
+        cli.main(["train", "--traceback", "train.stepz=3"])
+
+
+def test_a_taken_run_directory_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    (Path("taken") / "checkpoints").mkdir(parents=True)
+    assert cli.main(["train", "run_dir=taken"]) == 2
+    assert "taken already holds a run; continue it with --resume taken" in capsys.readouterr().err
+
+
+def test_a_default_run_directory_is_numbered_on_and_an_asked_one_is_kept() -> None:
+    cfg = load(["run_dir=runs/x"])
+    for name in ("x", "x-2"):
+        assert cli.pick_run_dir(cfg, asked=False) == Path("runs") / name
+        (Path("runs") / name).mkdir(parents=True)
+        save(cfg, Path("runs") / name / "config.yaml")
+    assert cli.pick_run_dir(cfg, asked=False) == Path("runs/x-3")
+    assert cli.pick_run_dir(cfg, asked=True) == Path("runs/x")
+
+
+def test_help_shows_every_setting_with_type_default_and_description(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--help"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    shown = {words[0]: " ".join(words[1:]) for words in lines if words}
+    kinds = {"model.router": "model.router.kind", "optim": "optim.kind", "dispatch": "dispatch.kind"}
+    groups = {path.rpartition(".")[0] for path in paths_of(Config)}
+    for path in set(paths_of(Config)) - groups - {"balance", "data.sources"}:
+        assert kinds.get(path, path) in shown, f"{path} is missing"
+    assert shown["train.steps"] == "int >= 1 = 100 optimizer steps"
+    for path in ("data.sources.NAME.weight", "balance.aux_loss.coef", "optim.lr", "model.router.score"):
+        assert shown[path]
+    assert "mixtral-8x7b" in shown["model"]
+
+
+def test_help_on_one_group(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--help", "checkpoint"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split()[0] for line in lines if line.startswith("  ")} == {
+        f"checkpoint.{name}" for name in ("every", "keep", "asynchronous", "at_end")
+    }
+
+
+def test_resume_takes_the_saved_config_and_further_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything comes from the run directory, which may have moved; single settings may be changed."""
+    seen: list[tuple[Config, bool]] = []
+    monkeypatch.setattr("moetrain.train.run", lambda cfg, resume: seen.append((cfg, resume)))
+    monkeypatch.setattr("moetrain.data.prepare.prepare", lambda cfg: None)
+    Path("moved").mkdir()
+    save(load(["run_dir=before", "seed=5", "model.n_layers=2"]), "moved/config.yaml")
+    assert cli.main(["train", "--resume", "moved", "train.steps=7"]) == 0
+    [(cfg, resume)] = seen
+    assert resume
+    assert (cfg.run_dir, cfg.seed, cfg.model.n_layers, cfg.train.steps) == ("moved", 5, 2, 7)
+
+
+def test_under_a_launcher_a_rank_trains_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a launcher's environment no ranks are started, and the sizes are checked against its world."""
+    seen: list[Config] = []
+    monkeypatch.setattr("moetrain.train.run", lambda cfg, resume: seen.append(cfg))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["train", "parallel.ep=4", "train.global_batch=16"]) == 0
+    assert cli.main(["train", "parallel.ep=8"]) == 2
+    assert len(seen) == 1
+
+
+def test_a_sweep_runs_each_combination_in_a_directory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the subprocess notes the config of each job; the second one fails, and the rest still run."""
+    ran: list[Config] = []
+
+    def job(command: list[str]) -> subprocess.CompletedProcess[str]:
+        ran.append(read(command[command.index("--config") + 1]))
+        return subprocess.CompletedProcess(command, returncode=int(len(ran) == 2))
+
+    monkeypatch.setattr(cli.subprocess, "run", job)
+    assert cli.main(["train", "-m", "seed=1,2", "optim.lr=0.1,0.2", "run_dir=s"]) == 1
+    assert [(cfg.seed, cfg.optim.lr) for cfg in ran] == [(1, 0.1), (1, 0.2), (2, 0.1), (2, 0.2)]
+    assert [cfg.run_dir for cfg in ran] == [f"s/{number:03d}" for number in range(4)]
+    table = yaml.safe_load(Path("s/sweep.yaml").read_text())
+    assert table["runs"]["002"] == ["seed=2", "optim.lr=0.1", "run_dir=s"]
+    assert cli.main(["train", "-m", "seed=1,2", "run_dir=s"]) == 2
+
+
+RANK = """
+import os, signal, sys, time
+from moetrain_launch import local
+rank, what = int(os.environ["RANK"]), sys.argv[1]
+local.end_with_parent()
+open(f"pid-{rank}", "w").write(str(os.getpid()))
+if what == "env":
+    open(f"env-{rank}", "w").write(" ".join(os.environ[k] for k in ("WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS")))
+elif rank == 1:
+    if what == "error":
+        local.record_error("loss is nan at step 3")
+        sys.exit(7)
+    if what == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "exit":
+        sys.exit(3)
+if what != "env":
+    time.sleep(60)
+"""
+
+LAUNCH = """
+import json, sys
+from dataclasses import asdict
+from moetrain_launch import local
+outcome = local.run_ranks([sys.executable, "rank.py", sys.argv[1]], 2, {"OMP_NUM_THREADS": "1"})
+print(json.dumps(asdict(outcome)))
+"""
+
+
+def launch(what: str) -> subprocess.Popen[str]:
+    Path("rank.py").write_text(RANK)
+    env = {**os.environ, "PYTHONPATH": PYTHONPATH}
+    return subprocess.Popen([sys.executable, "-c", LAUNCH, what], stdout=subprocess.PIPE, text=True, env=env)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def wait_for(condition: object, seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("what", "code", "message"),
+    [
+        ("env", 0, ""),
+        ("error", 7, "loss is nan at step 3"),
+        ("exit", 3, "rank 1 failed with exit code 3"),
+        ("kill", 137, "rank 1 was ended by SIGKILL"),
+    ],
+)
+def test_ranks_end_together_with_one_message(what: str, code: int, message: str) -> None:
+    """The rank that failed first is reported, whatever that did to the other one, which is stopped."""
+    out, _ = launch(what).communicate(timeout=60)
+    outcome = json.loads(out)
+    assert outcome["code"] == code
+    assert outcome["message"].startswith(message) and bool(message) == bool(outcome["message"])
+    assert not any(is_running(int(Path(f"pid-{rank}").read_text())) for rank in range(2))
+    if what == "env":
+        assert [Path(f"env-{rank}").read_text() for rank in range(2)] == ["2 0 1", "2 1 1"]
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_ranks_end_when_their_parent_is_stopped(how: signal.Signals) -> None:
+    """Also when it is killed outright: no rank goes on writing to the run directory."""
+    parent = launch("sleep")
+    wait_for(lambda: all(Path(f"pid-{rank}").exists() and Path(f"pid-{rank}").read_text() for rank in range(2)))
+    parent.send_signal(how)
+    out, _ = parent.communicate(timeout=60)
+    wait_for(lambda: not any(is_running(int(Path(f"pid-{rank}").read_text())) for rank in range(2)))
+    if how is not signal.SIGKILL:
+        assert json.loads(out) == {"code": 128 + how, "message": f"stopped by {how.name}"}

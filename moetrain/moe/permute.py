@@ -100,9 +100,10 @@ class _SumRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor | None]:
         order: RowOrder = ctx.order
-        if not ctx.saved_tensors:
+        saved = ctx.saved_tensors  # read once: under activation checkpointing a second read is an error
+        if not saved:
             return grads[0].index_select(0, order.token_R), None, None
-        y_RD, weight_A = ctx.saved_tensors
+        y_RD, weight_A = saved
         return _weighted_backward(grads[0], y_RD, weight_A, order)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from moetrain.data.baselines import Baselines, baselines
 from moetrain.data.loader import validation_batches
 from moetrain.train.evaluate import Evaluation
 from moetrain.train.generate import generate
+from moetrain.train.metrics import load_metrics
 from moetrain.train.rundir import write_summary
 from moetrain.train.trainer import Trainer
 
@@ -28,7 +30,7 @@ SUMMARY_VERSION = 1
 def finish(trainer: Trainer, evaluation: Evaluation) -> dict[str, Any]:
     """Report, sample, export as the config asks; write and return the summary. Collective."""
     cfg = trainer.cfg
-    known = baselines(trainer.data)
+    known = baselines(trainer.data, cfg.train.seq_len, cfg.train.eval_sequences)
     report(trainer, evaluation, known)
     for i, prompt in enumerate(cfg.generate.prompts):
         g = cfg.generate
@@ -63,7 +65,7 @@ def report(trainer: Trainer, evaluation: Evaluation, known: Baselines) -> None:
     for name, loss in evaluation.by_domain.items():
         log.info("  %-14s %.4f   (unigram %.4f, bigram %.4f)", name, loss,
                  known.by_domain[name].unigram, known.by_domain[name].bigram)  # fmt: skip
-    loads = trainer.loads
+    loads = load_metrics(trainer.last_loads)
     if loads:
         per_layer = zip(loads["load_max_over_mean_by_layer"], loads["load_entropy_by_layer"], strict=True)
         log.info("experts    last step: %d dead; by MoE layer max/mean (entropy): %s", loads["dead_experts"],
@@ -78,6 +80,7 @@ def export(trainer: Trainer, evaluation: Evaluation) -> dict[str, Any]:
     failure: list[str | None] = [None]
     if dist.get_rank() == 0:
         try:
+            shutil.rmtree(out, ignore_errors=True)  # of an earlier end of this run, before it was resumed
             export_hf(trainer.cfg.model, whole, out, trainer.data.tokenizer(), dtype)
             log.info("exported   %s", out)
         except (ConvertError, OSError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -54,6 +55,8 @@ def set_up_torch(cfg: Config, ranks_here: int) -> None:
         # Determinism does not need fresh memory to be filled; every value that is read has been written.
         torch.utils.deterministic.fill_uninitialized_memory = False
     torch.set_float32_matmul_precision("highest")
+    # Nothing here writes to a module's output in place, which is what FSDP warns of.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
 def set_up_log(run_dir: Path, rank: int) -> None:

@@ -17,7 +17,7 @@ from moetrain.data.dataset import TokenData
 from moetrain.data.loader import Loader
 from moetrain.data.sampler import Sampler
 from moetrain.model.count import count_parameters, flops_per_token
-from moetrain.moe.balance import aux_coefs, end_of_step
+from moetrain.moe.balance import Loads, aux_coefs, end_of_step
 from moetrain.optim import build_optimizer
 from moetrain.optim.schedule import lr_factor
 from moetrain.parallel.apply import build_parallel
@@ -49,7 +49,7 @@ class Trainer:
         self.step = 0
         self.tokens = 0
         self.seconds = 0.0
-        self.loads: dict[str, Any] = {}
+        self.last_loads = Loads({}, {})
 
     def resume(self) -> None:
         """Continue from the newest whole checkpoint, or from the start when there is none."""
@@ -82,7 +82,7 @@ class Trainer:
                 evaluation = self.evaluate()
                 metrics |= {"val_loss": evaluation.loss, "val_loss_by_domain": evaluation.by_domain}
             if self._due(cfg.log.every) or "val_loss" in metrics:
-                writer.write(self.step, metrics | meter.read() | self.loads)
+                writer.write(self.step, metrics | meter.read() | load_metrics(self.last_loads))
             if self._due(cfg.checkpoint.every) or (cfg.checkpoint.at_end and self.step == cfg.train.steps):
                 self.checkpointer.save(self.step, gather_state(self.model, self.optimizer, self._progress()))
         self.checkpointer.wait()
@@ -106,7 +106,7 @@ class Trainer:
         check_finite(loss, grad_norm, step, cfg.train.global_batch, self.checkpointer.last_good())
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.loads = load_metrics(end_of_step(self.model, self.dims.stage_group, step))
+        self.last_loads = end_of_step(self.model, self.dims.stage_group, step)
         self.step += 1
         self.tokens += tokens
         lr = self.peak_lrs[0] * factor

@@ -30,11 +30,6 @@ class Batch:
     sample_ids: list[int]
     domain_B: Tensor
 
-    def to(self, device: torch.device | str) -> Batch:
-        """The same batch on ``device``."""
-        tokens_BS, targets_BS = self.tokens_BS.to(device), self.targets_BS.to(device)
-        return Batch(tokens_BS, targets_BS, self.sample_ids, self.domain_B.to(device))
-
 
 class Loader:
     """The micro-batches of one data rank. ``step(s)`` depends on nothing but its arguments, so resuming is asking for

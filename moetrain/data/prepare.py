@@ -27,7 +27,7 @@ from tqdm import tqdm
 from moetrain.config.errors import DataError
 from moetrain.config.schema import DataConfig
 from moetrain.data.manifest import FILE, SPLITS, TOKENIZER_FILE, VERSION, DomainInfo, Manifest, SplitInfo
-from moetrain.data.shards import ShardWriter, bin_path, dtype_for, idx_path
+from moetrain.data.shards import Shard, ShardWriter, dtype_for
 from moetrain.data.sources import SourceFile, compile_delimiter, find_files, read_text, split_documents
 from moetrain.data.split import DocumentKey, HeldOut, choose_held_out, cut_tail
 from moetrain.data.tokenizer import LoadedTokenizer, describe_tokenizer, load_tokenizer, train_tokenizer
@@ -38,7 +38,7 @@ logger = logging.getLogger("moetrain")
 SOURCES_FILE = (
     "sources.json"  # sizes, times and hashes of the text files: lets a second call see quickly that nothing changed
 )
-BATCH_CHARS = 4_000_000  # text handed to the tokenizer at once
+BATCH_CHARS = 1_000_000  # text handed to the tokenizer at once
 
 
 def shard_prefix(folder: Path, domain: str, split: str) -> Path:
@@ -170,14 +170,15 @@ def _fingerprint(recipe: str, digests: dict[str, list[str]]) -> str:
 
 
 def _unchanged(out: Path, manifest: Manifest, files: dict[str, list[SourceFile]]) -> bool:
-    """Whether the shards are whole and the text is what they were made from; reads only files whose size or time
-    differ."""
+    """Whether the shards are whole and the text is what they were made from; reads only text files whose size or
+    time differ."""
     for name, domain in manifest.domains.items():
         for split in SPLITS:
-            prefix = shard_prefix(out, name, split)
-            if not (bin_path(prefix).is_file() and idx_path(prefix).is_file()):
+            try:
+                shard = Shard(shard_prefix(out, name, split))
+            except DataError:
                 return False
-            if bin_path(prefix).stat().st_size != domain.split(split).tokens * dtype_for(manifest.vocab_size).itemsize:
+            if (shard.documents, len(shard.tokens)) != (domain.split(split).documents, domain.split(split).tokens):
                 return False
     try:
         known = json.loads((out / SOURCES_FILE).read_text(encoding="utf-8"))

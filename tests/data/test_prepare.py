@@ -107,8 +107,9 @@ def test_a_second_call_does_nothing_until_text_or_config_change(tmp_path: Path) 
     assert prepare(cfg, progress=False) == first and not built_again()
     cfg.sources["sea"].weight = 0.7  # not a matter of tokens
     assert prepare(cfg, progress=False) == first and not built_again()
-    (Path(cfg.dir) / "sea.val.bin").unlink()
-    assert prepare(cfg, progress=False) == first and built_again()
+    for name in ("sea.val.bin", "food.train.idx"):
+        (Path(cfg.dir) / name).write_bytes(b"damaged")
+        assert prepare(cfg, progress=False) == first and built_again()
     text.write_text(text.read_text().replace("wave", "WAVE"))
     assert prepare(cfg, progress=False).fingerprint != first.fingerprint and built_again()
     text.write_text(text.read_text().replace("WAVE", "wave"))

@@ -185,7 +185,10 @@ def complete(model_type: str, config: Mapping[str, Any]) -> dict[str, Any]:
     from transformers import AutoConfig
 
     known = {key: value for key, value in copy.deepcopy(dict(config)).items() if key != "model_type"}
-    return AutoConfig.for_model(model_type, **known).to_dict()
+    full = AutoConfig.for_model(model_type, **known)
+    hf = full.to_dict()
+    # a class may keep a setting under another name than checkpoints do
+    return hf | {alias: hf[name] for alias, name in full.attribute_map.items() if name in hf}
 
 
 def value_of(cfg: ModelConfig, path: str) -> Any:

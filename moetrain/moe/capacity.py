@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ def random_priority(n_assignments: int, step: int, layer: int, device: torch.dev
 
     So a rerun drops the same choices. All micro-batches and ranks of a step share the draw, position by position.
     """
-    generator = torch.Generator(device).manual_seed((layer << 32) + step)
+    # Hashed, because torch's CPU generator uses the low 32 bits of a seed only.
+    generator = torch.Generator(device).manual_seed(zlib.crc32(f"{step}/{layer}".encode()))
     return torch.rand(n_assignments, generator=generator, device=device)
 
 

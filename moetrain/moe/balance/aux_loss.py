@@ -58,7 +58,8 @@ class AuxLoss(BalanceMethod):
         total_G1 = loads_GE.sum(1, keepdim=True)
         share_GE = loads_GE.to(probs_TE.dtype) / total_G1.clamp(min=1)
         share_GE = torch.where(total_G1 > 0, share_GE, 1 / self.n_experts)
-        probs_GE = probs_TE.unflatten(0, (len(loads_GE), -1)).sum(1) if len(probs_TE) else probs_TE.sum(0, keepdim=True)
+        group_size = decision.context.seq_len if self.scope == "sequence" else len(probs_TE)
+        probs_GE = probs_TE.view(len(loads_GE), group_size, self.n_experts).sum(1)
         return self.n_experts * (share_GE * probs_GE).sum()
 
     def _loads(self, decision: Decision) -> Tensor:
@@ -67,11 +68,11 @@ class AuxLoss(BalanceMethod):
             return self.loads_E.unsqueeze(0).clone()
         if self.scope == "micro_batch":
             return _sum_over(decision.group, decision.counts_E.unsqueeze(0).clone())
-        E = self.n_experts
-        sequences = len(decision.ids_TK) // decision.context.seq_len
-        first_id_B11 = E * torch.arange(sequences, device=decision.ids_TK.device).view(-1, 1, 1)
-        ids_BSK = decision.ids_TK.unflatten(0, (sequences, -1)) + first_id_B11
-        return _sum_over(decision.sequence_group, count(ids_BSK, sequences * E).view(sequences, E))
+        (T, K), S, E = decision.ids_TK.shape, decision.context.seq_len, self.n_experts
+        B = T // S
+        first_id_B11 = E * torch.arange(B, device=decision.ids_TK.device).view(B, 1, 1)
+        ids_BSK = decision.ids_TK.view(B, S, K) + first_id_B11
+        return _sum_over(decision.sequence_group, count(ids_BSK, B * E).view(B, E))
 
     def after_step(self, counts_E: Tensor, step: int) -> None:
         if self.scope == "step":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,9 +50,9 @@ def export_hf(
     partial.mkdir(parents=True)
     try:
         items = tensors.items() if isinstance(tensors, Mapping) else tensors
-        written = _write_shards(_converted(family, cfg, items, dtype), partial, max_shard_bytes)
+        main_dtype = _write_shards(_converted(family, cfg, items, dtype), partial, max_shard_bytes)
         eos_id = _write_tokenizer(tokenizer, eos_token, cfg, partial)
-        _write_configs(family, cfg, written, eos_id, partial)
+        _write_configs(family, cfg, main_dtype, eos_id, partial)
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.exists():
             out.rmdir()
@@ -96,12 +97,12 @@ def _check_complete(family: Family, cfg: ModelConfig, seen: set[str]) -> None:
                 raise ConvertError(f"our tensor '{fqn}' was not given, so '{piece.hf}' cannot be written")
 
 
-def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, limit: int) -> dict[str, Any]:
-    """Files of at most ``limit`` bytes (or one tensor). Returns the index: {"metadata": ..., "weight_map": ...}."""
+def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, limit: int) -> str:
+    """Files of at most ``limit`` bytes (or one tensor), with an index if there are several. Returns the main dtype."""
     shards: list[list[str]] = []
     held: dict[str, Tensor] = {}
-    total = size = parameters = 0
-    dtypes: set[torch.dtype] = set()
+    total = size = 0
+    elements: Counter[torch.dtype] = Counter()
 
     def flush() -> None:
         if held:
@@ -114,33 +115,29 @@ def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, limit: in
             flush()
             size = 0
         held[name] = t.to("cpu").contiguous().clone()
-        size, total, parameters = size + t.nbytes, total + t.nbytes, parameters + t.numel()
-        dtypes.add(t.dtype)
+        size, total = size + t.nbytes, total + t.nbytes
+        elements[t.dtype] += t.numel()
     flush()
     weight_map: dict[str, str] = {}
     for i, names in enumerate(shards):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"{i}.part").rename(folder / file)
         weight_map |= dict.fromkeys(names, file)
-    return {
-        "metadata": {"total_size": total, "total_parameters": parameters},
-        "weight_map": dict(sorted(weight_map.items())),
-    }
+    if len(shards) > 1:
+        metadata = {"total_size": total, "total_parameters": elements.total()}
+        index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+        _write_json(folder / "model.safetensors.index.json", index)
+    return str(elements.most_common(1)[0][0]).removeprefix("torch.")
 
 
-def _write_configs(family: Family, cfg: ModelConfig, index: dict[str, Any], eos_id: int | None, folder: Path) -> None:
+def _write_configs(family: Family, cfg: ModelConfig, dtype: str, eos_id: int | None, folder: Path) -> None:
     import transformers
 
-    about: dict[str, Any] = {
-        "transformers_version": transformers.__version__,
-        "bos_token_id": None,
-        "pad_token_id": None,
-    }
-    about |= {"eos_token_id": eos_id}
-    _write_json(folder / "config.json", family.to_hf_config(cfg) | about | {"use_cache": True})
-    _write_json(folder / "generation_config.json", {key: value for key, value in about.items() if value is not None})
-    if len(set(index["weight_map"].values())) > 1:
-        _write_json(folder / "model.safetensors.index.json", index)
+    about: dict[str, Any] = {"transformers_version": transformers.__version__}
+    if eos_id is not None:
+        about["eos_token_id"] = eos_id
+    _write_json(folder / "generation_config.json", about)
+    _write_json(folder / "config.json", family.to_hf_config(cfg) | about | {"dtype": dtype, "use_cache": True})
 
 
 def _write_tokenizer(tokenizer: Tokenizer | None, eos: str | None, cfg: ModelConfig, folder: Path) -> int | None:

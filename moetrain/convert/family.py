@@ -114,7 +114,7 @@ class Family:
     def to_hf_config(self, cfg: ModelConfig) -> dict[str, Any]:
         """Their config.json of ``cfg``, as near as the class comes; see ``refusals``."""
         hf: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.name}
-        hf |= ALWAYS | self.fixed
+        hf |= ALWAYS | self.fixed | dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
         hf |= {theirs: value_of(cfg, ours) for ours, theirs in (COMMON | self.fields).items()}
         hf["rope_parameters"] = rope_to_hf(cfg.rope)
         return hf | self.write(cfg)

@@ -24,8 +24,10 @@ TRAINING_ONLY = {"force_balance"}
 
 
 def features(cfg: ModelConfig) -> dict[str, Any]:
-    """Config path -> value, for everything that the outputs of the model depend on. Per-layer numbers are lists over
-    the MoE layers."""
+    """Config path -> value, for everything that the outputs of the model depend on.
+
+    Numbers of the MoE layer are lists over the MoE layers; ``moe.num_experts`` is over all, with 0 for dense ones.
+    """
     a, moe = cfg.attention, cfg.moe_layers()
     found: dict[str, Any] = {
         name: getattr(cfg, name) for name in ("vocab_size", "dim", "n_layers", "max_seq_len", "norm_eps")
@@ -38,9 +40,9 @@ def features(cfg: ModelConfig) -> dict[str, Any]:
     found["attention.sliding_window"] = [window_of(cfg, i) for i in range(cfg.n_layers)]
     for name in ("theta", "interleaved", "scaling", *ROPE[cfg.rope.scaling]):
         found[f"rope.{name}"] = getattr(cfg.rope, name)
-    found["moe layers"] = moe
+    found["moe.num_experts"] = [cfg.layer_value("num_experts", i) if i in moe else 0 for i in range(cfg.n_layers)]
     if moe:
-        for name in ("num_experts", "top_k", "expert_dim", "shared_dim"):
+        for name in ("top_k", "expert_dim", "shared_dim"):
             found[f"moe.{name}"] = [cfg.layer_value(name, i) for i in moe]
         if any(found["moe.shared_dim"]):
             found["moe.shared_gate"] = cfg.moe.shared_gate
@@ -62,12 +64,19 @@ def _router(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def differences(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
-    """The features of ``ours`` that ``theirs`` has otherwise, each as "model.path=value"."""
+    """The features of ``ours`` that ``theirs`` has otherwise, each as "model.path=value".
+
+    A feature that only one of them has hangs on another, which both have and which is named.
+    """
     mine, other = features(ours), features(theirs)
-    return [f"model.{name}={_short(value)}" for name, value in mine.items() if other.get(name, None) != value]
+    unlike = [name for name, value in mine.items() if name in other and other[name] != value]
+    if ours.moe_layers() != theirs.moe_layers():
+        unlike = [name for name in unlike if name not in ("moe.top_k", "moe.expert_dim", "moe.shared_dim")]
+    return [f"model.{name}={_short(mine[name])}" for name in unlike]
 
 
 def _short(value: Any) -> str:
     if isinstance(value, list) and value and all(v == value[0] for v in value):
         value = value[0]
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

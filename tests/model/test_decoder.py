@@ -34,7 +34,7 @@ def tiny(name: str) -> ModelConfig:
 
 
 def build(cfg: ModelConfig, balance: dict, dtype: torch.dtype = torch.float64) -> Decoder:
-    """Built on the meta device and filled by ``init_rule``, as a parallel run does it; std 0.2 so that routing varies."""
+    """Built on the meta device and filled by ``init_rule``, as in a parallel run; std 0.2 so that routing varies."""
     with torch.device("meta"):
         model = Decoder(cfg, balance, ExpertsConfig()).to(dtype)
     model.to_empty(device="cpu")

@@ -1,4 +1,4 @@
-"""Presets have the published shapes: parameter counts of papers and model cards, of transformers, and training FLOPs."""
+"""Presets have the published shapes: parameters as in papers, model cards and transformers, and training FLOPs."""
 
 from __future__ import annotations
 

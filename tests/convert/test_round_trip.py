@@ -1,0 +1,110 @@
+"""transformers -> moetrain -> transformers gives back every tensor bit for bit, as a checkpoint that runs there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from moetrain.config import load
+from moetrain.config.schema import ExpertsConfig
+from moetrain.convert.export import export_hf
+from moetrain.convert.family import family_of
+from moetrain.convert.load import load_hf, read_hf_config
+from moetrain.model.decoder import Decoder
+from tests.model.hf_models import MODELS, make, tokens
+
+
+def tensors_in(folder: Path) -> dict[str, Tensor]:
+    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_tensor_comes_back_bit_for_bit(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    theirs = make(name).to(dtype)
+    theirs.save_pretrained(tmp_path / "in")
+    cfg = read_hf_config(tmp_path / "in")
+    balance = {"bias": {}, "aux_loss": {"scope": "step"}} if cfg.attention.kind == "mla" else {"aux_loss": {}}
+    ours = Decoder(cfg, balance, ExpertsConfig())  # float32: holds bfloat16 exactly
+    load_hf(ours, tmp_path / "in")
+    assert export_hf(cfg, ours.state_dict(), tmp_path / "out", dtype=dtype, max_shard_bytes=40_000) == cfg.family
+
+    before, after = tensors_in(tmp_path / "in"), tensors_in(tmp_path / "out")
+    assert before.keys() == after.keys()
+    for key in before:
+        # transformers reads a selection bias as float32 always, so it is written so
+        same_dtype = before[key].dtype if "e_score_correction_bias" not in key else torch.float32
+        assert after[key].dtype == same_dtype and torch.equal(after[key], before[key].to(same_dtype)), key
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert index.keys() == after.keys()
+    for file in set(index.values()):
+        held = load_file(tmp_path / "out" / file).values()
+        assert len(held) == 1 or sum(t.nbytes for t in held) <= 40_000
+
+    first, again = (AutoModelForCausalLM.from_pretrained(tmp_path / folder) for folder in ("in", "out"))
+    with torch.no_grad():
+        assert torch.equal(again(tokens()).logits, first(tokens()).logits)
+
+
+@pytest.mark.parametrize(
+    ("preset", "family"),
+    [
+        ("tiny", "qwen3_moe"),
+        ("tiny-deepseek", "deepseek_v3"),
+        ("tiny-gpt-oss", "gpt_oss"),
+        ("tiny-qwen2", "qwen2_moe"),
+        ("mixtral-8x7b", "mixtral"),
+        ("olmoe-1b-7b", "olmoe"),
+        ("deepseek-v3", "deepseek_v3"),
+        ("gpt-oss-120b", "gpt_oss"),
+    ],
+)
+def test_auto_finds_the_class_with_the_features_of_the_model(preset: str, family: str) -> None:
+    cfg = load([f"model={preset}", "model.family=auto"]).model
+    assert family_of(cfg).name == family
+
+
+def train_bpe() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(["the model reads the text, and the text is real"] * 3, trainer=trainer)
+    return tokenizer
+
+
+@pytest.mark.parametrize("preset", ["tiny", "tiny-deepseek", "tiny-gpt-oss", "tiny-qwen2"])
+def test_an_exported_run_gives_the_same_loss_in_transformers(preset: str, tmp_path: Path) -> None:
+    cfg = load([f"model={preset}"]).model
+    cfg.vocab_size, cfg.n_layers = 320, 2
+    if cfg.attention.sliding_layers:
+        cfg.attention.sliding_layers = [0]
+    torch.manual_seed(0)
+    ours = Decoder(cfg, {"aux_loss": {}}, ExpertsConfig())
+    with torch.no_grad():
+        for p in ours.parameters():
+            p.normal_(0, 0.1)
+    tokenizer = train_bpe()
+    export_hf(cfg, ours.state_dict(), tmp_path / "export", tokenizer)
+
+    text = "the text is real — and ünïcode"
+    their_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "export")
+    ids = torch.tensor([their_tokenizer(text)["input_ids"]])
+    assert ids[0].tolist() == tokenizer.encode(text).ids
+    assert their_tokenizer.decode(ids[0]) == text
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
+    assert theirs.config.eos_token_id == their_tokenizer.eos_token_id == tokenizer.token_to_id("<|endoftext|>")
+    with torch.no_grad():
+        loss = theirs(ids, labels=ids).loss.item()
+        targets = torch.cat((ids[:, 1:], torch.tensor([[-100]])), 1)
+        mean = ours(ids, targets)[0].item() / (ids.numel() - 1)
+    assert mean == pytest.approx(loss, rel=1e-5)

@@ -280,5 +280,16 @@ def show_help(parser: Parser, command: str, only: Sequence[str]) -> int:
     return 0
 
 
+def entry() -> NoReturn:
+    """The console command."""
+    code = main()
+    if code and "RANK" in os.environ:
+        # A rank that fails may leave collectives and their threads behind, on which the usual exit would abort.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

@@ -31,6 +31,8 @@ HEIGHT = {part: height for height, floor in enumerate(FLOORS) for part in floor}
 
 # The few places that know the rank: the log, the writer of the run directory, and what one rank does for all of them.
 KNOW_THE_RANK = {
+    "moetrain/checkpoint/checkpointer.py",
+    "moetrain/checkpoint/ranks.py",
     "moetrain/data/prepare.py",
     "moetrain/train/finish.py",
     "moetrain/train/rundir.py",

@@ -17,6 +17,7 @@ from typing import Any
 
 # Set for the ranks: whoever started them reports the first error of all ranks, once, so they do not print their own.
 REPORTED = "MOETRAIN_ERRORS_REPORTED"
+NO_FILE = "<N/A>"  # what the agent says of a rank that left no message
 
 
 @dataclass(frozen=True)
@@ -96,17 +97,21 @@ def reports_for_me() -> bool:
 
 
 def _first_cause(failures: Mapping[int, Any]) -> Outcome:
-    """The failure to report. A rank that was killed takes its peers down with it, so it comes first; then one that
-    left a message; then any other; those that the agent stopped with SIGTERM because of it come last."""
+    """The failure to report. A rank that was killed without a word takes its peers down with it, so it comes first;
+    then one that left a message; then any other; those that the agent stopped with SIGTERM for it come last."""
 
-    def order(item: tuple[int, Any]) -> tuple[bool, bool, bool, int]:
+    def order(item: tuple[int, Any]) -> tuple[int, int]:
         rank, failure = item
-        return failure.exitcode == -signal.SIGTERM, failure.exitcode >= 0, failure.error_file == "<N/A>", rank
+        if failure.error_file != NO_FILE:
+            return 1, rank
+        if failure.exitcode == -signal.SIGTERM:
+            return 3, rank
+        return (0 if failure.exitcode < 0 else 2), rank
 
     rank, failure = min(failures.items(), key=order)
+    if failure.error_file != NO_FILE:
+        return Outcome(max(failure.exitcode, 1), failure.message)
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
         return Outcome(128 - failure.exitcode, f"rank {rank} was ended by {name}; the other ranks were stopped")
-    if failure.error_file == "<N/A>":
-        return Outcome(failure.exitcode, f"rank {rank} failed with exit code {failure.exitcode}; see its output above")
-    return Outcome(failure.exitcode, failure.message)
+    return Outcome(failure.exitcode, f"rank {rank} failed with exit code {failure.exitcode}; see its output above")

@@ -6,6 +6,7 @@ import logging
 import shutil
 import threading
 import warnings
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,6 @@ from moetrain.checkpoint.ranks import RankError, Ranks, one_line
 from moetrain.checkpoint.state import to_cpu
 from moetrain.checkpoint.writer import HashingWriter
 from moetrain.config.errors import CheckpointError
-
-log = logging.getLogger("moetrain")
 
 # One process without a group is a normal case here.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -91,25 +90,25 @@ class Checkpointer:
 
     def _save(self, step: int, staged: dict[str, Any] | Exception) -> None:
         temporary = layout.path_of(self.folder, step).with_suffix(".tmp")
+        ranks = self._ranks
         try:
             self._write(temporary, step, staged)
-            self._whole = self._ranks.first(lambda: layout.commit(self.folder, step))
+            self._whole = ranks.first(lambda: layout.commit(self.folder, step))
         except Exception as error:
             self.failed.append(step)
-            self._ranks.say(
-                logging.ERROR,
-                f"checkpoint of step {step} was not saved: {one_line(error)}; "
-                f"training goes on, last good checkpoint: {self.last_good()}",
-            )
-            if self._ranks.rank == 0:
-                shutil.rmtree(temporary, ignore_errors=True)
+            why = f"{one_line(error)}; training goes on, last good checkpoint: {self.last_good()}"
+            ranks.say(logging.ERROR, f"checkpoint of step {step} was not saved: {why}")
+            with suppress(Exception):  # when a rank is gone, nobody can be waited for
+                ranks.first(lambda: shutil.rmtree(temporary, ignore_errors=True))
             return
-        self._ranks.say(logging.INFO, f"checkpoint of step {step} saved")
-        if self._ranks.rank == 0:
-            self._prune(step)
+        ranks.say(logging.INFO, f"checkpoint of step {step} saved")
+        try:
+            ranks.first(lambda: self._prune(step))
+        except RankError as error:
+            ranks.say(logging.WARNING, f"old checkpoints in {self.folder} could not be deleted: {error}")
 
     def _write(self, temporary: Path, step: int, staged: dict[str, Any] | Exception) -> None:
-        """Write all of step-N.tmp and prove it: DCP's files, read back by the ranks that wrote them, then the manifest."""
+        """Write all of step-N.tmp and prove it: DCP's files, read back by their writers, then the manifest."""
         ranks = self._ranks
         ranks.each(lambda: _refuse(staged))
         ranks.first(lambda: _make_empty(temporary))
@@ -126,10 +125,7 @@ class Checkpointer:
     def _prune(self, step: int) -> None:
         """Delete all but the newest ``keep`` checkpoints up to ``step``, which has just been proved whole."""
         for old in [s for s in layout.steps(self.folder) if s <= step][self.keep :]:
-            try:
-                layout.discard(layout.path_of(self.folder, old))
-            except OSError as error:
-                log.warning("checkpoint of step %d could not be deleted: %s", old, one_line(error))
+            layout.discard(layout.path_of(self.folder, old))
 
 
 def _refuse(staged: dict[str, Any] | Exception) -> None:

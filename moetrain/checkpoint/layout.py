@@ -105,19 +105,17 @@ def check_file(path: Path, name: str, expected: FileHash) -> None:
 def commit(folder: Path, step: int) -> Path:
     """Give the finished step-N.tmp its name, in place of any step-N that is there; return its path."""
     final = path_of(folder, step)
-    if final.exists():
-        discard(final)
+    old = _set_aside(final) if final.exists() else None
     final.with_suffix(".tmp").rename(final)
     sync_folder(folder)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)  # ``tidy`` will try again
     return final
 
 
 def discard(path: Path) -> None:
-    """Delete the checkpoint ``path``; a kill on the way leaves no step-N that lacks files."""
-    old = path.with_suffix(".old")
-    shutil.rmtree(old, ignore_errors=True)
-    path.rename(old)
-    shutil.rmtree(old, ignore_errors=True)
+    """Delete the checkpoint ``path``; a kill on the way leaves no step-N that lacks files. Raises OSError."""
+    shutil.rmtree(_set_aside(path))
 
 
 def tidy(folder: Path) -> None:
@@ -141,6 +139,13 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _set_aside(path: Path) -> Path:
+    old = path.with_suffix(".old")
+    if old.exists():
+        shutil.rmtree(old)
+    return path.rename(old)
 
 
 def _self_hash(content: dict[str, Any]) -> str:

@@ -22,7 +22,8 @@ from moetrain.checkpoint.layout import FileHash
 class HashingWriter(FileSystemWriter):
     """Writes one file per rank to folder ``path``, synced to the disk.
 
-    ``hashes``: name of each file that this rank wrote -> what it was given. ``error`` is the first OSError that a write met; torch's serialiser turns some of them into errors of its own.
+    ``hashes``: name of each file that this rank wrote -> what it was given. ``error``: the first OSError that a write
+    met; torch's serialiser turns some of them into errors of its own.
     """
 
     def __init__(self, path: Path) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
@@ -46,45 +47,72 @@ def at_once(p: Tensor) -> int:
     return ways * max(1, BATCH_ELEMENTS // max(1, p.to_local().numel() * ways))
 
 
-def orthogonalize(xs: Sequence[Tensor], compute: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """``compute`` of every tensor of ``xs``, each a matrix or a batch of matrices (.., A, B); returns the local shards.
+def orthogonalize(xs: Sequence[Tensor], like: Tensor, compute: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """``compute`` of matrices, or batches of matrices (.., A, B), of which this rank holds the shards ``xs``.
 
-    xs: equal in shape, dtype and, where they are DTensors, mesh and placements. compute: (.., A, B) -> (.., A, B), on
-    each matrix by itself; it is only given whole matrices. Ranks that split matrices among them (FSDP's) trade shards
-    of all of them for whole ones of their share, one exchange there and one back, so they divide the work.
-    Ranks that split the batch (expert parallelism's) communicate nothing. Collective over the meshes.
+    xs: the local shards of tensors that all have ``like``'s shape and sharding. compute: (.., A, B) -> (.., A, B), on
+    each matrix by itself; it is only given whole matrices. Returns the local shards of the results. Ranks that split
+    matrices among them (FSDP's) trade shards of all for whole ones of their share, one exchange there and one back, so
+    they divide the work. Ranks that split the batch (expert parallelism's) send nothing. Collective over like's mesh.
     """
-    first = xs[0]
-    if not isinstance(first, DTensor):
-        return list(compute(torch.stack(list(xs))).unbind())
-    shards = [x.to_local() for x in xs if isinstance(x, DTensor)]
-    split = _split_matrices(first)
+    split = _split_matrices(like)
     if not split:
-        return list(compute(torch.stack(shards)).unbind())
-    if len(split) > 1 or type(first.placements[split[0]]) is not Shard:
-        return [_gather_one(x, compute) for x in xs if isinstance(x, DTensor)]
-    stacked = [Shard(p.dim + 1) if isinstance(p, Shard) else p for p in first.placements]
-    shared_out = [Shard(0) if i in split else p for i, p in enumerate(stacked)]
-    shape = torch.Size((len(xs), *first.shape))
-    mine = _from_local(torch.stack(shards), first, stacked, shape).redistribute(placements=shared_out).to_local()
-    done = _from_local(compute(mine), first, shared_out, shape)
-    return list(done.redistribute(placements=stacked).to_local().unbind())
+        return list(compute(torch.stack(list(xs))).unbind())
+    assert isinstance(like, DTensor)
+    if len(split) == 1 and type(like.placements[split[0]]) is Shard:
+        return _share_out(torch.stack(list(xs)), like, split[0], compute)
+    whole = [Replicate() if i in split else p for i, p in enumerate(like.placements)]
+    return [_gather(x, like, whole, compute) for x in xs]
 
 
-def _split_matrices(x: DTensor) -> list[int]:
+def _share_out(x: Tensor, like: DTensor, mesh_dim: int, compute: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """x (N, *local shape): N shards of matrices that mesh dimension ``mesh_dim`` alone splits."""
+    mesh = like.device_mesh
+    n, me, group = mesh.size(mesh_dim), mesh.get_local_rank(mesh_dim), mesh.get_group(mesh_dim)
+    dim = like.placements[mesh_dim].dim  # type: ignore[attr-defined]
+    shares, widths = _chunks(x.shape[0], n), _chunks(like.shape[dim], n)
+
+    def shape(count: int, width: int) -> torch.Size:
+        sizes = [count, *x.shape[1:]]
+        sizes[dim + 1] = width
+        return torch.Size(sizes)
+
+    pieces = _exchange(x.split(shares), [shape(shares[me], width) for width in widths], group)
+    done = compute(torch.cat(pieces, dim + 1))
+    back = _exchange(done.split(widths, dim + 1), [shape(count, widths[me]) for count in shares], group)
+    return list(torch.cat(back).unbind())
+
+
+def _exchange(pieces: Sequence[Tensor], shapes: list[torch.Size], group: dist.ProcessGroup) -> list[Tensor]:
+    """Send ``pieces[r]`` to rank r of ``group``; what each rank sent here, of these ``shapes``."""
+    sent = torch.cat([piece.reshape(-1) for piece in pieces])
+    sizes = [shape.numel() for shape in shapes]
+    received = sent.new_empty(sum(sizes))
+    dist.all_to_all_single(received, sent, sizes, [piece.numel() for piece in pieces], group=group)
+    return [part.view(shape) for part, shape in zip(received.split(sizes), shapes, strict=True)]
+
+
+def _gather(x: Tensor, like: DTensor, whole: list[Placement], compute: Callable[[Tensor], Tensor]) -> Tensor:
+    """The general way, for matrices split more than once: every rank gathers, and computes, all that it has a part of."""
+    sharded = _from_local(x, like, like.placements)
+    done = compute(sharded.redistribute(placements=whole).to_local())
+    return _from_local(done, like, whole).redistribute(placements=like.placements).to_local()
+
+
+def _chunks(size: int, n: int) -> list[int]:
+    """Sizes of the n parts of torch.chunk, which DTensor splits by; the last may be smaller, or empty."""
+    full = -(-size // n)
+    return [max(0, min(full, size - i * full)) for i in range(n)]
+
+
+def _split_matrices(x: Tensor) -> list[int]:
     """Mesh dimensions that split ``x`` (.., A, B) within its matrices."""
+    if not isinstance(x, DTensor):
+        return []
     dims = (x.dim() - 2, x.dim() - 1)
     return [i for i, p in enumerate(x.placements) if getattr(p, "dim", None) in dims and x.device_mesh.size(i) > 1]
 
 
-def _gather_one(x: DTensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
-    """The general way, for matrices split more than once: every rank gathers, and computes, all that it shares in."""
-    split = _split_matrices(x)
-    whole = [Replicate() if i in split else p for i, p in enumerate(x.placements)]
-    done = compute(x.redistribute(placements=whole).to_local())
-    return _from_local(done, x, whole, x.shape).redistribute(placements=x.placements).to_local()
-
-
-def _from_local(local: Tensor, like: DTensor, placements: Sequence[Placement], shape: torch.Size) -> DTensor:
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(local, like.device_mesh, placements, run_check=False, shape=shape, stride=stride)
+def _from_local(local: Tensor, like: DTensor, placements: Sequence[Placement]) -> DTensor:
+    mesh, shape, stride = like.device_mesh, like.shape, like.stride()
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)

@@ -20,16 +20,16 @@ D, F, E = 6, 4, 4
 class Router(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(E, D))
+        self.weight = nn.Parameter(torch.zeros(E, D))
         self.register_buffer("bias_E", torch.zeros(E))
 
 
 class Experts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.w13 = nn.Parameter(torch.empty(E, 2, F, D))
-        self.w2 = nn.Parameter(torch.empty(E, D, F))
-        self.b2 = nn.Parameter(torch.empty(E, D))
+        self.w13 = nn.Parameter(torch.zeros(E, 2, F, D))
+        self.w2 = nn.Parameter(torch.zeros(E, D, F))
+        self.b2 = nn.Parameter(torch.zeros(E, D))
 
 
 class Block(nn.Module):

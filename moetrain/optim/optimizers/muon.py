@@ -48,7 +48,8 @@ class MuonOptions:
 def build_muon(options: MuonOptions, model: nn.Module) -> Muon:
     """Muon for ``model``'s hidden matrices, each slice [.., F, D] of an expert weight being one; AdamW for the rest.
 
-    The rest: embedding, head, router, and vectors (norms, biases). Parameters are plain tensors or DTensors of any mix of meshes.
+    The rest: embedding, head, router, and vectors (norms, biases). Parameters are plain tensors, or DTensors of
+    any mix of meshes.
     """
     o, parameters = options, trainable(model)
     matrices = [p for fqn, p in parameters.items() if role_of(fqn, p) == "matrix"]
@@ -101,7 +102,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(means, grads, 1 - group["momentum"])
         updates = torch._foreach_lerp(grads, means, group["momentum"]) if group["nesterov"] else means
         compute = functools.partial(newton_schulz, dtype=_ns_dtype(group["ns_dtype"], first))
-        directions = orthogonalize([_sharded_like(u, first) for u in updates], compute)
+        directions = orthogonalize(updates, first, compute)
         a, b = first.shape[-2:]
         scale = math.sqrt(max(1, a / b)) if group["adjust_lr"] == "original" else 0.2 * math.sqrt(max(a, b))
         weights = _local(parameters)
@@ -153,9 +154,3 @@ def _ns_dtype(name: str, p: Tensor) -> torch.dtype:
 def _local(tensors: list[Any]) -> list[Tensor]:
     """The part that this rank holds: for a DTensor a view of its shard, so that writing to it writes the DTensor."""
     return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
-
-
-def _sharded_like(local: Tensor, p: Tensor) -> Tensor:
-    if not isinstance(p, DTensor):
-        return local
-    return DTensor.from_local(local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,26 +110,27 @@ def commit(folder: Path, step: int) -> Path:
     final.with_suffix(".tmp").rename(final)
     sync_folder(folder)
     if old is not None:
-        shutil.rmtree(old, ignore_errors=True)  # ``tidy`` will try again
+        with suppress(OSError):  # ``tidy`` will try again
+            _remove(old)
     return final
 
 
 def discard(path: Path) -> None:
     """Delete the checkpoint ``path``; a kill on the way leaves no step-N that lacks files. Raises OSError."""
-    shutil.rmtree(_set_aside(path))
+    _remove(_set_aside(path))
 
 
 def tidy(folder: Path) -> None:
     """Make ``folder``, and clear what a killed run left. Only the run that writes there may do this. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(folder.glob("step-*.old")):
-        shutil.rmtree(path)
+        _remove(path)
     for path in sorted(folder.glob("step-*.tmp")):
         final = path.with_suffix("")
         if (path / MANIFEST).exists() and not final.exists():
             path.rename(final)  # killed between the manifest and the rename
         else:
-            shutil.rmtree(path)
+            _remove(path)
     sync_folder(folder)
 
 
@@ -144,8 +146,15 @@ def sync_folder(path: Path) -> None:
 def _set_aside(path: Path) -> Path:
     old = path.with_suffix(".old")
     if old.exists():
-        shutil.rmtree(old)
+        _remove(old)
     return path.rename(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _self_hash(content: dict[str, Any]) -> str:

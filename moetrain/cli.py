@@ -71,7 +71,7 @@ def train(argv: Sequence[str]) -> int:
         local.end_with_parent()
     if not started:
         if not args.resume:
-            cfg.run_dir = str(pick_run_dir(cfg, asked=any(word.startswith("run_dir=") for word in args.overrides)))
+            cfg.run_dir = str(pick_run_dir(cfg, asked=asks_run_dir(args.overrides)))
         get_ready(cfg, bool(args.resume))
         if cfg.launch.ranks > 1:
             return start_ranks(cfg, args.resume, args.traceback)
@@ -151,6 +151,11 @@ def refuse_no_run(folder: Path) -> None:
         raise ConfigError(f"--resume {folder}: not a run directory, it has no config.yaml")
 
 
+def asks_run_dir(overrides: Sequence[str]) -> bool:
+    """Whether the user named the run directory."""
+    return any(word.lstrip("+").startswith("run_dir=") for word in overrides)
+
+
 def pick_run_dir(cfg: Config, asked: bool) -> Path:
     """``cfg.run_dir``; where it is taken and was not asked for, the first of NAME-2, NAME-3 ... that is free."""
     wanted = Path(cfg.run_dir)
@@ -164,7 +169,7 @@ def pick_run_dir(cfg: Config, asked: bool) -> Path:
 
 
 def get_ready(cfg: Config, resume: bool) -> None:
-    """What is better done once, before there are ranks: refuse a taken run directory, prepare the data, set threads."""
+    """What is better done once, before there are ranks: refuse a taken run directory, prepare the data."""
     from moetrain.data.prepare import prepare as prepare_data
     from moetrain.train.rundir import refuse_taken
 
@@ -176,7 +181,8 @@ def get_ready(cfg: Config, resume: bool) -> None:
 def start_ranks(cfg: Config, resume: Path | None, traceback: bool) -> int:
     """Run ``cfg`` on ``cfg.launch.ranks`` processes of this machine. Raises TrainError with the first rank's error."""
     ranks = cfg.launch.ranks
-    threads = cfg.train.threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, local.cores() // ranks)
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    threads = cfg.train.threads or (int(given) if given.isdigit() else 0) or max(1, local.cores() // ranks)
     with tempfile.TemporaryDirectory(prefix="moetrain-config-") as folder:
         config = Path(folder) / "config.yaml"
         save(cfg, config)
@@ -210,7 +216,7 @@ def sweep(overrides: Sequence[str], config_dirs: Sequence[str]) -> int:
     for number, words in enumerate(expand_sweep(overrides, config_dirs)):
         cfg = load(words, config_dirs=config_dirs, check=lambda cfg: check_mapping(cfg, cfg.launch.ranks))
         jobs.append(Job(f"{number:03d}", words, cfg))
-    asked = any(word.startswith("run_dir=") for word in overrides)
+    asked = asks_run_dir(overrides)
     if not asked:
         jobs[0].cfg.run_dir += "-sweep"
     folder = pick_run_dir(jobs[0].cfg, asked)

@@ -118,7 +118,7 @@ def descendants(run_dir: Path) -> list[int]:
 
 
 def test_non_finite_loss_stops_with_a_way_back(straight: Path) -> None:
-    process = start(straight, *SMALL, "run_dir=nan", "optim.lr=1e30", "train.clip_norm=0", "schedule.warmup_steps=0")
+    process = start(straight, *SMALL, "run_dir=broken", "optim.lr=1e30", "train.clip_norm=0", "schedule.warmup_steps=0")
     output, _ = process.communicate(timeout=300)
     assert process.returncode != 0
     errors = [line for line in output.splitlines() if "moetrain: error:" in line]

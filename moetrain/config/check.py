@@ -73,6 +73,13 @@ def check_mapping(cfg: Config, world: int) -> Sizes:
                 f"parallel.ep={sizes.ep} must divide model.moe.num_experts={count}, since every rank owns as many "
                 f"experts as the others; {_nearest('parallel.ep', sizes.ep, legal)}"
             )
+    for layer in cfg.model.moe_layers():
+        width = cfg.model.layer_value("expert_dim", layer)
+        if cfg.model.dim % sizes.edp and width % sizes.edp:
+            raise ConfigError(
+                f"each expert is sharded over edp={sizes.edp} ranks (world / pp / ep / etp), which divides neither "
+                f"model.dim={cfg.model.dim} nor layer {layer}'s expert_dim={width}; raise parallel.ep"
+            )
     _check_batch(cfg, sizes)
     return sizes
 

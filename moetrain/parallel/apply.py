@@ -1,8 +1,9 @@
-"""Turn a built model into its parallel form. The one place where a model meets a mesh; the order matters and is explained."""
+"""A built model becomes its parallel form. The one place where a model meets a mesh; the order matters."""
 
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from moetrain.config.schema import Config, ModelConfig
+from moetrain.model.block import Block
 from moetrain.model.decoder import Decoder
 from moetrain.model.init import init_rule
 from moetrain.moe.dispatch import build_dispatcher
@@ -43,9 +45,11 @@ def parallelize(model: Decoder, cfg: Config, dims: ParallelDims) -> None:
     for layer in model.modules():
         if isinstance(layer, MoELayer):
             _split_experts(layer, cfg, ep_mesh)
-            layer.router.group = dims.stage_group
+            router: Any = layer.router
+            router.group = dims.stage_group
     # 2. Recompute: wraps the computation that FSDP's hooks will surround.
     for block in model.layers.values():
+        assert isinstance(block, Block)
         block.recompute = cfg.train.recompute
         # 3. Compile: attention and norms only; the routed part has data-dependent shapes.
         if cfg.train.compile:
@@ -58,7 +62,8 @@ def _split_experts(layer: MoELayer, cfg: Config, ep_mesh: dist.DeviceMesh) -> No
     experts = layer.experts
     assert isinstance(experts, Experts)
     n, rank = ep_mesh.size(), ep_mesh.get_local_rank()
-    layer.dispatcher = build_dispatcher(cfg.dispatch, layer.router.n_experts, ep_mesh.get_group())
+    router: Any = layer.router
+    layer.dispatcher = build_dispatcher(cfg.dispatch, router.n_experts, ep_mesh.get_group())
     for name, p in list(experts.named_parameters(recurse=False)):
         local = p.detach().chunk(n, dim=0)[rank]
         experts.register_parameter(name, nn.Parameter(DTensor.from_local(local, ep_mesh, [Shard(0)], run_check=False)))

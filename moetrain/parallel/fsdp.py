@@ -1,4 +1,4 @@
-"""FSDP2: dense parameters sharded over the data ranks, experts over the expert-data ranks; gradients summed, never averaged."""
+"""FSDP2: dense parameters sharded over the data ranks, experts over the expert-data ranks; gradients are summed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def expert_placement(edp: int) -> Callable[[nn.Parameter], Shard]:
 
 
 def shard(model: nn.Module, dense_mesh: DeviceMesh, expert_mesh: DeviceMesh, precision: str, reshard: bool) -> None:
-    """Apply FSDP2 in place: experts over ``expert_mesh`` (1-D), each block and the root over ``dense_mesh`` (1-D or 2-D)."""
+    """Apply FSDP2 in place: experts over ``expert_mesh`` (1-D), blocks and root over ``dense_mesh`` (1-D or 2-D)."""
     policy = mixed_precision(precision)
     for module in model.modules():
         if isinstance(module, Experts):

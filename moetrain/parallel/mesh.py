@@ -47,9 +47,10 @@ class ParallelDims:
     @property
     def data_rank(self) -> int:
         """Which share of the global batch this rank reads, from 0 to ``data_size`` - 1."""
-        return self.dense["dp_replicate"].get_local_rank() * self.sizes.dp_shard + self.dense["dp_shard"].get_local_rank()
+        replica, shard = (self.dense[name].get_local_rank() for name in ("dp_replicate", "dp_shard"))
+        return replica * self.sizes.dp_shard + shard
 
     @property
     def data_size(self) -> int:
         """Number of shares of the global batch."""
-        return self.sizes.dp_replicate * self.sizes.dp_shard
+        return self.sizes.data

@@ -1,4 +1,4 @@
-"""The end of a run: what was learned, beside what simple models know; samples; the export and its proof; summary.json."""
+"""The end of a run: what was learned beside what simple models know, samples, the export and its proof, the summary."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ def finish(trainer: Trainer, evaluation: Evaluation) -> dict[str, Any]:
 
 def report(trainer: Trainer, evaluation: Evaluation, known: Baselines) -> None:
     """Log the held-out loss beside the baselines, per domain, and how the experts were used in the last step."""
-    verdict = "below both baselines" if evaluation.loss < min(known.unigram, known.bigram) else "NOT below both baselines"
+    verdict = (
+        "below both baselines" if evaluation.loss < min(known.unigram, known.bigram) else "NOT below both baselines"
+    )
     log.info("held out   %.4f nats/token on %d tokens; unigram %.4f, bigram %.4f: %s",
              evaluation.loss, evaluation.tokens, known.unigram, known.bigram, verdict)  # fmt: skip
     for name, loss in evaluation.by_domain.items():
@@ -94,7 +96,7 @@ def export(trainer: Trainer, evaluation: Evaluation) -> dict[str, Any]:
 
 
 def whole_tensors(trainer: Trainer, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole tensor on the CPU in ``dtype``) of every parameter and persistent buffer, one at a time. Collective."""
+    """(name, whole tensor on the CPU, floats as ``dtype``) of all parameters and persistent buffers. Collective."""
     for name, value in trainer.model.state_dict().items():
         whole = value.full_tensor() if isinstance(value, DTensor) else value
         yield name, whole.detach().to("cpu", dtype if whole.is_floating_point() else whole.dtype)
@@ -116,7 +118,9 @@ def verify(trainer: Trainer, evaluation: Evaluation) -> dict[str, Any]:
 def transformers_loss(trainer: Trainer) -> float:
     """Held-out loss in nats per token of transformers' own model, loaded from ``export/``."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
     t, data = trainer.cfg.train, trainer.data
     model = AutoModelForCausalLM.from_pretrained(trainer.run_dir / "export", dtype="auto").eval()
     total, count = 0.0, 0

@@ -1,4 +1,4 @@
-"""Sample text from the model as it is trained: every rank runs the forward pass, because experts live on all of them."""
+"""Sample text from the model as it is trained: every rank runs the forward pass, since experts live on all of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moetrain.model.decoder import Decoder
 def generate(model: Decoder, tokenizer: Any, prompt: str, max_tokens: int, temperature: float, seed: int) -> str:
     """``prompt`` continued by up to ``max_tokens`` tokens, drawn at ``temperature`` (0: the likeliest token).
 
-    tokenizer: a ``tokenizers.Tokenizer``. Collective; rank 0 draws and the others follow, so that all run the same text.
+    tokenizer: a ``tokenizers.Tokenizer``. Collective: all ranks run the same text, which rank 0 draws.
     """
     device = next(model.parameters()).device
     model.eval()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from typing import Any
 
 import torch
@@ -41,22 +40,22 @@ def load_metrics(loads: Loads) -> dict[str, Any]:
 
 
 class Meter:
-    """Speed between two log steps, and the memory of this rank."""
+    """Speed of the training steps between two log steps (evaluation and saving left out), and memory of this rank."""
 
     def __init__(self, device: torch.device, flops_per_token: float, peak_tflops: float | None, world: int) -> None:
         self._device, self._flops, self._peak, self._world = device, flops_per_token, peak_tflops, world
-        self._tokens = 0
-        self._since = time.perf_counter()
+        self._tokens, self._seconds = 0, 0.0
 
-    def add(self, tokens: int) -> None:
-        """Count the tokens of one step."""
+    def add(self, tokens: int, seconds: float) -> None:
+        """Count one step: the tokens of its global batch, and how long it took."""
         self._tokens += tokens
+        self._seconds += seconds
 
     def read(self) -> dict[str, float]:
-        """tokens_per_s (all ranks together), tflops_per_rank, mfu (share of the device's peak, if known), memory_gib."""
-        now = time.perf_counter()
-        rate = self._tokens / max(now - self._since, 1e-9)
-        self._tokens, self._since = 0, now
+        """tokens_per_s (all ranks together), tflops_per_rank, memory_gib (peak so far), and mfu, the share of the
+        device's peak, where that is known."""
+        rate = self._tokens / max(self._seconds, 1e-9)
+        self._tokens, self._seconds = 0, 0.0
         tflops = rate * self._flops / self._world / 1e12
         out = {"tokens_per_s": rate, "tflops_per_rank": tflops, "memory_gib": memory_gib(self._device)}
         if self._peak is not None:

@@ -33,7 +33,9 @@ def claim(cfg: Config, resume: bool) -> Path:
 def refuse_taken(run_dir: Path) -> None:
     """Raise ConfigError when ``run_dir`` already holds a run."""
     if (run_dir / "metrics.jsonl").exists() or (run_dir / "checkpoints").exists():
-        raise ConfigError(f"{run_dir} already holds a run; continue it with --resume {run_dir}, or choose another run_dir")
+        raise ConfigError(
+            f"{run_dir} already holds a run; continue it with --resume {run_dir}, or choose another run_dir"
+        )
 
 
 def _claim(run_dir: Path, cfg: Config, resume: bool) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from moetrain.config.errors import ConfigError
 from moetrain.config.schema import Config
@@ -53,18 +54,25 @@ def set_up_torch(cfg: Config, ranks_here: int) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         # Determinism does not need fresh memory to be filled; every value that is read has been written.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.set_float32_matmul_precision("highest")
     # Nothing here writes to a module's output in place, which is what FSDP warns of.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
+class _AboveBar(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes log lines to the terminal above the progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=self.stream)
+
+
 def set_up_log(run_dir: Path, rank: int) -> None:
-    """Send log lines to the terminal and to ``run_dir/log.txt``. Ranks other than 0 only report errors, to the terminal."""
+    """Send log lines to the terminal and to ``run_dir/log.txt``. Ranks other than 0 only show errors."""
     log.handlers.clear()
     log.propagate = False
     log.setLevel(logging.INFO)
-    terminal = logging.StreamHandler()
+    terminal = _AboveBar()
     terminal.setLevel(logging.INFO if rank == 0 else logging.ERROR)
     terminal.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
     log.addHandler(terminal)

@@ -1,4 +1,4 @@
-"""Where metrics go: metrics.jsonl, the progress bar, TensorBoard and Weights & Biases. The only code that knows which rank writes."""
+"""Where metrics go: metrics.jsonl, the progress bar, TensorBoard and Weights & Biases, all on the rank that writes."""
 
 from __future__ import annotations
 
@@ -51,7 +51,11 @@ class Progress:
         self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, smoothing=0.1)
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
-        show = {"loss": f"{metrics['loss']:.3f}", "lr": f"{metrics['lr']:.1e}", "tok/s": f"{metrics['tokens_per_s']:,.0f}"}
+        show = {
+            "loss": f"{metrics['loss']:.3f}",
+            "lr": f"{metrics['lr']:.1e}",
+            "tok/s": f"{metrics['tokens_per_s']:,.0f}",
+        }
         if "load_max_over_mean" in metrics:
             show["load"] = f"{metrics['load_max_over_mean']:.2f}"
         self._bar.set_postfix(show, refresh=False)
@@ -78,16 +82,20 @@ class TensorBoard:
 
 
 class WandB:
-    """Weights & Biases; ``auto`` is online with an API key and offline without. A failing tracker never stops the run."""
+    """Weights & Biases; ``auto`` is online with an API key and offline without."""
 
     def __init__(self, cfg: Config, run_dir: Path, resolved: dict[str, Any]) -> None:
         import wandb
 
-        mode = cfg.log.wandb
+        mode: Any = cfg.log.wandb
         if mode == "auto":
             mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
         self._run: Any = wandb.init(
-            project=cfg.log.wandb_project, name=run_dir.name, dir=str(run_dir), mode=mode, config=resolved  # type: ignore[arg-type]
+            project=cfg.log.wandb_project,
+            name=run_dir.name,
+            dir=str(run_dir),
+            mode=mode,
+            config=resolved,
         )
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
@@ -98,7 +106,10 @@ class WandB:
 
 
 class Writer:
-    """Hands metrics to every sink, on the rank that writes; on other ranks it does nothing. A sink that fails is dropped with one warning."""
+    """Hands metrics to every sink, on rank 0; on other ranks it does nothing.
+
+    A sink that fails is dropped with one warning: a tracker must never cost a run.
+    """
 
     def __init__(self, cfg: Config, run_dir: Path, resolved: dict[str, Any], resumed_step: int, rank: int) -> None:
         self._sinks: list[Sink] = []
@@ -114,7 +125,7 @@ class Writer:
             if wanted:
                 try:
                     self._sinks.append(make())
-                except Exception as error:  # a tracker must never cost a run
+                except Exception as error:
                     log.warning("%s is off: %s", name, error)
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:

@@ -49,7 +49,7 @@ def forward_backward(
 
 @torch.no_grad()
 def clip_gradients(model: nn.Module, max_norm: float) -> float:
-    """Norm of the gradient of the whole model, over every mesh; scales gradients down to ``max_norm`` unless it is 0."""
+    """Norm of the gradient of the whole model, over every mesh; scales gradients down to ``max_norm`` (0: never)."""
     groups: dict[object, list[Tensor]] = defaultdict(list)
     for p in model.parameters():
         if p.grad is not None:

@@ -73,10 +73,8 @@ class Trainer:
         meter = Meter(self.device, flops, peak, dist.get_world_size())
         evaluation = None
         while self.step < cfg.train.steps:
-            began = time.perf_counter()
             metrics = self._step()
-            meter.add(metrics.pop("step_tokens"))
-            self.seconds += time.perf_counter() - began
+            meter.add(metrics.pop("step_tokens"), metrics["step_s"])
 
             if self._due(cfg.train.eval_every) or self.step == cfg.train.steps:
                 evaluation = self.evaluate()
@@ -86,6 +84,7 @@ class Trainer:
             if self._due(cfg.checkpoint.every) or (cfg.checkpoint.at_end and self.step == cfg.train.steps):
                 self.checkpointer.save(self.step, gather_state(self.model, self.optimizer, self._progress()))
         self.checkpointer.wait()
+        self.loader.close()
         writer.close()
         return evaluation or self.evaluate()
 
@@ -95,8 +94,9 @@ class Trainer:
         return evaluate(self.model, self.data, t.seq_len, t.micro_batch, t.eval_sequences, self.dims, self.step)
 
     def _step(self) -> dict[str, Any]:
-        cfg, step = self.cfg, self.step
+        cfg, step, began = self.cfg, self.step, time.perf_counter()
         batches = self.loader.step(step)
+        waited = time.perf_counter() - began
         factor = lr_factor(cfg.schedule, step, cfg.train.steps)
         for group, peak in zip(self.optimizer.param_groups, self.peak_lrs, strict=True):
             group["lr"] = peak * factor
@@ -109,9 +109,11 @@ class Trainer:
         self.last_loads = end_of_step(self.model, self.dims.stage_group, step)
         self.step += 1
         self.tokens += tokens
+        seconds = time.perf_counter() - began
+        self.seconds += seconds
         lr = self.peak_lrs[0] * factor
         return {"step": self.step, "tokens": self.tokens, "loss": loss, "grad_norm": grad_norm, "lr": lr, **aux,
-                "data_wait_s": self.loader.waited_s, "step_tokens": tokens}  # fmt: skip
+                "step_s": seconds, "data_wait_s": waited, "step_tokens": tokens}  # fmt: skip
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -123,4 +125,5 @@ class Trainer:
         cfg, t = self.cfg, self.cfg.train
         weights = {name: s.weight for name, s in cfg.data.sources.items()}
         sampler = Sampler(self.data, cfg.seed, weights, t.seq_len)
-        return Loader(self.data, sampler, t.global_batch, t.micro_batch, self.dims.data_rank, self.dims.data_size, cfg.data.workers)
+        rank, size = self.dims.data_rank, self.dims.data_size
+        return Loader(self.data, sampler, t.global_batch, t.micro_batch, rank, size, cfg.data.workers)

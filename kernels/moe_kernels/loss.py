@@ -7,92 +7,113 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DEFAULT_CHUNK = 1024
+# Logits that exist at a time unless the caller says otherwise, but never fewer than those of so many tokens: each chunk's
+# weight gradient is added to a (V, D) sum, which must cost less than the products.
+CHUNK_LOGITS = 2**23
+CHUNK_TOKENS = 256
+# Logits that the softmax works on at a time, so that its passes find them in the cache.
+BLOCK_LOGITS = 2**20
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Loss of every token; the logits of one chunk of tokens exist at a time.
-
-    For the summed loss the gradients are made in forward, beside the logits they come from (the upstream gradient is
-    one number, applied in backward). For per-token losses backward computes the logits again.
+    """For the summed loss the gradients are made in forward, beside the logits they come from: the gradient from above
+    is one number, applied in backward. For per-token losses backward computes the logits again.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        h_TD: Tensor,
-        w_VD: Tensor,
-        targets_T: Tensor,
-        ignore_index: int,
-        chunk: int,
-        summed: bool,
-        train: bool,
-    ) -> Tensor:
-        high = torch.promote_types(h_TD.dtype, torch.float32)
-        eager = summed and train
-        grad_h = torch.empty_like(h_TD) if eager and ctx.needs_input_grad[0] else None
-        grad_w = torch.zeros_like(w_VD, dtype=high) if eager and ctx.needs_input_grad[1] else None
-        losses = h_TD.new_empty(h_TD.shape[0], dtype=high)
-        ones = h_TD.new_ones(h_TD.shape[0], dtype=high)
-        for start in range(0, h_TD.shape[0], chunk):
-            rows = slice(start, start + chunk)
-            logits, lse, target, valid = _logits(h_TD[rows], w_VD, targets_T[rows], ignore_index, high)
-            losses[rows] = (lse - logits.gather(1, target[:, None])[:, 0]) * valid
-            if grad_h is not None or grad_w is not None:
-                _backward(h_TD, w_VD, rows, logits, lse, target, valid * ones[rows], grad_h, grad_w)
-        ctx.ignore_index, ctx.chunk, ctx.summed = ignore_index, chunk, summed
+        ctx: Any, h_TD: Tensor, w_VD: Tensor, targets_T: Tensor, ignore_index: int, chunk: int, summed: bool, train: bool
+    ) -> Tensor:  # fmt: skip
+        ctx.ignore_index, ctx.chunk, ctx.summed, ctx.dtype = ignore_index, chunk, summed, h_TD.dtype
+        need_h, need_w = ctx.needs_input_grad[:2] if summed and train else (False, False)
+        above_T = h_TD.new_ones(len(h_TD), dtype=_wide(h_TD.dtype)) if need_h or need_w else None
+        losses_T, grad_h, grad_w = _run(h_TD, w_VD, targets_T, ignore_index, chunk, above_T, need_h, need_w)
         if summed:
-            ctx.save_for_backward(grad_h, None if grad_w is None else grad_w.to(w_VD.dtype))
-            return losses.sum()
+            ctx.save_for_backward(grad_h, grad_w)
+            return losses_T.sum()
         ctx.save_for_backward(h_TD, w_VD, targets_T)
-        return losses
+        return losses_T
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.summed:
-            grad_h, grad_w = ctx.saved_tensors
-            grad_h = None if grad_h is None else (grad_h * grads[0]).to(grad_h.dtype)
-            grad_w = None if grad_w is None else (grad_w * grads[0]).to(grad_w.dtype)
-            return grad_h, grad_w, None, None, None, None, None
-        h_TD, w_VD, targets_T = ctx.saved_tensors
-        high = torch.promote_types(h_TD.dtype, torch.float32)
-        grad_h = torch.empty_like(h_TD) if ctx.needs_input_grad[0] else None
-        grad_w = torch.zeros_like(w_VD, dtype=high) if ctx.needs_input_grad[1] else None
-        for start in range(0, h_TD.shape[0], ctx.chunk):
-            rows = slice(start, start + ctx.chunk)
-            logits, lse, target, valid = _logits(h_TD[rows], w_VD, targets_T[rows], ctx.ignore_index, high)
-            _backward(h_TD, w_VD, rows, logits, lse, target, valid * grads[0][rows], grad_h, grad_w)
-        return grad_h, None if grad_w is None else grad_w.to(w_VD.dtype), None, None, None, None, None
+            grads = [None if g is None else _scaled(g, above[0], ctx.dtype) for g in ctx.saved_tensors]
+        else:
+            _, *grads = _run(*ctx.saved_tensors, ctx.ignore_index, ctx.chunk, above[0], *ctx.needs_input_grad[:2])
+            grads = [None if g is None else g.to(ctx.dtype) for g in grads]
+        return *grads, None, None, None, None, None
 
 
-def _logits(
-    h_cD: Tensor, w_VD: Tensor, targets_c: Tensor, ignore_index: int, high: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logits (c, V), their logsumexp (c,), targets with ignored ones at 0, 1 where a target counts) of a chunk."""
-    logits = torch.mm(h_cD, w_VD.t()).to(high)
-    valid = targets_c != ignore_index
-    return logits, logits.logsumexp(1), targets_c.where(valid, 0), valid
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of softmax and sums."""
+    return torch.promote_types(dtype, torch.float32)
 
 
-def _backward(
+def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype))
+
+
+def _run(
     h_TD: Tensor,
     w_VD: Tensor,
-    rows: slice,
-    logits: Tensor,
-    lse: Tensor,
-    target: Tensor,
-    scale: Tensor,
-    grad_h: Tensor | None,
-    grad_w: Tensor | None,
-) -> None:
-    """Write rows of ``grad_h`` and add to ``grad_w``. ``logits`` is overwritten."""
-    p = logits.sub_(lse[:, None]).exp_()
-    p.scatter_add_(1, target[:, None], p.new_full((1, 1), -1.0).expand(p.shape[0], 1))
-    p = p.mul_(scale[:, None]).to(h_TD.dtype)
-    if grad_h is not None:
-        torch.mm(p, w_VD, out=grad_h[rows])
-    if grad_w is not None:
-        grad_w += torch.mm(p.t(), h_TD[rows])
+    targets_T: Tensor,
+    ignore_index: int,
+    chunk: int,
+    above_T: Tensor | None,
+    need_h: bool,
+    need_w: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Losses (T,), and the gradients of <above, losses> in h (its dtype) and in w (float32 or wider), where needed."""
+    T, V = len(h_TD), len(w_VD)
+    valid_T = targets_T != ignore_index
+    targets_T1 = targets_T.where(valid_T, 0)[:, None]
+    above_T1 = None if above_T is None else (above_T * valid_T)[:, None]
+    losses_T1 = h_TD.new_empty((T, 1), dtype=_wide(h_TD.dtype))
+    logits = h_TD.new_empty(min(chunk, T), V)
+    scratch = logits if logits.dtype == losses_T1.dtype else losses_T1.new_empty(max(1, BLOCK_LOGITS // V), V)
+    grad_h = torch.empty_like(h_TD) if need_h else None
+    grad_w = None
+    for start in range(0, T, chunk):
+        rows = slice(start, min(start + chunk, T))
+        p = torch.mm(h_TD[rows], w_VD.t(), out=logits[: rows.stop - start])
+        above = None if above_T1 is None else above_T1[rows]
+        _softmax_(p, targets_T1[rows], above, losses_T1[rows], scratch)
+        if grad_h is not None:
+            torch.mm(p, w_VD, out=grad_h[rows])
+        if need_w:
+            grad_w = _add_product(grad_w, p, h_TD[rows])
+    if need_w and grad_w is None:
+        grad_w = torch.zeros_like(w_VD, dtype=losses_T1.dtype)
+    return losses_T1[:, 0] * valid_T, grad_h, grad_w
+
+
+def _softmax_(logits: Tensor, targets: Tensor, above: Tensor | None, losses: Tensor, scratch: Tensor) -> None:
+    """Write the losses (c, 1) of ``logits`` (c, V); replace the logits by the gradient of <above, losses>, if given.
+
+    targets (c, 1). scratch: float32 or wider, with room for a block of rows, or the storage of logits itself.
+    """
+    V = logits.shape[1]
+    block = max(1, BLOCK_LOGITS // V)
+    for start in range(0, len(logits), block):
+        rows = slice(start, start + block)
+        part = logits[rows]
+        x = part if part.dtype == scratch.dtype else scratch[: len(part)].copy_(part)
+        x.sub_(x.amax(dim=1, keepdim=True))
+        at_target = x.gather(1, targets[rows])
+        total = x.exp_().sum(dim=1, keepdim=True)
+        torch.sub(total.log(), at_target, out=losses[rows])
+        if above is not None:
+            x.mul_(above[rows] / total).scatter_add_(1, targets[rows], -above[rows])
+            if x is not part:
+                part.copy_(x)
+
+
+def _add_product(total: Tensor | None, p: Tensor, h: Tensor) -> Tensor:
+    """total + p^T h in float32 or wider; ``total`` is overwritten."""
+    if p.dtype == _wide(p.dtype):
+        return torch.mm(p.t(), h) if total is None else total.addmm_(p.t(), h)
+    product = torch.mm(p.t(), h)
+    return product.to(_wide(p.dtype)) if total is None else total.add_(product)
 
 
 def linear_cross_entropy(
@@ -101,17 +122,19 @@ def linear_cross_entropy(
     targets_T: Tensor,
     *,
     ignore_index: int = -100,
-    chunk: int = DEFAULT_CHUNK,
+    chunk: int | None = None,
     reduction: str = "sum",
 ) -> Tensor:
     """Cross-entropy of the logits ``h_TD @ w_VD.T``, in nats, without ever holding the logits of all tokens.
 
     h_TD (T, D) and w_VD (V, D) share a dtype; targets_T (T,) int64, ``ignore_index`` where a token does not count.
-    chunk: tokens whose logits exist at a time. Returns the sum over tokens (a scalar) or, with ``reduction="none"``,
-    the loss of each (T,), zero where ignored. It, the softmax and all sums are float32, float64 for float64 inputs.
+    chunk: tokens whose logits exist at a time; None: as many as make 8 million logits, at least 256.
+    Returns the sum over tokens (a scalar) or, with ``reduction="none"``, the loss of each (T,), zero where ignored. It,
+    the softmax and all sums are float32, or float64 for float64 inputs.
 
     Raises:
-        ValueError: shapes or dtypes do not fit, or ``reduction`` is neither "sum" nor "none".
+        ValueError: shapes, dtypes or targets do not fit (targets are looked at on CPU only), or ``reduction`` is neither
+            "sum" nor "none".
     """
     if reduction not in ("sum", "none"):
         raise ValueError(f"reduction is 'sum' or 'none', not {reduction!r}")
@@ -122,8 +145,16 @@ def linear_cross_entropy(
         )
     if h_TD.dtype != w_VD.dtype:
         raise ValueError(f"linear_cross_entropy needs one dtype, but h is {h_TD.dtype} and w is {w_VD.dtype}")
+    V = len(w_VD)
+    chunk = max(CHUNK_TOKENS, CHUNK_LOGITS // max(V, 1)) if chunk is None else chunk
     if chunk < 1:
         raise ValueError(f"chunk is at least 1 token, not {chunk}")
+    if targets_T.device.type == "cpu":
+        wrong_T = ((targets_T < 0) | (targets_T >= V)) & (targets_T != ignore_index)
+        if wrong_T.any():
+            raise ValueError(
+                f"targets must be class numbers below {V} or {ignore_index}; one is {targets_T[wrong_T][0]}"
+            )
     return _LinearCrossEntropy.apply(
         h_TD, w_VD, targets_T, ignore_index, chunk, reduction == "sum", torch.is_grad_enabled()
     )

@@ -1,0 +1,74 @@
+"""Backends are chosen by what can run; what cannot is refused in one line that says why."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from moe_kernels import choose_backend, expert_mlp
+
+from tests.kernels.expert_cases import Case, make_case
+
+
+def test_auto_says_what_it_took_and_why() -> None:
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        assert choose_backend("auto", "cpu", dtype, 7, 5)[0] == "cpu"
+    assert choose_backend("auto", "cuda", torch.bfloat16, 512, 256)[0] == "grouped_mm"
+    name, why = choose_backend("auto", "cuda", torch.float64, 512, 256)
+    assert name == "loop" and "float64" in why
+    assert choose_backend("loop", "cpu", torch.float32, 8, 8) == ("loop", "asked for")
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "dtype", "dim", "complaint"),
+    [
+        ("grouped_mn", "cpu", torch.float32, 8, "no expert backend is called 'grouped_mn'; known: auto, loop"),
+        ("grouped_mm", "cpu", torch.float64, 8, "does not take float64 on cpu"),
+        ("grouped_mm", "cpu", torch.float32, 7, "D to be a multiple of 4"),
+        ("grouped_mm", "cpu", torch.bfloat16, 12, "D to be a multiple of 8"),
+        ("cpu", "cuda", torch.bfloat16, 8, "cannot run on cuda"),
+    ],
+)
+def test_a_forced_backend_that_cannot_run(
+    backend: str, device: str, dtype: torch.dtype, dim: int, complaint: str
+) -> None:
+    with pytest.raises(ValueError, match=complaint) as error:
+        choose_backend(backend, device, dtype, dim, 8)
+    assert "\n" not in str(error.value)
+
+
+def _change(case: Case, name: str) -> dict[str, object]:
+    args: dict[str, object] = {**case.inputs, "counts": case.counts, "index_R": case.index_R, "backend": "cpu"}
+    changes: dict[str, dict[str, object]] = {
+        "sum": {"counts": [3, 3]},
+        "negative": {"counts": [-1, 6]},
+        "length": {"counts": [5]},
+        "activation": {"activation": "swish"},
+        "dtype": {"w2": case.inputs["w2"].float()},
+        "width": {"w2": case.inputs["w2"][:, :, 1:]},
+        "w13": {"w13": case.inputs["w13"].flatten(1, 2)},
+        "weights": {"weight_R": case.inputs["weight_R"][1:]},
+        "x": {"x_ND": case.inputs["x_ND"][:, 1:]},
+        "bias": {"b13": case.inputs["w13"][..., 0].flatten(1)},
+    }
+    return args | changes[name]
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ("sum", "counts must be 2 row numbers that sum to 5, not 2 that sum to 6"),
+        ("negative", "counts must be"),
+        ("length", "counts must be"),
+        ("activation", "no activation is called 'swish'; known: swiglu, gpt_oss"),
+        ("dtype", "w2 is torch.float32 but x is torch.float64"),
+        ("width", "w2 has shape"),
+        ("w13", "w13 .e, 2, F, D."),
+        ("weights", "weight_R has shape .4,. where"),
+        ("x", "x has shape"),
+        ("bias", "b13 has shape"),
+    ],
+)
+def test_inputs_that_do_not_fit(change: str, complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint) as error:
+        expert_mlp(**_change(make_case([2, 3]), change))  # type: ignore[arg-type]
+    assert "\n" not in str(error.value)

@@ -1,0 +1,120 @@
+"""Cross-entropy of a linear head against torch's own on full logits in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from moe_kernels import linear_cross_entropy, token_counts
+from torch import Tensor
+
+TOKENS, DIM, VOCAB = 50, 12, 37
+
+
+def head(ignored: float, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    """(h_TD, w_VD, targets_T) with a share of ignored targets."""
+    g = torch.Generator().manual_seed(3)
+    h = (4 * torch.randn(TOKENS, DIM, generator=g, dtype=torch.float64)).to(dtype)
+    w = torch.randn(VOCAB, DIM, generator=g, dtype=torch.float64).to(dtype)
+    targets = torch.randint(VOCAB, (TOKENS,), generator=g)
+    targets[torch.rand(TOKENS, generator=g) < ignored] = -100
+    return h.requires_grad_(), w.requires_grad_(), targets
+
+
+@pytest.mark.parametrize("ignored", [0.0, 0.3, 1.1], ids=["none ignored", "some ignored", "all ignored"])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("chunk", [1, 7, 50, 1000])
+def test_equals_cross_entropy(ignored: float, reduction: str, chunk: int) -> None:
+    h, w, targets = head(ignored)
+    got = linear_cross_entropy(h, w, targets, chunk=chunk, reduction=reduction)
+    want = F.cross_entropy(h @ w.T, targets, reduction=reduction)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    # A gradient from above that is not 1, and for per-token losses differs from token to token.
+    above = torch.linspace(0.5, 2.0, TOKENS, dtype=torch.float64) if reduction == "none" else torch.tensor(0.7).double()
+    for a, b in zip(torch.autograd.grad(got, (h, w), above), torch.autograd.grad(want, (h, w), above), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_gradcheck(reduction: str) -> None:
+    h, w, targets = head(0.3)
+    h, w = h.detach()[:6, :4].requires_grad_(), w.detach()[:, :4].requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda h, w: linear_cross_entropy(h, w, targets[:6] % 30, chunk=4, reduction=reduction, ignore_index=2), (h, w)
+    )
+
+
+def test_bf16_computes_softmax_in_float32() -> None:
+    """From the same bf16 inputs the loss is float32 and within 0.5% of float64's; gradients are bf16, within 2%."""
+    h, w, targets = head(0.3, torch.bfloat16)
+    got = linear_cross_entropy(h, w, targets, chunk=16)
+    h64, w64 = (t.detach().double().requires_grad_() for t in (h, w))
+    want = F.cross_entropy(h64 @ w64.T, targets, reduction="sum")
+    assert got.dtype == torch.float32 and abs(got.item() / want.item() - 1) < 5e-3
+    for a, b in zip(torch.autograd.grad(got, (h, w)), torch.autograd.grad(want, (h64, w64)), strict=True):
+        assert a.dtype == torch.bfloat16 and (a.double() - b).norm() < 0.02 * b.norm()
+
+
+def test_huge_logits_do_not_overflow() -> None:
+    h, w, targets = head(0.0)
+    got = linear_cross_entropy(h.float() * 1e4, w.float(), targets)
+    torch.testing.assert_close(got, F.cross_entropy(1e4 * h @ w.T, targets, reduction="sum").float(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)])
+def test_frozen_inputs_and_evaluation(needs: tuple[bool, bool]) -> None:
+    h, w, targets = head(0.3)
+    want = F.cross_entropy(h @ w.T, targets, reduction="sum")
+    wants = torch.autograd.grad(want, (h, w))
+    inputs = [t.detach().requires_grad_(need) for t, need in zip((h, w), needs, strict=True)]
+    got = linear_cross_entropy(*inputs, targets)
+    assert got.requires_grad == any(needs)
+    if any(needs):
+        got.backward()
+    for t, need, grad in zip(inputs, needs, wants, strict=True):
+        assert (t.grad is not None) == need and (not need or torch.allclose(t.grad, grad))
+    with torch.no_grad():
+        torch.testing.assert_close(linear_cross_entropy(h, w, targets), want)
+
+
+def test_full_logits_never_exist() -> None:
+    """No tensor larger than a chunk of logits is made or kept."""
+    h, w, targets = head(0.0)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            largest = max([largest] + [t.numel() for t in torch.utils._pytree.tree_leaves(out) if torch.is_tensor(t)])
+            return out
+
+    with Watch():
+        linear_cross_entropy(h, w, targets, chunk=5).backward()
+    assert largest <= max(TOKENS * DIM, VOCAB * DIM, 5 * VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"reduction": "mean"}, "reduction is 'sum' or 'none', not 'mean'"),
+        ({"chunk": 0}, "chunk is at least 1 token"),
+        ({"h_TD": torch.zeros(3, 4)}, "needs h .T, D., w .V, D. and targets .T,."),
+        ({"targets_T": torch.zeros(3, dtype=torch.int64)}, "targets"),
+        ({"w_VD": torch.zeros(VOCAB, DIM)}, "needs one dtype"),
+        ({"targets_T": torch.full((TOKENS,), VOCAB)}, "targets must be class numbers below 37 or -100; one is"),
+        ({"targets_T": torch.full((TOKENS,), -1)}, "targets must be class numbers below 37 or -100; one is"),
+    ],
+)
+def test_inputs_that_do_not_fit(change: dict, complaint: str) -> None:
+    h, w, targets = head(0.0)
+    with pytest.raises(ValueError, match=complaint) as error:
+        linear_cross_entropy(**{"h_TD": h, "w_VD": w, "targets_T": targets, **change})
+    assert "\n" not in str(error.value)
+
+
+def test_token_counts() -> None:
+    ids = torch.tensor([[3, 0, 0], [2, 7, -1]])
+    counts = token_counts(ids, 4)
+    assert counts.tolist() == [2, 0, 1, 1] and counts.dtype == torch.int64
+    assert token_counts(torch.empty(0, dtype=torch.int64), 3).tolist() == [0, 0, 0]

@@ -11,6 +11,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
+from pydantic import ValidationError
+
 from moetrain.config.errors import ConvertError
 from moetrain.config.registry import FAMILIES, ROUTERS
 from moetrain.config.schema import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
@@ -105,10 +107,12 @@ class Family:
                 raise ConvertError(f"config.json of {self.name}: {key}={hf[key]!r} is not covered, only {value!r} is")
         flat: dict[str, Any] = dict(self.implied)
         for ours, theirs in (COMMON | self.fields).items():
-            if theirs not in hf:
+            if theirs not in hf and theirs != "head_dim":  # may be left to the rule below
                 raise ConvertError(f"config.json of {self.name} has no {theirs}")
-            flat[ours] = hf[theirs]
+            flat[ours] = hf.get(theirs)
         flat |= rope_from_hf(hf) | self.read(hf)
+        if not flat.get("attention.head_dim"):
+            flat["attention.head_dim"] = hf["hidden_size"] // hf["num_attention_heads"]
         return build_config(flat | {"family": self.name, "name": str(config.get("_name_or_path") or self.name)})
 
     def to_hf_config(self, cfg: ModelConfig) -> dict[str, Any]:
@@ -203,18 +207,23 @@ def value_of(cfg: ModelConfig, path: str) -> Any:
 
 
 def build_config(flat: Mapping[str, Any]) -> ModelConfig:
-    """A ModelConfig of "path" -> value."""
+    """A ModelConfig of "path" -> value. Raises ConvertError for a value that no model can have."""
     groups: dict[str, dict[str, Any]] = {"": {}, "attention": {}, "rope": {}, "moe": {}, "router": {}}
     for path, value in flat.items():
         group, _, name = path.rpartition(".")
         groups[group][name] = value
-    return ModelConfig(
-        **groups[""],
-        attention=AttentionConfig(**groups["attention"]),
-        rope=RopeConfig(**groups["rope"]),
-        moe=MoEConfig(**groups["moe"]),
-        router=as_options(ROUTERS, {"kind": "topk", **groups["router"]}),
-    )
+    try:
+        return ModelConfig(
+            **groups[""],
+            attention=AttentionConfig(**groups["attention"]),
+            rope=RopeConfig(**groups["rope"]),
+            moe=MoEConfig(**groups["moe"]),
+            router=as_options(ROUTERS, {"kind": "topk", **groups["router"]}),
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ConvertError(f"config.json: our {where} cannot be {first['input']!r}: {first['msg']}") from None
 
 
 def layers_from_qwen(hf: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from moetrain.config.errors import ConvertError
 from moetrain.config.schema import ModelConfig
@@ -48,6 +49,8 @@ def load_hf(model: Decoder, source: Path | str | Mapping[str, Tensor]) -> None:
     """
     family = family_of(model.cfg)
     targets = {fqn: t for fqn, t in model.state_dict().items() if not is_training_state(fqn)}
+    if any(isinstance(t, DTensor) or t.is_meta for t in targets.values()):
+        raise ConvertError("load_hf fills whole tensors with storage; call it before the model is made parallel")
     places = _places(family, targets)
     filled = dict.fromkeys(targets, 0)
     for name, theirs in _tensors(source):

@@ -123,6 +123,7 @@ def test_an_unknown_family_is_refused_with_the_nearest() -> None:
         ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type='dynamic'"),
         ({"model_type": "mixtrall"}, "did you mean 'mixtral'"),
+        ({"num_hidden_layers": 0}, "n_layers cannot be 0"),
         ({"model_type": "bert"}, "no model family is called 'bert'"),
     ],
 )

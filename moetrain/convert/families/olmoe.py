@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from moetrain.convert.family import EXPERTS, FUSED, GQA, TRUNK, Family, register
 
@@ -26,6 +25,3 @@ class Olmoe(Family):
     implied: ClassVar = {"attention.qk_norm": "full"}
     rules = (*TRUNK, *GQA, *EXPERTS)
     in_memory = FUSED
-
-    def read(self, hf: Mapping[str, Any]) -> dict[str, Any]:
-        return {"attention.head_dim": hf["hidden_size"] // hf["num_attention_heads"]}

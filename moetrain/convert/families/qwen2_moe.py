@@ -48,7 +48,7 @@ class Qwen2Moe(Family):
     in_memory = FUSED
 
     def read(self, hf: Mapping[str, Any]) -> dict[str, Any]:
-        return {"attention.head_dim": hf["hidden_size"] // hf["num_attention_heads"]} | layers_from_qwen(hf)
+        return layers_from_qwen(hf)
 
     def write(self, cfg: ModelConfig) -> dict[str, Any]:
         return layers_to_qwen(cfg)

@@ -40,8 +40,7 @@ class Qwen3Moe(Family):
     in_memory = FUSED
 
     def read(self, hf: Mapping[str, Any]) -> dict[str, Any]:
-        head_dim = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
-        return {"attention.head_dim": head_dim} | layers_from_qwen(hf)
+        return layers_from_qwen(hf)
 
     def write(self, cfg: ModelConfig) -> dict[str, Any]:
         return {"use_sliding_window": cfg.attention.sliding_window is not None} | layers_to_qwen(cfg)

@@ -246,7 +246,7 @@ class TrainConfig:
     )
     recompute: Literal["none", "selective", "full"] = Field(
         default="none",
-        description="what backward recomputes: nothing, the experts and norms (no communication), or whole blocks",
+        description="what backward recomputes: nothing, the experts and MLPs (no communication), or whole blocks",
     )
     compile: bool = Field(default=False, description="torch.compile the dense parts of each block")
     deterministic: bool = Field(default=True, description="deterministic algorithms only")

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Logits that exist at a time unless the caller says otherwise, but never fewer than those of so many tokens: each chunk's
-# weight gradient is added to a (V, D) sum, which must cost less than the products.
+# Logits that exist at a time unless the caller says otherwise, but never fewer than those of so many tokens: each
+# chunk's weight gradient is added to a (V, D) sum, which must cost less than the products.
 CHUNK_LOGITS = 2**23
 CHUNK_TOKENS = 256
 # Logits that the softmax works on at a time, so that its passes find them in the cache.
@@ -22,8 +22,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, h_TD: Tensor, w_VD: Tensor, targets_T: Tensor, ignore_index: int, chunk: int, summed: bool, train: bool
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        h_TD: Tensor,
+        w_VD: Tensor,
+        targets_T: Tensor,
+        ignore_index: int,
+        chunk: int,
+        summed: bool,
+        train: bool,
+    ) -> Tensor:
         ctx.ignore_index, ctx.chunk, ctx.summed, ctx.dtype = ignore_index, chunk, summed, h_TD.dtype
         need_h, need_w = ctx.needs_input_grad[:2] if summed and train else (False, False)
         above_T = h_TD.new_ones(len(h_TD), dtype=_wide(h_TD.dtype)) if need_h or need_w else None
@@ -39,7 +46,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if ctx.summed:
             grads = [None if g is None else _scaled(g, above[0], ctx.dtype) for g in ctx.saved_tensors]
         else:
-            _, *grads = _run(*ctx.saved_tensors, ctx.ignore_index, ctx.chunk, above[0], *ctx.needs_input_grad[:2])
+            h_TD, w_VD, targets_T = ctx.saved_tensors
+            need_h, need_w = ctx.needs_input_grad[:2]
+            _, *grads = _run(h_TD, w_VD, targets_T, ctx.ignore_index, ctx.chunk, above[0], need_h, need_w)
             grads = [None if g is None else g.to(ctx.dtype) for g in grads]
         return *grads, None, None, None, None, None
 
@@ -133,8 +142,8 @@ def linear_cross_entropy(
     the softmax and all sums are float32, or float64 for float64 inputs.
 
     Raises:
-        ValueError: shapes, dtypes or targets do not fit (targets are looked at on CPU only), or ``reduction`` is neither
-            "sum" nor "none".
+        ValueError: shapes, dtypes or targets do not fit (targets are looked at on CPU only), or ``reduction`` is
+            neither "sum" nor "none".
     """
     if reduction not in ("sum", "none"):
         raise ValueError(f"reduction is 'sum' or 'none', not {reduction!r}")
@@ -152,9 +161,8 @@ def linear_cross_entropy(
     if targets_T.device.type == "cpu":
         wrong_T = ((targets_T < 0) | (targets_T >= V)) & (targets_T != ignore_index)
         if wrong_T.any():
-            raise ValueError(
-                f"targets must be class numbers below {V} or {ignore_index}; one is {targets_T[wrong_T][0]}"
-            )
+            first = int(targets_T[wrong_T][0])
+            raise ValueError(f"targets must be class numbers below {V} or {ignore_index}; one is {first}")
     return _LinearCrossEntropy.apply(
         h_TD, w_VD, targets_T, ignore_index, chunk, reduction == "sum", torch.is_grad_enabled()
     )

@@ -119,7 +119,7 @@ def test_the_same_bits_again_and_under_checkpoint(dtype: torch.dtype) -> None:
 
     def call(x_ND: Tensor) -> Tensor:
         rest = {name: t for name, t in inputs.items() if name != "x_ND"}
-        return expert_mlp(x_ND, case.counts, index_R=case.index_R, backend="cpu", **rest)
+        return expert_mlp(x_ND, case.counts, index_R=case.index_R, backend="cpu", **rest)  # type: ignore[arg-type]
 
     def grads(y_RD: Tensor) -> list[Tensor]:
         return [y_RD, *torch.autograd.grad(y_RD, list(inputs.values()), case.upstream_RD.to(dtype))]
@@ -153,7 +153,7 @@ def test_keeps_input_and_pre_activation_only() -> None:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        expert_mlp(**inputs, counts=case.counts, index_R=case.index_R, backend="cpu")
+        expert_mlp(**inputs, counts=case.counts, index_R=case.index_R, backend="cpu")  # type: ignore[arg-type]
     for name in ("w13", "w2", "weight_R"):
         saved.pop(inputs[name].data_ptr())
     assert case.index_R is not None

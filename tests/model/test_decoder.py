@@ -58,20 +58,30 @@ def test_recompute_changes_no_bit_of_loss_gradients_or_loads(name: str) -> None:
     cfg = tiny(name)
     tokens = ids(cfg)
 
-    def step(recompute: str) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    def step(recompute: str) -> tuple[Tensor, list[Tensor], list[Tensor], int]:
         model = build(cfg, AUX)
         for block in model.layers.values():
             block.recompute = recompute
-        loss, carry = model(tokens, tokens.roll(-1, 1))
+        kept = {}  # storage -> bytes that backward holds on to, parameters included
+
+        def keep(t: Tensor) -> Tensor:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            loss, carry = model(tokens, tokens.roll(-1, 1))
         total = loss / tokens.numel() + 0.1 * carry.aux_A.sum() / tokens.numel()
         total.backward()
         loads = [m.counts_E.clone() for m in model.modules() if hasattr(m, "counts_E")]
-        return total.detach(), [p.grad for p in model.parameters()], loads
+        return total.detach(), [p.grad for p in model.parameters()], loads, sum(kept.values())
 
     reference = step("none")
     assert all(g is not None for g in reference[1])
+    least = reference[3]
     for recompute in ("selective", "full"):
         again = step(recompute)
+        assert again[3] < least, f"{recompute} saves no memory"
+        least = again[3]
         assert torch.equal(again[0], reference[0])
         assert all(torch.equal(a, b) for a, b in zip(again[1], reference[1], strict=True))
         assert all(torch.equal(a, b) for a, b in zip(again[2], reference[2], strict=True))

@@ -19,9 +19,9 @@ from torch.distributed.checkpoint import CheckpointException
 from moetrain.checkpoint import layout
 from moetrain.checkpoint.layout import FileHash
 from moetrain.checkpoint.load import newest
-from moetrain.checkpoint.ranks import RankError, Ranks, one_line
 from moetrain.checkpoint.state import to_cpu
 from moetrain.checkpoint.writer import HashingWriter
+from moetrain.comm.ranks import RankError, Ranks, one_line
 from moetrain.config.errors import CheckpointError
 
 # One process without a group is a normal case here.

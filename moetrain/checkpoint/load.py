@@ -15,8 +15,8 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from moetrain.checkpoint import layout
 from moetrain.checkpoint.layout import DamagedError, FileHash
-from moetrain.checkpoint.ranks import RankError, Ranks, one_line
 from moetrain.checkpoint.state import decode
+from moetrain.comm.ranks import RankError, Ranks, one_line
 from moetrain.config.errors import CheckpointError
 
 SHOWN = 3

@@ -75,10 +75,11 @@ def check_mapping(cfg: Config, world: int) -> Sizes:
             )
     for layer in cfg.model.moe_layers():
         width = cfg.model.layer_value("expert_dim", layer)
-        if cfg.model.dim % sizes.edp and width % sizes.edp:
+        uneven = [cfg.model.dim % sizes.edp, width % sizes.edp]
+        if all(uneven) or (cfg.model.moe.bias and any(uneven)):
             raise ConfigError(
-                f"each expert is sharded over edp={sizes.edp} ranks (world / pp / ep / etp), which divides neither "
-                f"model.dim={cfg.model.dim} nor layer {layer}'s expert_dim={width}; raise parallel.ep"
+                f"each expert is sharded over edp={sizes.edp} ranks (world / pp / ep / etp), which does not divide "
+                f"model.dim={cfg.model.dim} and layer {layer}'s expert_dim={width}; raise parallel.ep"
             )
     _check_batch(cfg, sizes)
     return sizes

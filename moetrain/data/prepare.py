@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch.distributed as dist
 from tqdm import tqdm
 
+from moetrain.comm.ranks import Ranks
 from moetrain.config.errors import DataError
 from moetrain.config.schema import DataConfig
 from moetrain.data.manifest import FILE, SPLITS, TOKENIZER_FILE, VERSION, DomainInfo, Manifest, SplitInfo
@@ -89,15 +89,7 @@ def prepare_once(cfg: DataConfig) -> None:
 
     Every rank raises the DataError that rank 0 met.
     """
-    failure: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            prepare(cfg)
-        except DataError as error:
-            failure = [str(error)]
-    dist.broadcast_object_list(failure, src=0)
-    if failure[0] is not None:
-        raise DataError(failure[0])
+    Ranks().first(lambda: prepare(cfg))
 
 
 def _check(cfg: DataConfig) -> None:

@@ -93,7 +93,7 @@ def _exchange(pieces: Sequence[Tensor], shapes: list[torch.Size], group: dist.Pr
 
 
 def _gather(x: Tensor, like: DTensor, whole: list[Placement], compute: Callable[[Tensor], Tensor]) -> Tensor:
-    """The general way, for matrices split more than once: every rank gathers, and computes, all that it has a part of."""
+    """The general way, for matrices split more than once: every rank gathers and computes all that it has a part of."""
     sharded = _from_local(x, like, like.placements)
     done = compute(sharded.redistribute(placements=whole).to_local())
     return _from_local(done, like, whole).redistribute(placements=like.placements).to_local()

@@ -7,10 +7,11 @@ import os
 import torch.distributed as dist
 
 from moetrain.config.check import resolve_sizes
+from moetrain.config.errors import TrainError
 from moetrain.config.schema import Config
 from moetrain.data.prepare import prepare_once
 from moetrain.train import runtime
-from moetrain.train.finish import finish
+from moetrain.train.finish import finish, stopped
 from moetrain.train.rundir import claim
 from moetrain.train.trainer import Trainer
 
@@ -31,4 +32,8 @@ def run(cfg: Config, resume: bool = False) -> None:
         trainer = Trainer(cfg, sizes, run_dir)
         if resume:
             trainer.resume()
-        finish(trainer, trainer.fit())
+        try:
+            finish(trainer, trainer.fit())
+        except TrainError as error:
+            stopped(trainer, error)
+            raise

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from moetrain.config.errors import ConvertError
+from moetrain.comm.ranks import RankError, Ranks
+from moetrain.config.errors import ConvertError, TrainError
 from moetrain.convert.export import export_hf
 from moetrain.data.baselines import Baselines, baselines
 from moetrain.data.loader import validation_batches
@@ -36,25 +36,37 @@ def finish(trainer: Trainer, evaluation: Evaluation) -> dict[str, Any]:
         g = cfg.generate
         text = generate(trainer.model, trainer.data.tokenizer(), prompt, g.max_tokens, g.temperature, cfg.seed + i)
         log.info("sample     %r", text)
-    summary: dict[str, Any] = {
-        "version": SUMMARY_VERSION,
+    summary = {
+        **so_far(trainer, "finished"),
         "val_loss": evaluation.loss,
         "val_loss_by_domain": evaluation.by_domain,
         "val_tokens": evaluation.tokens,
         "unigram_nats": known.unigram,
         "bigram_nats": known.bigram,
-        "params_total": trainer.parameters.total,
-        "params_active": trainer.parameters.active,
-        "steps": trainer.step,
-        "tokens": trainer.tokens,
-        "seconds": round(trainer.seconds, 3),
-        "exit_reason": "finished",
     }
     if cfg.export.at_end:
         summary |= export(trainer, evaluation)
     write_summary(trainer.run_dir, summary)
     log.info("done       %s", trainer.run_dir)
     return summary
+
+
+def stopped(trainer: Trainer, error: TrainError) -> None:
+    """Write the summary of a run that had to stop. Collective."""
+    write_summary(trainer.run_dir, so_far(trainer, str(error)))
+
+
+def so_far(trainer: Trainer, exit_reason: str) -> dict[str, Any]:
+    """The part of the summary that every run has."""
+    return {
+        "version": SUMMARY_VERSION,
+        "exit_reason": exit_reason,
+        "params_total": trainer.parameters.total,
+        "params_active": trainer.parameters.active,
+        "steps": trainer.step,
+        "tokens": trainer.tokens,
+        "seconds": round(trainer.seconds, 3),
+    }
 
 
 def report(trainer: Trainer, evaluation: Evaluation, known: Baselines) -> None:
@@ -79,19 +91,20 @@ def export(trainer: Trainer, evaluation: Evaluation) -> dict[str, Any]:
     out = trainer.run_dir / "export"
     dtype = getattr(torch, trainer.cfg.export.dtype)
     whole = whole_tensors(trainer, dtype)
-    failure: list[str | None] = [None]
-    if dist.get_rank() == 0:
+
+    def write() -> None:
         try:
             shutil.rmtree(out, ignore_errors=True)  # of an earlier end of this run, before it was resumed
             export_hf(trainer.cfg.model, whole, out, trainer.data.tokenizer(), dtype)
-            log.info("exported   %s", out)
-        except (ConvertError, OSError) as error:
-            failure = [str(error)]
-    for _ in whole:  # gathering is collective: the other ranks take part, and rank 0 goes on after an error
-        pass
-    dist.broadcast_object_list(failure, src=0)
-    if failure[0] is not None:
-        raise ConvertError(failure[0])
+        finally:
+            drain(whole)
+
+    ranks = Ranks()
+    try:
+        ranks.each(write if ranks.rank == 0 else lambda: drain(whole))
+    except RankError as error:
+        raise ConvertError(f"the export was not written: {error}") from None
+    log.info("exported   %s", out)
     return {"export": str(out)} | (verify(trainer, evaluation) if trainer.cfg.export.verify else {})
 
 
@@ -102,16 +115,18 @@ def whole_tensors(trainer: Trainer, dtype: torch.dtype) -> Iterator[tuple[str, T
         yield name, whole.detach().to("cpu", dtype if whole.is_floating_point() else whole.dtype)
 
 
+def drain(tensors: Iterator[tuple[str, Tensor]]) -> None:
+    """Run through the rest of ``tensors``: gathering is collective, so every rank takes part to the end."""
+    for _ in tensors:
+        pass
+
+
 def verify(trainer: Trainer, evaluation: Evaluation) -> dict[str, Any]:
     """Load ``export/`` with transformers on rank 0 and compare its loss on the same held-out text. Collective."""
-    result: list[Any] = [None]
-    if dist.get_rank() == 0:
-        loss = transformers_loss(trainer)
-        log.info("verified   transformers on the export: %.6f nats/token, here %.6f (difference %.1e)",
-                 loss, evaluation.loss, abs(loss - evaluation.loss))  # fmt: skip
-        result = [loss]
-    dist.broadcast_object_list(result, src=0)
-    return {"export_val_loss": result[0]}
+    loss = Ranks().first(lambda: transformers_loss(trainer))
+    log.info("verified   transformers on the export: %.6f nats/token, here %.6f (difference %.1e)",
+             loss, evaluation.loss, abs(loss - evaluation.loss))  # fmt: skip
+    return {"export_val_loss": loss}
 
 
 @torch.no_grad()

@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
+from moetrain.comm.ranks import Ranks
 from moetrain.config import read, save, to_dict
 from moetrain.config.errors import ConfigError
 from moetrain.config.schema import Config
@@ -18,16 +17,7 @@ def claim(cfg: Config, resume: bool) -> Path:
 
     Raises ConfigError when it already holds a run that is not being resumed, or cannot be written.
     """
-    answer: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
-            _claim(Path(cfg.run_dir), cfg, resume)
-        except ConfigError as error:
-            answer = [str(error)]
-    dist.broadcast_object_list(answer, src=0)
-    if answer[0] is not None:
-        raise ConfigError(answer[0])
-    return Path(cfg.run_dir)
+    return Ranks().first(lambda: _claim(Path(cfg.run_dir), cfg, resume))
 
 
 def refuse_taken(run_dir: Path) -> None:
@@ -38,7 +28,7 @@ def refuse_taken(run_dir: Path) -> None:
         )
 
 
-def _claim(run_dir: Path, cfg: Config, resume: bool) -> None:
+def _claim(run_dir: Path, cfg: Config, resume: bool) -> Path:
     if not resume:
         refuse_taken(run_dir)
     try:
@@ -50,11 +40,15 @@ def _claim(run_dir: Path, cfg: Config, resume: bool) -> None:
         save(cfg, config)
     except OSError as error:
         raise ConfigError(f"run_dir {run_dir} cannot be written: {error.strerror}; choose another run_dir") from error
+    return run_dir
 
 
 def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
-    """Write ``summary.json``, whole or not at all, on rank 0."""
-    if dist.get_rank() == 0:
+    """Write ``summary.json``, whole or not at all. Collective."""
+
+    def write() -> None:
         temporary = run_dir / "summary.json.tmp"
         temporary.write_text(json.dumps(summary, indent=2) + "\n")
         temporary.replace(run_dir / "summary.json")
+
+    Ranks().first(write)

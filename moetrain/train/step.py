@@ -68,15 +68,12 @@ def clip_gradients(model: nn.Module, max_norm: float) -> float:
     return float(total)
 
 
-def check_finite(loss: float, grad_norm: float, step: int, global_batch: int, last_good: str) -> None:
-    """Raise TrainError when the loss or the gradient norm is not finite: with the step, its samples and a way back.
-
-    step: 0-based. The figures are of the whole model, so every rank raises alike.
-    """
-    for name, value in (("loss", loss), ("gradient norm", grad_norm)):
-        if not math.isfinite(value):
-            first = step * global_batch
-            raise TrainError(
-                f"{name} is {value} at step {step + 1} (samples {first}..{first + global_batch - 1}); "
-                f"the weights were not updated; last good checkpoint: {last_good}"
-            )
+def bad_step(loss: float, grad_norm: float, step: int, global_batch: int, last_good: str) -> TrainError:
+    """What to raise at step ``step`` (0-based) when a figure of the whole model is not finite: it says the step, its
+    samples and the way back."""
+    name, value = ("gradient norm", grad_norm) if math.isfinite(loss) else ("loss", loss)
+    first = step * global_batch
+    return TrainError(
+        f"{name} is {value} at step {step + 1} (samples {first}..{first + global_batch - 1}); "
+        f"the weights were not updated; last good checkpoint: {last_good}"
+    )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from moetrain.checkpoint import Checkpointer, apply_state, gather_state, load
+from moetrain.checkpoint import Checkpointer, apply_state, gather_state, load, seed_step
 from moetrain.config import to_dict
 from moetrain.config.check import Sizes
 from moetrain.config.schema import Config
@@ -27,7 +28,7 @@ from moetrain.train.announce import announce
 from moetrain.train.evaluate import Evaluation, evaluate
 from moetrain.train.metrics import Meter, load_metrics
 from moetrain.train.sinks import Writer
-from moetrain.train.step import check_finite, clip_gradients, forward_backward
+from moetrain.train.step import bad_step, clip_gradients, forward_backward
 
 log = logging.getLogger("moetrain")
 
@@ -95,6 +96,7 @@ class Trainer:
 
     def _step(self) -> dict[str, Any]:
         cfg, step, began = self.cfg, self.step, time.perf_counter()
+        seed_step(cfg.seed, step, dist.get_rank())
         batches = self.loader.step(step)
         waited = time.perf_counter() - began
         factor = lr_factor(cfg.schedule, step, cfg.train.steps)
@@ -103,7 +105,9 @@ class Trainer:
         coefs = aux_coefs(cfg.balance, step)
         loss, aux, tokens = forward_backward(self.model, batches, coefs, step, self.dims.stage_group)
         grad_norm = clip_gradients(self.model, cfg.train.clip_norm)
-        check_finite(loss, grad_norm, step, cfg.train.global_batch, self.checkpointer.last_good())
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            self.checkpointer.wait()
+            raise bad_step(loss, grad_norm, step, cfg.train.global_batch, self.checkpointer.last_good())
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.last_loads = end_of_step(self.model, self.dims.stage_group, step)

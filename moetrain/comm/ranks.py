@@ -8,13 +8,15 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from moetrain.config.errors import UserError
+
 log = logging.getLogger("moetrain")
 
 T = TypeVar("T")
 
 
 class RankError(Exception):
-    """Something failed on one rank at least; raised on all. The text is one line, of the lowest of these ranks."""
+    """Something unforeseen failed on a rank; raised on all. The text is one line, of the lowest of these ranks."""
 
 
 class Ranks:
@@ -38,20 +40,26 @@ class Ranks:
         return values
 
     def each(self, work: Callable[[], T]) -> list[T]:
-        """``work()`` on every rank; all results. Raises RankError on all ranks when it raised on any."""
-        try:
-            mine: tuple[bool, Any] = (True, work())
-        except Exception as error:
-            mine = (False, one_line(error))
-        answers = self.gather(mine)
-        for rank, (fine, answer) in enumerate(answers):
-            if not fine:
-                raise RankError(answer if self.size == 1 else f"rank {rank}: {answer}")
-        return [answer for _, answer in answers]
+        """``work()`` on every rank; all results. What it raised on any rank is raised on all: a UserError as it is, all
+        else as a RankError."""
+        return self._agree(work, name_rank=self.size > 1)
 
     def first(self, work: Callable[[], T]) -> T:
-        """``work()`` on rank 0 alone; its result on every rank. Raises RankError on all ranks when it raised."""
-        return self.each(lambda: work() if self.rank == 0 else None)[0]  # type: ignore[return-value]
+        """``work()`` on rank 0 alone; its result on every rank. What it raised is raised on all, as in ``each``."""
+        return self._agree(lambda: work() if self.rank == 0 else None, name_rank=False)[0]  # type: ignore[return-value]
+
+    def _agree(self, work: Callable[[], T], name_rank: bool) -> list[T]:
+        try:
+            mine: tuple[Any, Exception | None] = (work(), None)
+        except UserError as error:
+            mine = (None, error)
+        except Exception as error:
+            mine = (None, RankError(f"rank {self.rank}: {one_line(error)}" if name_rank else one_line(error)))
+        answers = self.gather(mine)
+        for _, failure in answers:
+            if failure is not None:
+                raise failure
+        return [answer for answer, _ in answers]
 
     def say(self, level: int, text: str) -> None:
         """Log, once, what all ranks know alike."""

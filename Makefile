@@ -7,6 +7,8 @@ SHELL := /bin/bash
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 TORCH ?= torch==2.13.0
+# Debian keeps the venv module in a package of its own; root can install it.
+VENV_PACKAGE = test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y -qq python3-venv
 BIN := .venv/bin
 STAMP := .venv/set-up
 
@@ -26,8 +28,8 @@ setup: $(STAMP)
 # torch comes first and alone, so that the version asked for is the one that everything else is installed beside.
 $(STAMP): pyproject.toml
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer found; install one, or give PYTHON=path"; exit 1; }
-	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv || { rm -rf .venv; \
-	  echo "make: $(PYTHON) cannot make a virtual environment; on Debian: apt-get install python3-venv"; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv || { rm -rf .venv; $(VENV_PACKAGE) && $(PYTHON) -m venv .venv; } || { \
+	  rm -rf .venv; echo "make: $(PYTHON) cannot make a virtual environment; on Debian: apt-get install python3-venv"; exit 1; }
 	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet -e '.[dev]'
 	@touch $@

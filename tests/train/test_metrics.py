@@ -1,0 +1,87 @@
+"""Figures of a log step against closed forms, and sinks against what their own readers read back."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from moetrain import config
+from moetrain.moe.balance import Loads
+from moetrain.train.metrics import load_metrics
+from moetrain.train.sinks import Jsonl, TensorBoard, Writer
+
+
+def test_load_metrics_of_known_loads() -> None:
+    """A balanced layer, and one where half of the experts share the load and a tenth was dropped."""
+    loads = Loads(
+        counts={"layers.0.moe": torch.full((8,), 10), "layers.1.moe": torch.tensor([20, 20, 20, 20, 0, 0, 0, 0])},
+        dropped={"layers.0.moe": 0, "layers.1.moe": 8},
+    )
+    metrics = load_metrics(loads)
+    assert metrics["load_max_over_mean_by_layer"] == pytest.approx([1.0, 2.0])
+    assert metrics["load_entropy_by_layer"] == pytest.approx([1.0, math.log(4) / math.log(8)])
+    assert metrics["dead_experts_by_layer"] == [0, 4] and metrics["dead_experts"] == 4
+    assert metrics["dropped_share_by_layer"] == pytest.approx([0.0, 0.1])
+    assert metrics["load_max_over_mean"] == pytest.approx(2.0)
+
+
+def test_jsonl_keeps_each_step_once_over_a_kill(tmp_path: Path) -> None:
+    """A run killed in the middle of a line, after the checkpoint of step 2."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    sink = Jsonl(path, resumed_step=2)
+    sink.write(3, {"step": 3, "again": True})
+    sink.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 1},
+        {"step": 2},
+        {"step": 3, "again": True},
+    ]
+
+
+def test_tensorboard_reads_back_what_was_written(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    sink = TensorBoard(tmp_path, resumed_step=0)
+    sink.write(1, {"loss": 2.5, "val_loss_by_domain": {"code": 3.5}, "dead_experts_by_layer": [0, 1]})
+    sink.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    values = {tag: events.Scalars(tag)[0].value for tag in events.Tags()["scalars"]}
+    assert values == {
+        "loss": 2.5,
+        "val_loss_by_domain/code": 3.5,
+        "dead_experts_by_layer/0": 0.0,
+        "dead_experts_by_layer/1": 1.0,
+    }
+
+
+def test_wandb_is_offline_without_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    cfg = config.load(["log.wandb=auto", "log.progress=false", "log.tensorboard=false"])
+    writer = Writer(cfg, tmp_path, config.to_dict(cfg), resumed_step=0, rank=0)
+    writer.write(1, {"step": 1, "loss": 1.0})
+    writer.close()
+    assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+
+
+def test_a_dead_tracker_does_not_stop_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Dead:
+        def write(self, step: int, metrics: dict) -> None:
+            raise ConnectionError("no route")
+
+        def close(self) -> None: ...
+
+    cfg = config.load(["log.progress=false", "log.tensorboard=false"])
+    writer = Writer(cfg, tmp_path, {}, resumed_step=0, rank=0)
+    writer._sinks.insert(0, Dead())
+    with caplog.at_level("WARNING", logger="moetrain"):
+        writer.write(1, {"step": 1})
+        writer.write(2, {"step": 2})
+    writer.close()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    assert sum("no route" in record.message for record in caplog.records) == 1

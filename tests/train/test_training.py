@@ -1,0 +1,93 @@
+"""Training on one rank: what options may change, and what they must not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from moetrain import config
+from moetrain.config.check import resolve_sizes
+from moetrain.data.prepare import prepare
+from moetrain.train.generate import generate
+from moetrain.train.trainer import Trainer
+from tests.distributed.harness import run_ranks
+
+TINY = [
+    "experiment=demo",
+    "parallel.ep=1",
+    "model.dim=32",
+    "model.n_layers=2",
+    "model.moe.expert_dim=32",
+    "train.seq_len=32",
+    "train.global_batch=8",
+    "train.micro_batch=8",
+    "train.steps=12",
+    "train.eval_sequences=4",
+    "schedule.warmup_steps=2",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("training")
+    prepare(load(folder).data, progress=False)
+    return folder
+
+
+def load(folder: Path, *overrides: str) -> config.Config:
+    return config.load([*TINY, f"data.dir={folder / 'prepared'}", f"run_dir={folder / 'run'}", *overrides])
+
+
+def build(cfg: config.Config) -> Trainer:
+    return Trainer(cfg, resolve_sizes(cfg.parallel, dist.get_world_size()), Path(cfg.run_dir))
+
+
+def losses(cfg: config.Config) -> list[float]:
+    trainer = build(cfg)
+    return [trainer._step()["loss"] for _ in range(cfg.train.steps)]
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path) -> list[float]:
+    return run_ranks(1, losses, load(folder))[0]
+
+
+def test_the_loss_falls(reference: list[float]) -> None:
+    assert reference[-1] < reference[0] - 0.2
+
+
+def test_bf16_follows_float32(folder: Path, reference: list[float]) -> None:
+    """float32 weights and reductions keep bf16 within its own rounding (2^-8) of the curve."""
+    assert run_ranks(1, losses, load(folder, "train.precision=bf16"))[0] == pytest.approx(reference, rel=2**-8)
+
+
+def test_compile_changes_nothing_but_rounding(folder: Path, reference: list[float]) -> None:
+    curve = run_ranks(1, losses, load(folder, "train.compile=true"), timeout=300)[0]
+    assert curve == pytest.approx(reference, rel=1e-4)
+
+
+def test_capacity_drops_are_counted(folder: Path) -> None:
+    def dropped(cfg: config.Config) -> Any:
+        trainer = build(cfg)
+        trainer._step()
+        return trainer.last_loads.dropped, {k: v.tolist() for k, v in trainer.last_loads.counts.items()}
+
+    cfg = load(folder, "model.moe.capacity_factor=1.0")
+    got, counts = run_ranks(1, dropped, cfg)[0]
+    tokens, k, experts = 8 * 32, 2, 8
+    for name, load_E in counts.items():
+        assert got[name] == sum(max(0, n - tokens * k // experts) for n in load_E)
+        assert got[name] > 0
+
+
+def test_generation_is_the_same_on_every_rank(folder: Path) -> None:
+    def text(cfg: config.Config) -> str:
+        trainer = build(cfg)
+        return generate(trainer.model, trainer.data.tokenizer(), "It was", 6, 0.8, seed=3)
+
+    two = run_ranks(2, text, load(folder, "parallel.ep=2", "train.micro_batch=4"))
+    assert two[0] == two[1] and two[0].startswith("It was") and len(two[0]) > len("It was")
+    assert run_ranks(1, text, load(folder))[0] == two[0]

@@ -67,6 +67,13 @@ class _AboveBar(logging.StreamHandler):  # type: ignore[type-arg]
         tqdm.write(self.format(record), file=self.stream)
 
 
+class _LogFile(logging.FileHandler):
+    """A log file that a full disk silences, and nothing more: the terminal still shows every line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        return
+
+
 def set_up_log(run_dir: Path, rank: int) -> None:
     """Send log lines to the terminal and to ``run_dir/log.txt``. Ranks other than 0 only show errors."""
     log.handlers.clear()
@@ -77,7 +84,7 @@ def set_up_log(run_dir: Path, rank: int) -> None:
     terminal.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
     log.addHandler(terminal)
     if rank == 0:
-        file = logging.FileHandler(run_dir / "log.txt")
+        file = _LogFile(run_dir / "log.txt")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(file)
 

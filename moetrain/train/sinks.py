@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import logging
 import os
@@ -23,13 +25,17 @@ class Sink(Protocol):
 
 
 class Jsonl:
-    """``metrics.jsonl``: one object per log step. On resume, lines of steps that will be run again are cut off."""
+    """``metrics.jsonl``: one object per log step. On resume, lines of steps that will be run again are cut off.
+
+    Lines that cannot be written (disk full) are kept and written with the next one; no line is ever there in part.
+    """
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         kept = [line for line in self._whole_lines(path) if json.loads(line)["step"] <= resumed_step]
         path.with_suffix(".tmp").write_text("".join(kept))
         path.with_suffix(".tmp").replace(path)
-        self._file = path.open("a", buffering=1)
+        self._file = path.open("ab", buffering=0)
+        self._waiting: list[str] = []
 
     @staticmethod
     def _whole_lines(path: Path) -> list[str]:
@@ -38,7 +44,19 @@ class Jsonl:
         return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
-        self._file.write(json.dumps(metrics) + "\n")
+        self._waiting.append(json.dumps(metrics) + "\n")
+        whole = self._file.seek(0, os.SEEK_END)
+        try:
+            data = "".join(self._waiting).encode()
+            if self._file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(whole)
+            if len(self._waiting) == 1:
+                log.warning("metrics.jsonl cannot be written (%s): its lines wait in memory", error.strerror)
+            return
+        self._waiting.clear()
 
     def close(self) -> None:
         self._file.close()

@@ -43,6 +43,23 @@ def test_jsonl_keeps_each_step_once_over_a_kill(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_jsonl_waits_for_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Writes to /dev/full fail with ENOSPC; once there is room, all lines are there in order, after one warning."""
+    path = tmp_path / "metrics.jsonl"
+    sink = Jsonl(path, resumed_step=0)
+    sink.write(1, {"step": 1})
+    good, sink._file = sink._file, Path("/dev/full").open("ab", buffering=0)  # noqa: SIM115
+    with caplog.at_level("WARNING", logger="moetrain"):
+        sink.write(2, {"step": 2})
+        sink.write(3, {"step": 3})
+    sink._file = good
+    sink.write(4, {"step": 4})
+    sink.close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
+    assert len(caplog.records) == 1 and "No space left" in caplog.text
+
+
 def test_tensorboard_reads_back_what_was_written(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

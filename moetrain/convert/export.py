@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,14 +15,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moetrain.config.errors import ConvertError
+from moetrain.config.registry import ROUTERS
 from moetrain.config.schema import ExpertsConfig, ModelConfig
 from moetrain.convert.family import Family, family_of
+from moetrain.convert.features import TRAINING_ONLY
 from moetrain.convert.tensors import SELECTION_BIAS, is_training_state, pieces_of
 from moetrain.data.tokenizer import KNOWN_EOS
 from moetrain.model.decoder import Decoder
+from moetrain.moe.options import as_options
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+log = logging.getLogger("moetrain")
 
 
 def export_hf(
@@ -43,6 +49,7 @@ def export_hf(
     """
     out = Path(out)
     family = family_of(cfg)
+    _note_training_only(cfg)
     if out.exists() and any(out.iterdir()):
         raise ConvertError(f"'{out}' is not empty; export to another folder or remove it first")
     partial = out.with_name(out.name + ".partial")
@@ -61,6 +68,16 @@ def export_hf(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return family.name
+
+
+def _note_training_only(cfg: ModelConfig) -> None:
+    """Log what the exported model does not do, though training did."""
+    options = as_options(ROUTERS, cfg.router)
+    used = [f"model.router.{name}" for name in sorted(TRAINING_ONLY) if getattr(options, name, False)]
+    if cfg.moe.capacity_factor is not None:
+        used.append("model.moe.capacity_factor")
+    if used:
+        log.warning("%s acts in training only: the Hugging Face model routes without it", ", ".join(used))
 
 
 def _converted(

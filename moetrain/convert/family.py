@@ -7,7 +7,6 @@ which of ours. A new family is one new file in ``families/``.
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
@@ -16,12 +15,10 @@ from pydantic import ValidationError
 from moetrain.config.errors import ConvertError
 from moetrain.config.registry import FAMILIES, ROUTERS
 from moetrain.config.schema import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
-from moetrain.convert.features import TRAINING_ONLY, differences
+from moetrain.convert.features import differences
 from moetrain.convert.layout import Rule, rule
 from moetrain.convert.rope import rope_from_hf, rope_to_hf
 from moetrain.moe.options import as_options
-
-log = logging.getLogger("moetrain")
 
 # our setting -> their key, in every family
 COMMON = {
@@ -85,7 +82,7 @@ class Family:
     name: ``model_type``. fields: our setting -> their key, beside COMMON. implied: our settings that the class fixes.
     fixed: their keys with the only value that is covered. rules: our tensors as ``save_pretrained`` writes them.
     in_memory: the same tensors as ``state_dict()`` names them, where that differs.
-    zeros: tensors of theirs that must exist; when we have none, zeros (their name, with our number-of-experts shape).
+    zeros: tensors of theirs, (E,) in each MoE layer, that must exist: zeros where we have none.
     ignored: their tensors that we have no use for (regular expressions); logged when met.
     """
 
@@ -135,8 +132,8 @@ class Family:
         """The features of ``cfg`` that this class lacks, as "model.path=value"; none if it computes the same."""
         try:
             return differences(cfg, self.from_hf_config(self.to_hf_config(cfg)))
-        except (ConvertError, ValueError, TypeError) as error:
-            return [str(error).splitlines()[0]]
+        except ConvertError as error:
+            return [str(error)]
 
 
 F = TypeVar("F", bound=type[Family])
@@ -170,18 +167,7 @@ def family_of(cfg: ModelConfig) -> Family:
         raise ConvertError(
             f"no Hugging Face class has this model; the nearest, {family.name}, lacks {', '.join(lacking)}"
         )
-    note_training_only(cfg)
     return family
-
-
-def note_training_only(cfg: ModelConfig) -> None:
-    """Log what the exported model does not do, though training did."""
-    options = as_options(ROUTERS, cfg.router)
-    used = [f"model.router.{name}" for name in sorted(TRAINING_ONLY) if getattr(options, name, False)]
-    if cfg.moe.capacity_factor is not None:
-        used.append("model.moe.capacity_factor")
-    if used:
-        log.warning("%s acts in training only: the Hugging Face model routes without it", ", ".join(used))
 
 
 def complete(model_type: str, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -189,7 +175,11 @@ def complete(model_type: str, config: Mapping[str, Any]) -> dict[str, Any]:
     from transformers import AutoConfig
 
     known = {key: value for key, value in copy.deepcopy(dict(config)).items() if key != "model_type"}
-    full = AutoConfig.for_model(model_type, **known)
+    try:
+        full = AutoConfig.for_model(model_type, **known)
+    except Exception as error:  # its classes raise many kinds, over many lines
+        why = " ".join(str(error).split())
+        raise ConvertError(f"transformers refuses the config of {model_type}: {why[:200]}") from None
     hf = full.to_dict()
     # a class may keep a setting under another name than checkpoints do
     return hf | {alias: hf[name] for alias, name in full.attribute_map.items() if name in hf}

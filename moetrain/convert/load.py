@@ -53,20 +53,24 @@ def load_hf(model: Decoder, source: Path | str | Mapping[str, Tensor]) -> None:
         raise ConvertError("load_hf fills whole tensors with storage; call it before the model is made parallel")
     places = _places(family, targets)
     filled = dict.fromkeys(targets, 0)
+    ignored, tied_head = [], None
     for name, theirs in _tensors(source):
-        piece = places.get(name)
-        if piece is None:
-            _refuse_unknown(family, model, name, theirs)
-            continue
-        ours = targets[piece.ours]
-        expected = piece.hf_shape(tuple(ours.shape))
-        if tuple(theirs.shape) != expected:
-            raise ConvertError(f"tensor '{name}' has shape {tuple(theirs.shape)}; the model needs {expected}")
-        piece.copy_to(ours, theirs)
-        filled[piece.ours] += theirs.numel()
+        if name in places:
+            filled[places[name].ours] += _copy(places[name], targets, theirs)
+        elif name == TIED_HEAD and model.cfg.tie_embeddings:
+            tied_head = theirs
+        elif _is_ignored(family, model.cfg, name):
+            ignored.append(name)
+        elif not (_is_zero_bias(family, name) and not theirs.any()):
+            hint = "; it needs the balance method 'bias' (balance=[bias])" if _is_zero_bias(family, name) else ""
+            raise ConvertError(f"no rule of family {family.name} covers tensor '{name}' of the checkpoint{hint}")
     for fqn, ours in targets.items():
         if filled[fqn] != ours.numel() and not fqn.endswith(SELECTION_BIAS):
             _report_missing(family, fqn, tuple(ours.shape), filled[fqn], source)
+    if tied_head is not None and not torch.equal(tied_head.to(model.embed.weight), model.embed.weight):
+        raise ConvertError(f"tensor '{TIED_HEAD}' differs from the embedding, but model.tie_embeddings=true")
+    if ignored:
+        log.info("not imported: %d tensors that the model has no part for, from %s", len(ignored), ignored[0])
 
 
 def _places(family: Family, targets: Mapping[str, Tensor]) -> dict[str, Piece]:
@@ -80,22 +84,24 @@ def _places(family: Family, targets: Mapping[str, Tensor]) -> dict[str, Piece]:
     return places
 
 
-def _refuse_unknown(family: Family, model: Decoder, name: str, theirs: Tensor) -> None:
-    """Raise ConvertError for a tensor that has no place, unless it is known to say nothing."""
-    if name == TIED_HEAD and model.cfg.tie_embeddings:
-        if torch.equal(theirs.to(model.embed.weight), model.embed.weight):
-            return
-        raise ConvertError(f"tensor '{name}' differs from the embedding, but model.tie_embeddings=true")
-    for pattern in family.ignored:
-        if re.fullmatch(pattern.format(n_layers=model.cfg.n_layers), name):
-            log.info("not imported: %s (moetrain's %s has no such part)", name, family.name)
-            return
-    for rule in family.zeros:
-        if re.fullmatch(re.escape(rule.theirs[0]).replace(r"\{l\}", r"\d+"), name):
-            if not theirs.any():
-                return
-            raise ConvertError(f"tensor '{name}' is not zero; it needs the balance method 'bias' (balance=[bias])")
-    raise ConvertError(f"no rule of family {family.name} covers tensor '{name}' of the checkpoint")
+def _copy(piece: Piece, targets: Mapping[str, Tensor], theirs: Tensor) -> int:
+    """Write their tensor where it belongs; returns its number of elements."""
+    ours = targets[piece.ours]
+    expected = piece.hf_shape(tuple(ours.shape))
+    if tuple(theirs.shape) != expected:
+        raise ConvertError(f"tensor '{piece.hf}' has shape {tuple(theirs.shape)}; the model needs {expected}")
+    piece.copy_to(ours, theirs)
+    return theirs.numel()
+
+
+def _is_ignored(family: Family, cfg: ModelConfig, name: str) -> bool:
+    return any(re.fullmatch(pattern.format(n_layers=cfg.n_layers), name) for pattern in family.ignored)
+
+
+def _is_zero_bias(family: Family, name: str) -> bool:
+    """Whether their tensor says nothing while it is zero."""
+    patterns = [re.escape(rule.theirs[0]).replace(r"\{l\}", r"\d+") for rule in family.zeros]
+    return any(re.fullmatch(pattern, name) for pattern in patterns)
 
 
 def _report_missing(

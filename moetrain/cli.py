@@ -137,10 +137,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def report(error: Exception) -> int:
     """Show ``error`` as one line, or leave it for the process that started this rank; return the exit code."""
     line = " ".join(str(error).split())
-    local.record_error(line)
+    code = error.exit_code if isinstance(error, UserError) else 1
+    local.record_error(line, code)
     if not local.reports_for_me():
         print(f"moetrain: error: {line}", file=sys.stderr)
-    return error.exit_code if isinstance(error, UserError) else 1
+    return code
 
 
 def refuse_no_run(folder: Path) -> None:
@@ -169,13 +170,17 @@ def pick_run_dir(cfg: Config, asked: bool) -> Path:
 
 
 def get_ready(cfg: Config, resume: bool) -> None:
-    """What is better done once, before there are ranks: refuse a taken run directory, prepare the data."""
+    """What is better done once, before there are ranks: refuse a taken run directory, prepare and check the data."""
+    from moetrain.data.dataset import TokenData
     from moetrain.data.prepare import prepare as prepare_data
+    from moetrain.data.sampler import Sampler
     from moetrain.train.rundir import refuse_taken
 
     if not resume:
         refuse_taken(Path(cfg.run_dir))
     prepare_data(cfg.data)
+    data = TokenData.open(cfg.data.dir, vocab_size=cfg.model.vocab_size)
+    Sampler(data, cfg.seed, {name: source.weight for name, source in cfg.data.sources.items()}, cfg.train.seq_len)
 
 
 def start_ranks(cfg: Config, resume: Path | None, traceback: bool) -> int:

@@ -108,7 +108,7 @@ def test_resume_takes_the_saved_config_and_further_settings(monkeypatch: pytest.
     """Everything comes from the run directory, which may have moved; single settings may be changed."""
     seen: list[tuple[Config, bool]] = []
     monkeypatch.setattr("moetrain.train.run", lambda cfg, resume: seen.append((cfg, resume)))
-    monkeypatch.setattr("moetrain.data.prepare.prepare", lambda cfg: None)
+    monkeypatch.setattr(cli, "get_ready", lambda cfg, resume: None)
     Path("moved").mkdir()
     save(load(["run_dir=before", "seed=5", "model.n_layers=2"]), "moved/config.yaml")
     assert cli.main(["train", "--resume", "moved", "train.steps=7"]) == 0
@@ -155,7 +155,7 @@ if what == "env":
     open(f"env-{rank}", "w").write(" ".join(os.environ[k] for k in ("WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS")))
 elif rank == 1:
     if what == "error":
-        local.record_error("loss is nan at step 3")
+        local.record_error("loss is nan at step 3", 7)
         sys.exit(7)
     if what == "kill":
         os.kill(os.getpid(), signal.SIGKILL)

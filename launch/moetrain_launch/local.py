@@ -70,12 +70,12 @@ def run_ranks(command: Sequence[str], ranks: int, env: Mapping[str, str] | None 
     return Outcome(0)
 
 
-def record_error(message: str) -> None:
-    """Called by a rank that fails: leave ``message``, one line, for the process that started the ranks."""
+def record_error(message: str, code: int) -> None:
+    """Called by a rank that fails: leave ``message``, one line, and its exit code for the process that started it."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         with open(path, "w") as file:
-            json.dump({"message": message, "timestamp": str(int(time.time()))}, file)
+            json.dump({"message": message, "timestamp": str(int(time.time())), "code": code}, file)
 
 
 def end_with_parent() -> None:
@@ -110,7 +110,9 @@ def _first_cause(failures: Mapping[int, Any]) -> Outcome:
 
     rank, failure = min(failures.items(), key=order)
     if failure.error_file != NO_FILE:
-        return Outcome(max(failure.exitcode, 1), failure.message)
+        # Its own exit code may have been lost to the signal that stops all ranks.
+        with open(failure.error_file) as file:
+            return Outcome(json.load(file).get("code", 1), failure.message)
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
         return Outcome(128 - failure.exitcode, f"rank {rank} was ended by {name}; the other ranks were stopped")

@@ -72,16 +72,17 @@ MAPPINGS: list[tuple[str, int, list[str]]] = [
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Byte-level tokens of two tiny domains."""
     folder = tmp_path_factory.mktemp("data")
-    for name, text in (("letters", "abcdefghij klmnop qrstuv wxyz. "), ("digits", "1 + 2 = 3; 40 - 5 = 35; 6 * 7 = 42. ")):
+    for name, text in (
+        ("letters", "abcdefghij klmnop qrstuv wxyz. "),
+        ("digits", "1 + 2 = 3; 40 - 5 = 35; 6 * 7 = 42. "),
+    ):
         (folder / f"{name}.txt").write_text("".join(text[i % 7 :] + "\n" for i in range(120)))
     prepare(load(folder, []).data)
     return folder
 
 
 def load(folder: Path, overrides: list[str]) -> config.Config:
-    sources = [
-        f"data.sources.{name}={{paths:['{folder / name}.txt']}}" for name in ("letters", "digits")
-    ]
+    sources = [f"data.sources.{name}={{paths:['{folder / name}.txt']}}" for name in ("letters", "digits")]
     data = ["data=own", "data.name=toy", f"data.dir={folder / 'prepared'}", "data.tokenizer.vocab_size=300", *sources]
     return config.load([*BASE, *data, f"run_dir={folder / 'run'}", *overrides])
 

@@ -171,16 +171,14 @@ def pick_run_dir(cfg: Config, asked: bool) -> Path:
 
 def get_ready(cfg: Config, resume: bool) -> None:
     """What is better done once, before there are ranks: refuse a taken run directory, prepare and check the data."""
-    from moetrain.data.dataset import TokenData
     from moetrain.data.prepare import prepare as prepare_data
-    from moetrain.data.sampler import Sampler
+    from moetrain.train.preflight import preflight
     from moetrain.train.rundir import refuse_taken
 
     if not resume:
         refuse_taken(Path(cfg.run_dir))
     prepare_data(cfg.data)
-    data = TokenData.open(cfg.data.dir, vocab_size=cfg.model.vocab_size)
-    Sampler(data, cfg.seed, {name: source.weight for name, source in cfg.data.sources.items()}, cfg.train.seq_len)
+    preflight(cfg)
 
 
 def start_ranks(cfg: Config, resume: Path | None, traceback: bool) -> int:

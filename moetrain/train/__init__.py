@@ -11,7 +11,9 @@ from moetrain.config.errors import TrainError
 from moetrain.config.schema import Config
 from moetrain.data.prepare import prepare_once
 from moetrain.train import runtime
+from moetrain.train.announce import announce
 from moetrain.train.finish import finish, stopped
+from moetrain.train.preflight import preflight
 from moetrain.train.rundir import claim
 from moetrain.train.trainer import Trainer
 
@@ -29,9 +31,11 @@ def run(cfg: Config, resume: bool = False) -> None:
         run_dir = claim(cfg, resume)
         runtime.set_up_log(run_dir, dist.get_rank())
         prepare_once(cfg.data)
+        preflight(cfg)
         trainer = Trainer(cfg, sizes, run_dir)
         if resume:
             trainer.resume()
+        announce(trainer)
         try:
             finish(trainer, trainer.fit())
         except TrainError as error:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
 
 from torch.distributed.tensor import DTensor
 
 from moetrain.config.schema import Config
-
-if TYPE_CHECKING:
-    from moetrain.train.trainer import Trainer
+from moetrain.train.trainer import Trainer
 
 log = logging.getLogger("moetrain")
 

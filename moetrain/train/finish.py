@@ -90,7 +90,7 @@ def export(trainer: Trainer, evaluation: Evaluation) -> dict[str, Any]:
     """Write ``export/`` in Hugging Face form and, if asked, prove that transformers computes the same held-out loss."""
     out = trainer.run_dir / "export"
     dtype = getattr(torch, trainer.cfg.export.dtype)
-    whole = whole_tensors(trainer, dtype)
+    whole = whole_tensors(trainer)
 
     def write() -> None:
         try:
@@ -108,11 +108,11 @@ def export(trainer: Trainer, evaluation: Evaluation) -> dict[str, Any]:
     return {"export": str(out)} | (verify(trainer, evaluation) if trainer.cfg.export.verify else {})
 
 
-def whole_tensors(trainer: Trainer, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole tensor on the CPU, floats as ``dtype``) of all parameters and persistent buffers. Collective."""
+def whole_tensors(trainer: Trainer) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole tensor on the CPU) of all parameters and persistent buffers, one at a time. Collective."""
     for name, value in trainer.model.state_dict().items():
         whole = value.full_tensor() if isinstance(value, DTensor) else value
-        yield name, whole.detach().to("cpu", dtype if whole.is_floating_point() else whole.dtype)
+        yield name, whole.detach().cpu()
 
 
 def drain(tensors: Iterator[tuple[str, Tensor]]) -> None:

@@ -16,7 +16,6 @@ from moetrain.config.check import Sizes
 from moetrain.config.schema import Config
 from moetrain.data.dataset import TokenData
 from moetrain.data.loader import Loader
-from moetrain.data.sampler import Sampler
 from moetrain.model.count import count_parameters, flops_per_token
 from moetrain.moe.balance import Loads, aux_coefs, end_of_step
 from moetrain.optim import build_optimizer
@@ -24,9 +23,9 @@ from moetrain.optim.schedule import lr_factor
 from moetrain.parallel.apply import build_parallel
 from moetrain.parallel.mesh import ParallelDims
 from moetrain.train import runtime
-from moetrain.train.announce import announce
 from moetrain.train.evaluate import Evaluation, evaluate
 from moetrain.train.metrics import Meter, load_metrics
+from moetrain.train.preflight import open_sampler
 from moetrain.train.sinks import Writer
 from moetrain.train.step import bad_step, clip_gradients, forward_backward
 
@@ -67,7 +66,6 @@ class Trainer:
     def fit(self) -> Evaluation:
         """Train until ``train.steps``, then evaluate. Raises TrainError when the loss stops being finite."""
         cfg = self.cfg
-        announce(self)
         writer = Writer(cfg, self.run_dir, to_dict(cfg), self.step, dist.get_rank())
         flops = flops_per_token(cfg.model, cfg.train.seq_len)
         peak = runtime.peak_tflops(self.device, cfg.log.peak_tflops)
@@ -127,7 +125,6 @@ class Trainer:
 
     def _loader(self) -> Loader:
         cfg, t = self.cfg, self.cfg.train
-        weights = {name: s.weight for name, s in cfg.data.sources.items()}
-        sampler = Sampler(self.data, cfg.seed, weights, t.seq_len)
+        sampler = open_sampler(cfg, self.data)
         rank, size = self.dims.data_rank, self.dims.data_size
         return Loader(self.data, sampler, t.global_batch, t.micro_batch, rank, size, cfg.data.workers)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 
+import torch
+from moe_kernels import choose_backend
 from torch.distributed.tensor import DTensor
 
+from moetrain.config.errors import ConfigError
 from moetrain.config.schema import Config
 from moetrain.train.trainer import Trainer
 
@@ -18,18 +21,27 @@ def announce(trainer: Trainer) -> None:
     t = cfg.train
     accumulate = t.global_batch // (t.micro_batch * trainer.dims.data_size)
     state = state_gib(trainer)
-    kernels = next((m.why for m in trainer.model.modules() if hasattr(m, "why")), None)
     log.info("run        %s (seed %d, %s, %s)", trainer.run_dir, cfg.seed, trainer.device.type, t.precision)
     log.info("mapping    pp %d x dp %dx%d x cp %d x tp %d | pp %d x edp %d x ep %d x etp %d",
              s.pp, s.dp_replicate, s.dp_shard, s.cp, s.tp, s.pp, s.edp, s.ep, s.etp)  # fmt: skip
     log.info("model      %s: %s parameters, %s active per token", cfg.model.name, short(n.total), short(n.active))
-    if kernels:
-        log.info("experts    %s", kernels)
+    if cfg.model.moe_layers():
+        log.info("experts    kernels %s: %s", *kernels(cfg, trainer.device))
     log.info("memory     per rank: weights, gradients and optimizer %.2f GiB, activations about %.2f GiB",
              state, activation_gib(cfg))  # fmt: skip
     log.info("data       %s: %s", cfg.data.name, ", ".join(trainer.data.describe()))
     log.info("tokens     %d steps x %d sequences x %d = %s (%d micro-batches a step and rank)",
              t.steps, t.global_batch, t.seq_len, short(t.steps * t.global_batch * t.seq_len), accumulate)  # fmt: skip
+
+
+def kernels(cfg: Config, device: torch.device) -> tuple[str, str]:
+    """(name, why) of the expert kernels that the run uses. Raises ConfigError when the ones asked for cannot run."""
+    dtype = {"float64": torch.float64, "float32": torch.float32, "bf16": torch.bfloat16}[cfg.train.precision]
+    width = cfg.model.layer_value("expert_dim", cfg.model.moe_layers()[0])
+    try:
+        return choose_backend(cfg.experts.backend, device, dtype, cfg.model.dim, width)
+    except ValueError as error:
+        raise ConfigError(f"experts.backend={cfg.experts.backend}: {error}") from None
 
 
 def state_gib(trainer: Trainer) -> float:

@@ -1,7 +1,7 @@
 """A run as a user starts it: two ranks, from the command line.
 
-Promises: two runs with one seed give the same losses bit for bit; a run that is killed at random moments and resumed gives
-the same losses as one that was not; a non-finite loss stops the run and names the way back.
+Promises: two runs with one seed give the same losses bit for bit; a run that is killed at random moments and resumed
+gives the same losses as one that was not; a non-finite loss stops the run and names the way back.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Every mapping gives the same loss: 20 steps against the one-process run of the same config.
 
-float64: per-step loss, auxiliary losses and gradient norm within 1e-9 relative, expert loads exactly equal, final held-out
-loss within 1e-9. float32: within 1e-5. The one-process run uses one micro-batch and the oracle experts (backend=loop).
+float64: per-step loss, auxiliary losses and gradient norm within 1e-9 relative, expert loads exactly equal, held-out loss
+at the end within 1e-9. float32: within 1e-5. The one-process run has one micro-batch and the oracle experts (loop).
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ class Trainer:
         meter = Meter(self.device, flops, peak, dist.get_world_size())
         evaluation = None
         while self.step < cfg.train.steps:
-            metrics = self._step()
+            metrics = self.train_step()
             meter.add(metrics.pop("step_tokens"), metrics["step_s"])
 
             if self._due(cfg.train.eval_every) or self.step == cfg.train.steps:
@@ -92,7 +92,8 @@ class Trainer:
         t = self.cfg.train
         return evaluate(self.model, self.data, t.seq_len, t.micro_batch, t.eval_sequences, self.dims, self.step)
 
-    def _step(self) -> dict[str, Any]:
+    def train_step(self) -> dict[str, Any]:
+        """One optimizer step; its figures by name, of the whole model. Raises TrainError when one is not finite."""
         cfg, step, began = self.cfg, self.step, time.perf_counter()
         seed_step(cfg.seed, step, dist.get_rank())
         batches = self.loader.step(step)

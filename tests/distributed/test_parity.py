@@ -1,7 +1,8 @@
 """Every mapping gives the same loss: 20 steps against the one-process run of the same config.
 
-float64: per-step loss, auxiliary losses and gradient norm within 1e-9 relative, expert loads exactly equal, held-out loss
-at the end within 1e-9. float32: within 1e-5. The one-process run has one micro-batch and the oracle experts (loop).
+float64: per-step loss, auxiliary losses and gradient norm within 1e-9 relative, expert loads exactly equal, and the
+held-out loss after them within 1e-9. float32: within 1e-5. The one-process run has one micro-batch and the oracle
+experts (backend loop).
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def train(cfg: config.Config, folder: Path) -> dict[str, Any]:
     trainer = Trainer(cfg, resolve_sizes(cfg.parallel, dist.get_world_size()), folder / "run")
     rows = []
     for _ in range(STEPS):
-        metrics = trainer._step()
+        metrics = trainer.train_step()
         numbers = {k: v for k, v in metrics.items() if k == "grad_norm" or "loss" in k}
         rows.append(numbers | {"loads": [c.tolist() for c in trainer.last_loads.counts.values()]})
     return {"rows": rows, "val_loss": trainer.evaluate().loss}

@@ -47,7 +47,7 @@ def build(cfg: config.Config) -> Trainer:
 
 def losses(cfg: config.Config) -> list[float]:
     trainer = build(cfg)
-    return [trainer._step()["loss"] for _ in range(cfg.train.steps)]
+    return [trainer.train_step()["loss"] for _ in range(cfg.train.steps)]
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_compile_changes_nothing_but_rounding(folder: Path, reference: list[floa
 def test_capacity_drops_are_counted(folder: Path) -> None:
     def dropped(cfg: config.Config) -> Any:
         trainer = build(cfg)
-        trainer._step()
+        trainer.train_step()
         return trainer.last_loads.dropped, {k: v.tolist() for k, v in trainer.last_loads.counts.items()}
 
     cfg = load(folder, "model.moe.capacity_factor=1.0")

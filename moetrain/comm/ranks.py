@@ -15,8 +15,10 @@ log = logging.getLogger("moetrain")
 T = TypeVar("T")
 
 
-class RankError(Exception):
+class RankError(UserError):
     """Something unforeseen failed on a rank; raised on all. The text is one line, of the lowest of these ranks."""
+
+    exit_code = 1
 
 
 class Ranks:

@@ -41,3 +41,9 @@ def run(cfg: Config, resume: bool = False) -> None:
         except TrainError as error:
             stopped(trainer, error)
             raise
+        if trainer.step in trainer.checkpointer.failed:
+            good = trainer.checkpointer.last_good()
+            raise TrainError(
+                f"training finished, but its last checkpoint was not saved (last good: {good}); free disk space, "
+                f"then run 'moetrain train --resume {run_dir}'"
+            )

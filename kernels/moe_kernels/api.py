@@ -64,6 +64,8 @@ def expert_mlp(
     counts: rows of each expert, in order; they sum to R. Zeros are legal, and so is R = 0: every parameter still takes
         part in the graph, with a gradient of zeros.
     w13: (e, 2, F, D), the gate's weights then up's. w2: (e, D, F). b13: (e, 2, F) or None. b2: (e, D) or None.
+    Parameters share one dtype: that of x, or float32 under a half-precision x. Then they are rounded to x's where they
+        are used, without a copy of all of them, and their gradients are float32.
     index_R: int64 (R,) or None. weight_R: float (R,), any float dtype, or None for 1.
     activation: "swiglu" or "gpt_oss" (``reference.activate``). backend: one of ``BACKENDS``.
 
@@ -74,6 +76,9 @@ def expert_mlp(
     """
     _check(x_ND, counts, w13, w2, index_R, weight_R, b13, b2, activation)
     name, _ = choose_backend(backend, x_ND.device, x_ND.dtype, w13.shape[3], w13.shape[2])
+    if name != "cpu":  # which rounds wider parameters by itself
+        w13, w2 = w13.to(x_ND.dtype), w2.to(x_ND.dtype)
+        b13, b2 = (None if b is None else b.to(x_ND.dtype) for b in (b13, b2))
     return _PATHS[name](x_ND, counts, w13, w2, index_R, weight_R, b13, b2, activation)
 
 
@@ -105,8 +110,11 @@ def _check(
     for name, tensor, shape in shapes:
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)} where w13 {tuple(w13.shape)} needs {shape}")
-    for name, tensor in (("w13", w13), ("w2", w2), ("b13", b13), ("b2", b2)):
-        if tensor is not None and tensor.dtype != x_ND.dtype:
-            raise ValueError(f"{name} is {tensor.dtype} but x is {x_ND.dtype}; the experts need one dtype")
+    half = x_ND.dtype in (torch.bfloat16, torch.float16)
+    if w13.dtype != x_ND.dtype and not (half and w13.dtype == torch.float32):
+        raise ValueError(f"w13 is {w13.dtype} but x is {x_ND.dtype}; the experts need one dtype, or float32 parameters")
+    for name, tensor in (("w2", w2), ("b13", b13), ("b2", b2)):
+        if tensor is not None and tensor.dtype != w13.dtype:
+            raise ValueError(f"{name} is {tensor.dtype} but w13 is {w13.dtype}; parameters need one dtype")
     if len(counts) != e or any(n < 0 for n in counts) or sum(counts) != R:
         raise ValueError(f"counts must be {e} row numbers that sum to {R}, not {len(counts)} that sum to {sum(counts)}")

@@ -78,6 +78,37 @@ class _Input:
         return out
 
 
+class _Weights:
+    """The matrices of a parameter (e, rows, columns) in ``dtype``; wider ones are rounded one at a time."""
+
+    def __init__(self, w: Tensor, dtype: torch.dtype) -> None:
+        self.matrices = w.unbind(0)
+        self.scratch = None if w.dtype == dtype else w.new_empty(w.shape[1:], dtype=dtype)
+
+    def __getitem__(self, b: _Block) -> Tensor:
+        matrix = self.matrices[b.expert]
+        return matrix if self.scratch is None else self.scratch.copy_(matrix)
+
+
+class _WeightGrad:
+    """The gradient of a parameter (e, rows, columns), in its dtype, from products in ``dtype``."""
+
+    def __init__(self, w: Tensor, dtype: torch.dtype, counts: list[int]) -> None:
+        self.grad = torch.empty_like(w, memory_format=torch.contiguous_format)
+        self.matrices = self.grad.unbind(0)
+        self.scratch = None if w.dtype == dtype else w.new_empty(w.shape[1:], dtype=dtype)
+        for matrix, n in zip(self.matrices, counts, strict=True):
+            if n == 0:
+                matrix.zero_()
+
+    def product(self, b: _Block, left: Tensor, right: Tensor) -> None:
+        """left @ right is the gradient of the block's matrix."""
+        if self.scratch is None:
+            torch.mm(left, right, out=self.matrices[b.expert])
+        else:
+            self.matrices[b.expert].copy_(torch.mm(left, right, out=self.scratch))
+
+
 class _ExpertMLP(torch.autograd.Function):
     """Inputs as ``moe_kernels.expert_mlp``; w13 comes flattened to (e, 2F, D) and b13 to (e, 2F)."""
 
@@ -101,16 +132,16 @@ class _ExpertMLP(torch.autograd.Function):
         a_all = x_ND.new_empty(_widest(blocks), w2.shape[2])
         x_of = _Input(x_ND, index_R, blocks)
         s_R1 = _column(weight_R, x_ND.dtype)
-        w13s, w2s = w13.unbind(0), w2.unbind(0)
+        w13_of, w2_of = _Weights(w13, x_ND.dtype), _Weights(w2, x_ND.dtype)
         for b in blocks:
             h, a = h_RF2[b.wide_rows], a_all[: b.wide]
-            torch.mm(x_of[b], w13s[b.expert].t(), out=h)
+            torch.mm(x_of[b], w13_of[b].t(), out=h)
             if b13 is not None:
                 h += b13[b.expert]
             activation_forward(h, activation, out=a)
             if s_R1 is not None:
                 a[: b.n] *= s_R1[b.rows]
-            torch.mm(a, w2s[b.expert].t(), out=y_RD[b.wide_rows])
+            torch.mm(a, w2_of[b].t(), out=y_RD[b.wide_rows])
             if b2 is not None:
                 y_RD[b.rows] += b2[b.expert] if s_R1 is None else s_R1[b.rows] * b2[b.expert]
         ctx.save_for_backward(x_ND, w13, w2, weight_R, b13, b2, index_R, h_RF2[:R])
@@ -125,27 +156,27 @@ class _ExpertMLP(torch.autograd.Function):
         a_all, da_all = x_ND.new_empty(2, _widest(blocks), w2.shape[2])
         dh_all = x_ND.new_empty(_widest(blocks), w13.shape[1])
         dx_RD = x_ND.new_empty(_end(blocks), x_ND.shape[1]) if need_x else None
-        dw13 = _parameter_grad(w13, ctx.counts) if need_w13 else None
-        dw2 = _parameter_grad(w2, ctx.counts) if need_w2 else None
+        dw13 = _WeightGrad(w13, x_ND.dtype, ctx.counts) if need_w13 else None
+        dw2 = _WeightGrad(w2, x_ND.dtype, ctx.counts) if need_w2 else None
         db13 = torch.zeros_like(b13) if need_b13 else None
         db2 = torch.zeros_like(b2) if need_b2 else None
         ds_R = torch.empty_like(weight_R) if need_weight else None
         x_of, dy_of, s_R1 = _Input(x_ND, index_R, blocks), _Input(grads[0], None, blocks), _column(weight_R, x_ND.dtype)
-        w13s, w2s = w13.unbind(0), w2.unbind(0)
+        w13_of, w2_of = _Weights(w13, x_ND.dtype), _Weights(w2, x_ND.dtype)
         for b in blocks:
             e, dy, a, da, dh = b.expert, dy_of[b], a_all[: b.wide], da_all[: b.wide], dh_all[: b.wide]
             s = None if s_R1 is None else s_R1[b.rows]
-            torch.mm(dy, w2s[e], out=da)
+            torch.mm(dy, w2_of[b], out=da)
             ds = activation_backward(h_RF2[b.rows], da[: b.n], s, ctx.activation, a=a[: b.n], dh=dh[: b.n])
             if b.wide != b.n:
                 a[b.n :].zero_()
                 dh[b.n :].zero_()
             if dw2 is not None:
-                torch.mm(dy.t(), a, out=dw2[e])
+                dw2.product(b, dy.t(), a)
             if dw13 is not None:
-                torch.mm(dh.t(), x_of[b], out=dw13[e])
+                dw13.product(b, dh.t(), x_of[b])
             if dx_RD is not None:
-                torch.mm(dh, w13s[e], out=dx_RD[b.wide_rows])
+                torch.mm(dh, w13_of[b], out=dx_RD[b.wide_rows])
             if db13 is not None:
                 torch.sum(dh, 0, out=db13[e])
             if db2 is not None:
@@ -153,7 +184,8 @@ class _ExpertMLP(torch.autograd.Function):
             if ds_R is not None and ds is not None:
                 ds_R[b.rows] = ds if b2 is None else ds + torch.mv(dy[: b.n], b2[e])
         dx_ND = None if dx_RD is None else _sum_rows(dx_RD[: len(h_RF2)], index_R, x_ND.shape[0])
-        return dx_ND, dw13, dw2, ds_R, db13, db2, None, None, None
+        dw13_grad, dw2_grad = (None if dw is None else dw.grad for dw in (dw13, dw2))
+        return dx_ND, dw13_grad, dw2_grad, ds_R, db13, db2, None, None, None
 
 
 def _widest(blocks: list[_Block]) -> int:
@@ -162,15 +194,6 @@ def _widest(blocks: list[_Block]) -> int:
 
 def _column(weight_R: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if weight_R is None else weight_R.to(dtype)[:, None]
-
-
-def _parameter_grad(w: Tensor, counts: list[int]) -> Tensor:
-    """Memory for the gradient of ``w`` (e, ...), zero for experts without rows."""
-    grad = torch.empty_like(w, memory_format=torch.contiguous_format)
-    for expert, n in enumerate(counts):
-        if n == 0:
-            grad[expert].zero_()
-    return grad
 
 
 def _sum_rows(rows_RD: Tensor, index_R: Tensor | None, n: int) -> Tensor:
@@ -194,5 +217,6 @@ def cpu_expert_mlp(
     activation: str,
 ) -> Tensor:
     """``moe_kernels.expert_mlp`` on CPU. y_RD (R, D)."""
-    b13 = None if b13 is None else b13.flatten(1, 2)
+    b13 = None if b13 is None else b13.flatten(1, 2).to(x_ND.dtype)
+    b2 = None if b2 is None else b2.to(x_ND.dtype)
     return _ExpertMLP.apply(x_ND, w13.flatten(1, 2), w2, weight_R, b13, b2, index_R, counts, activation)

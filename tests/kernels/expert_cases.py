@@ -23,14 +23,19 @@ class Case:
     inputs: dict[str, Tensor]
     upstream_RD: Tensor = field(repr=False)
 
-    def run(self, backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The output, and the gradient of <output, upstream> with respect to every input, in float64."""
-        inputs = {name: t.to(dtype).requires_grad_() for name, t in self.inputs.items()}
+    def run(self, backend: str, dtype: torch.dtype, parameters: torch.dtype | None = None) -> dict[str, Tensor]:
+        """The output, and the gradient of <output, upstream> with respect to every input, in float64.
+
+        parameters: dtype of the experts' weights and biases, where it is another.
+        """
+        wide = dict.fromkeys(("w13", "w2", "b13", "b2"), parameters or dtype)
+        inputs = {name: t.to(wide.get(name, dtype)).requires_grad_() for name, t in self.inputs.items()}
         y_RD = expert_mlp(
             **inputs, counts=self.counts, index_R=self.index_R, activation=self.activation, backend=backend
         )
         assert y_RD.dtype == dtype
         grads = torch.autograd.grad(y_RD, list(inputs.values()), self.upstream_RD.to(dtype))
+        assert all(grad.dtype == t.dtype for grad, t in zip(grads, inputs.values(), strict=True))
         return {name: t.double() for name, t in zip(("y", *inputs), (y_RD.detach(), *grads), strict=True)}
 
 

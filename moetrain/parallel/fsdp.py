@@ -41,18 +41,24 @@ def expert_placement(edp: int) -> Callable[[nn.Parameter], Shard]:
 def shard(model: nn.Module, dense_mesh: DeviceMesh, expert_mesh: DeviceMesh, precision: str, reshard: bool) -> None:
     """Apply FSDP2 in place: experts over ``expert_mesh`` (1-D), blocks and root over ``dense_mesh`` (1-D or 2-D)."""
     policy = mixed_precision(precision)
-    for module in model.modules():
-        if isinstance(module, Experts):
-            fully_shard(
-                module,
-                mesh=expert_mesh,
-                mp_policy=policy,
-                reshard_after_forward=reshard,
-                shard_placement_fn=expert_placement(expert_mesh.size()),
-            )
+    experts = [module for module in model.modules() if isinstance(module, Experts)]
+    alone: set[nn.Parameter] = set()
+    for own in experts:
+        if expert_mesh.size() == 1:
+            # Experts that no other rank holds have nothing to gather or to reduce. FSDP would still copy every weight
+            # and gradient twice a step; the kernels take float32 weights under bfloat16 rows as they are.
+            alone.update(own.parameters())
+            continue
+        fully_shard(
+            own,
+            mesh=expert_mesh,
+            mp_policy=policy,
+            reshard_after_forward=reshard,
+            shard_placement_fn=expert_placement(expert_mesh.size()),
+        )
     for block in model.layers.values():  # type: ignore[union-attr, operator]
-        fully_shard(block, mesh=dense_mesh, mp_policy=policy, reshard_after_forward=reshard)
-    fully_shard(model, mesh=dense_mesh, mp_policy=policy, reshard_after_forward=False)
+        fully_shard(block, mesh=dense_mesh, mp_policy=policy, reshard_after_forward=reshard, ignored_params=alone)
+    fully_shard(model, mesh=dense_mesh, mp_policy=policy, reshard_after_forward=False, ignored_params=alone)
     for module in model.modules():
         # The loss is divided once by the global token count, so every reduction is a plain sum. Both setters act on one
         # module only; gloo has no scaled reduction, hence the forced sum.

@@ -1,0 +1,72 @@
+"""A checkpoint saved under one mapping goes on under another, as if nothing had happened: float64, 1e-9."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from moetrain import config
+from moetrain.checkpoint import gather_state
+from moetrain.config.check import resolve_sizes
+from moetrain.train.trainer import Trainer
+from tests.distributed.harness import run_ranks
+from tests.distributed.test_parity import SIGMOID, SOFTMAX, load, prepared  # noqa: F401  # prepared is a fixture
+
+HALF = 5
+SAVED = ["parallel.ep=2", "train.micro_batch=2"]
+ELSEWHERE: list[tuple[int, list[str]]] = [
+    (1, ["train.micro_batch=8"]),
+    (2, ["train.micro_batch=4"]),
+    (4, ["parallel.ep=2", "train.micro_batch=2"]),
+    (4, ["parallel.ep=4", "parallel.dp_replicate=2", "train.micro_batch=1"]),
+]
+
+
+def build(cfg: config.Config) -> Trainer:
+    return Trainer(cfg, resolve_sizes(cfg.parallel, dist.get_world_size()), Path(cfg.run_dir))
+
+
+def go_on(trainer: Trainer) -> list[dict[str, Any]]:
+    rows = []
+    for _ in range(HALF):
+        rows.append({k: v for k, v in trainer.train_step().items() if k == "grad_norm" or "loss" in k})
+        rows[-1]["loads"] = [counts.tolist() for counts in trainer.last_loads.counts.values()]
+    return rows
+
+
+def save_half_way(cfg: config.Config) -> list[dict[str, Any]]:
+    """Five steps, a checkpoint, and the five steps that must follow it."""
+    trainer = build(cfg)
+    go_on(trainer)
+    progress = {"step": trainer.step, "tokens": trainer.tokens, "seconds": 0.0}
+    trainer.checkpointer.save(trainer.step, gather_state(trainer.model, trainer.optimizer, progress))
+    trainer.checkpointer.wait()
+    return go_on(trainer)
+
+
+def resume(cfg: config.Config) -> list[dict[str, Any]]:
+    trainer = build(cfg)
+    trainer.resume()
+    assert trainer.step == HALF
+    return go_on(trainer)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [[*SOFTMAX, "optim=muon"], SIGMOID],
+    ids=["softmax, loads of the step before, muon", "sigmoid, bias, adamw"],
+)
+def test_resume_under_another_mapping(prepared: Path, choice: list[str]) -> None:  # noqa: F811
+    """Saved on ep 2; resumed on one rank, dp 2, edp 2 x ep 2, and HSDP with ep 4. Biases and loads come along."""
+    common = [*choice, "train.precision=float64"]
+    expected = run_ranks(2, save_half_way, load(prepared, [*common, *SAVED]))[0]
+    for world, mapping in ELSEWHERE:
+        for rows in run_ranks(world, resume, load(prepared, [*common, *mapping])):
+            for got, want in zip(rows, expected, strict=True):
+                assert got.pop("loads") == want["loads"], mapping
+                assert got == pytest.approx({k: v for k, v in want.items() if k != "loads"}, rel=1e-9), mapping
+    shutil.rmtree(prepared / "run")

@@ -138,9 +138,7 @@ class _ExpertMLP(torch.autograd.Function):
             torch.mm(x_of[b], w13_of[b].t(), out=h)
             if b13 is not None:
                 h += b13[b.expert]
-            activation_forward(h, activation, out=a)
-            if s_R1 is not None:
-                a[: b.n] *= s_R1[b.rows]
+            activation_forward(h[: b.n], None if s_R1 is None else s_R1[b.rows], activation, out=a[: b.n])
             torch.mm(a, w2_of[b].t(), out=y_RD[b.wide_rows])
             if b2 is not None:
                 y_RD[b.rows] += b2[b.expert] if s_R1 is None else s_R1[b.rows] * b2[b.expert]
@@ -150,42 +148,65 @@ class _ExpertMLP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_ND, w13, w2, weight_R, b13, b2, index_R, h_RF2 = ctx.saved_tensors
+        run = _Backward(ctx, grads[0])
+        for b in run.blocks:
+            run.expert(b)
+        return *run.results(), None, None, None
+
+
+class _Backward:
+    """One backward pass: its operands, scratch for the largest expert, and the gradients that are needed."""
+
+    def __init__(self, ctx: Any, dy_RD: Tensor) -> None:
+        x_ND, w13, w2, weight_R, self.b13, self.b2, self.index_R, self.h_RF2 = ctx.saved_tensors
         need_x, need_w13, need_w2, need_weight, need_b13, need_b2 = ctx.needs_input_grad[:6]
-        blocks = _blocks(ctx.counts, x_ND.dtype)
-        a_all, da_all = x_ND.new_empty(2, _widest(blocks), w2.shape[2])
-        dh_all = x_ND.new_empty(_widest(blocks), w13.shape[1])
-        dx_RD = x_ND.new_empty(_end(blocks), x_ND.shape[1]) if need_x else None
-        dw13 = _WeightGrad(w13, x_ND.dtype, ctx.counts) if need_w13 else None
-        dw2 = _WeightGrad(w2, x_ND.dtype, ctx.counts) if need_w2 else None
-        db13 = torch.zeros_like(b13) if need_b13 else None
-        db2 = torch.zeros_like(b2) if need_b2 else None
-        ds_R = torch.empty_like(weight_R) if need_weight else None
-        x_of, dy_of, s_R1 = _Input(x_ND, index_R, blocks), _Input(grads[0], None, blocks), _column(weight_R, x_ND.dtype)
-        w13_of, w2_of = _Weights(w13, x_ND.dtype), _Weights(w2, x_ND.dtype)
-        for b in blocks:
-            e, dy, a, da, dh = b.expert, dy_of[b], a_all[: b.wide], da_all[: b.wide], dh_all[: b.wide]
-            s = None if s_R1 is None else s_R1[b.rows]
-            torch.mm(dy, w2_of[b], out=da)
-            ds = activation_backward(h_RF2[b.rows], da[: b.n], s, ctx.activation, a=a[: b.n], dh=dh[: b.n])
-            if b.wide != b.n:
-                a[b.n :].zero_()
-                dh[b.n :].zero_()
-            if dw2 is not None:
-                dw2.product(b, dy.t(), a)
-            if dw13 is not None:
-                dw13.product(b, dh.t(), x_of[b])
-            if dx_RD is not None:
-                torch.mm(dh, w13_of[b], out=dx_RD[b.wide_rows])
-            if db13 is not None:
-                torch.sum(dh, 0, out=db13[e])
-            if db2 is not None:
-                torch.sum(dy[: b.n] if s is None else dy[: b.n] * s, 0, out=db2[e])
-            if ds_R is not None and ds is not None:
-                ds_R[b.rows] = ds if b2 is None else ds + torch.mv(dy[: b.n], b2[e])
-        dx_ND = None if dx_RD is None else _sum_rows(dx_RD[: len(h_RF2)], index_R, x_ND.shape[0])
-        dw13_grad, dw2_grad = (None if dw is None else dw.grad for dw in (dw13, dw2))
-        return dx_ND, dw13_grad, dw2_grad, ds_R, db13, db2, None, None, None
+        dtype, self.activation, self.tokens = x_ND.dtype, ctx.activation, len(x_ND)
+        self.blocks = _blocks(ctx.counts, dtype)
+        self.x_of, self.dy_of = _Input(x_ND, self.index_R, self.blocks), _Input(dy_RD, None, self.blocks)
+        self.w13_of, self.w2_of = _Weights(w13, dtype), _Weights(w2, dtype)
+        self.weight_R, self.s_R1 = weight_R, _column(weight_R, dtype)
+        self.a_all, self.da_all = x_ND.new_empty(2, _widest(self.blocks), w2.shape[2])
+        self.dh_all = x_ND.new_empty(_widest(self.blocks), w13.shape[1])
+        self.dx_RD = x_ND.new_empty(_end(self.blocks), x_ND.shape[1]) if need_x else None
+        self.dw13 = _WeightGrad(w13, dtype, ctx.counts) if need_w13 else None
+        self.dw2 = _WeightGrad(w2, dtype, ctx.counts) if need_w2 else None
+        self.db13 = torch.zeros_like(self.b13) if need_b13 else None
+        self.db2 = torch.zeros_like(self.b2) if need_b2 else None
+        wide = torch.promote_types(dtype, torch.float32)
+        self.ds_R = torch.empty_like(weight_R, dtype=wide) if need_weight else None
+
+    def expert(self, b: _Block) -> None:
+        """The gradients of one expert's parameters and rows."""
+        dy, a, da, dh = self.dy_of[b], self.a_all[: b.wide], self.da_all[: b.wide], self.dh_all[: b.wide]
+        s = None if self.s_R1 is None else self.s_R1[b.rows]
+        ds = None if self.ds_R is None else self.ds_R[b.rows]
+        torch.mm(dy, self.w2_of[b], out=da)
+        activation_backward(self.h_RF2[b.rows], da[: b.n], s, self.activation, a=a[: b.n], dh=dh[: b.n], ds=ds)
+        if b.wide != b.n:
+            a[b.n :].zero_()
+            dh[b.n :].zero_()
+        if self.dw2 is not None:
+            self.dw2.product(b, dy.t(), a)
+        if self.dw13 is not None:
+            self.dw13.product(b, dh.t(), self.x_of[b])
+        if self.dx_RD is not None:
+            torch.mm(dh, self.w13_of[b], out=self.dx_RD[b.wide_rows])
+        self._biases(b, dy[: b.n], dh[: b.n], s, ds)
+
+    def _biases(self, b: _Block, dy: Tensor, dh: Tensor, s: Tensor | None, ds: Tensor | None) -> None:
+        if self.db13 is not None:
+            torch.sum(dh, 0, out=self.db13[b.expert])
+        if self.db2 is not None:
+            torch.sum(dy if s is None else dy * s, 0, out=self.db2[b.expert])
+        if self.b2 is not None and ds is not None:
+            ds += torch.mv(dy, self.b2[b.expert])
+
+    def results(self) -> tuple[Tensor | None, ...]:
+        """Gradients in x, w13, w2, weight, b13 and b2."""
+        dx_ND = None if self.dx_RD is None else _sum_rows(self.dx_RD[: len(self.h_RF2)], self.index_R, self.tokens)
+        dw13, dw2 = (None if dw is None else dw.grad for dw in (self.dw13, self.dw2))
+        ds_R = None if self.ds_R is None else self.ds_R.to(self.weight_R.dtype)
+        return dx_ND, dw13, dw2, ds_R, self.db13, self.db2
 
 
 def _widest(blocks: list[_Block]) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from moe_kernels import choose_backend, expert_mlp
@@ -74,3 +77,19 @@ def test_inputs_that_do_not_fit(change: str, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint) as error:
         expert_mlp(**_change(make_case([2, 3]), change))  # type: ignore[arg-type]
     assert "\n" not in str(error.value)
+
+
+def test_freed_memory_is_reused_not_mapped_again() -> None:
+    """In a process of its own: once warm, 100 blocks of 64 MB cost fewer page faults than 10 would (16384 each)."""
+    code = (
+        "import resource, torch; from moe_kernels import keep_freed_memory; kept = keep_freed_memory()\n"
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "torch.zeros(2**24); before = faults()\n"
+        "for _ in range(100): torch.zeros(2**24)\n"
+        "print(int(kept), faults() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    kept, faults = map(int, done.stdout.split())
+    if not kept:
+        pytest.skip("this C library has no mallopt")
+    assert faults < 10 * 16384

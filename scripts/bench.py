@@ -1,0 +1,37 @@
+"""Benchmarks against named peers, each in one run: ``python scripts/bench.py step --json FILE``.
+
+step: tokens per second of a whole training step against transformers' model of the same shape (``bench_step.py``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+
+import bench_step
+
+
+def main() -> int:
+    """Run the benchmark that the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    step = commands.add_parser("step", help="a training step against transformers", description=bench_step.__doc__,
+                               formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    bench_step.add_arguments(step)
+    for command in (step,):
+        command.add_argument("--json", type=Path, metavar="FILE", help="write the rows here as JSON")
+    args = parser.parse_args()
+    if args.json is not None and not args.json.parent.is_dir():
+        parser.error(f"--json: there is no folder '{args.json.parent}'")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    result = {"step": bench_step.main}[args.command](args)
+    if args.json is not None:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

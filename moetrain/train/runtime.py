@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from moe_kernels import keep_freed_memory
 from tqdm import tqdm
 
 from moetrain.config.errors import ConfigError
@@ -48,6 +49,8 @@ def process_group(device: torch.device, timeout_s: int) -> Iterator[None]:
 
 def set_up_torch(cfg: Config, ranks_here: int) -> None:
     """Threads, seeds and determinism. ``ranks_here``: processes that share this machine's cores."""
+    if pick_device(cfg.device).type == "cpu":
+        keep_freed_memory()  # before there are large tensors
     torch.set_num_threads(cfg.train.threads or max(1, (os.cpu_count() or 1) // ranks_here))
     torch.manual_seed(cfg.seed)
     if cfg.train.deterministic:

@@ -151,12 +151,18 @@ class ExpertsConfig:
     backend: Literal["auto", "loop", "grouped_mm", "cpu"] = Field(
         default="auto", description="expert kernels; loop is the oracle that the others are tested against"
     )
+    overlap: bool = Field(
+        default=False, description="compute the shared experts while the routed rows travel between ranks"
+    )
 
 
 @dataclass(config=STRICT)
 class ParallelConfig:
-    """Sizes of the two grids of ranks, pp x dp_replicate x dp_shard x cp x tp pp x edp x ep x etp. -1 infers one."""
+    """Sizes of the two grids of ranks, pp x dp_replicate x dp_shard x cp x tp = pp x edp x ep x etp; -1 infers one."""
 
+    engine: Literal["torch", "deepspeed"] = Field(
+        default="torch", description="what runs the step: FSDP2 and torch's pipelines, or DeepSpeed's ZeRO"
+    )
     pp: int = Field(default=1, description="pipeline stages' ranks")
     dp_replicate: int = Field(default=1, description="replicas of the sharded model (HSDP)")
     dp_shard: int = Field(default=-1, description="ranks that shard dense parameters (FSDP2)")
@@ -164,9 +170,31 @@ class ParallelConfig:
     tp: int = Field(default=1, description="tensor parallel ranks of attention and dense parts")
     ep: int = Field(default=1, description="expert parallel ranks")
     etp: int = Field(default=1, description="tensor parallel ranks inside an expert")
+    context: Literal["all_gather", "ring", "all_to_all"] = Field(
+        default="all_gather",
+        description="how attention crosses cp ranks: gather keys and values, pass them round, or trade heads (Ulysses)",
+    )
+    schedule: Literal[
+        "gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv_zero_bubble", "dualpipev"
+    ] = Field(default="1f1b", description="order in which a pipeline runs its micro-batches")
+    stages_per_rank: Positive | None = Field(
+        default=None,
+        description="pipeline stages on each rank (virtual stages); null: 1, or 2 where the schedule needs it",
+    )
+    layout: list[int] | None = Field(
+        default=None, description="layers of each pipeline stage, in order; null: split by cost"
+    )
     reshard_after_forward: bool = Field(
         default=True, description="free gathered parameters after forward; saves memory, costs an all-gather"
     )
+    prefetch: NonNegative = Field(
+        default=1, description="blocks whose parameters FSDP gathers ahead of the one that computes"
+    )
+    offload: Literal["none", "optimizer", "all"] = Field(
+        default="none", description="keep in host memory: nothing, optimizer state, or parameters as well"
+    )
+    zero: Literal[1, 2, 3] = Field(default=1, description="deepspeed: what ZeRO shards")
+    nvme: str | None = Field(default=None, description="deepspeed: folder for offloaded optimizer state (zero=3)")
     timeout_s: Positive = Field(default=600, description="seconds after which a stuck collective ends the job")
 
 
@@ -207,6 +235,9 @@ class DataConfig:
     )
     sources: dict[str, SourceConfig] = Field(default_factory=dict, description="domain name -> its text")
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig, description="tokenizer")
+    document_mask: bool = Field(
+        default=False, description="attention stays within a document, and positions start anew in each"
+    )
     val_fraction: float = Field(
         default=0.05, gt=0, lt=1, description="share of each domain's documents (by bytes) held out"
     )

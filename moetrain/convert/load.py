@@ -67,7 +67,8 @@ def load_hf(model: Decoder, source: Path | str | Mapping[str, Tensor]) -> None:
     for fqn, ours in targets.items():
         if filled[fqn] != ours.numel() and not fqn.endswith(SELECTION_BIAS):
             _report_missing(family, fqn, tuple(ours.shape), filled[fqn], source)
-    if tied_head is not None and not torch.equal(tied_head.to(model.embed.weight), model.embed.weight):
+    table = model.embed.weight if model.embed is not None else None
+    if tied_head is not None and (table is None or not torch.equal(tied_head.to(table), table)):
         raise ConvertError(f"tensor '{TIED_HEAD}' differs from the embedding, but model.tie_embeddings=true")
     if ignored:
         log.info("not imported: %d tensors that the model has no part for, from %s", len(ignored), ignored[0])

@@ -12,7 +12,7 @@ from moetrain.config.schema import ExpertsConfig, ModelConfig
 from moetrain.model.attention import build_attention, window_of
 from moetrain.model.mlp import MLP
 from moetrain.model.norm import RMSNorm
-from moetrain.model.rope import Positions
+from moetrain.model.places import Places
 from moetrain.moe.build import build_moe_layer
 from moetrain.moe.routing import Carry, Memo, TokenContext
 
@@ -50,17 +50,15 @@ class Block(nn.Module):
             if part is not None:
                 part.recompute = value == "selective"  # type: ignore[assignment]
 
-    def forward(self, x_BSD: Tensor, carry: Carry, positions: Positions, step: int) -> tuple[Tensor, Carry]:
+    def forward(self, x_BSD: Tensor, carry: Carry, places: Places, step: int) -> tuple[Tensor, Carry]:
         """(x_BSD, carry) -> (x_BSD, carry). step: optimizer step, for scheduled numbers and seeded noise."""
         context = TokenContext(x_BSD.shape[1], step, self.training, Memo())
         if self._recompute == "full" and torch.is_grad_enabled():
-            return checkpoint(
-                self._run, x_BSD, carry, positions, context, use_reentrant=False, preserve_rng_state=False
-            )
-        return self._run(x_BSD, carry, positions, context)
+            return checkpoint(self._run, x_BSD, carry, places, context, use_reentrant=False, preserve_rng_state=False)
+        return self._run(x_BSD, carry, places, context)
 
-    def _run(self, x: Tensor, carry: Carry, positions: Positions, context: TokenContext) -> tuple[Tensor, Carry]:
-        x, h = self.attend(x, positions.cos, positions.sin, positions.mask(self.window))
+    def _run(self, x: Tensor, carry: Carry, places: Places, context: TokenContext) -> tuple[Tensor, Carry]:
+        x, h = self.attend(x, places)
         if self.moe is not None:
             out_TD, carry = self.moe(h.flatten(0, 1), carry, context)
             return x + out_TD.view_as(x), carry
@@ -69,9 +67,9 @@ class Block(nn.Module):
             return x + checkpoint(self.mlp, h, use_reentrant=False, preserve_rng_state=False), carry
         return x + self.mlp(h), carry
 
-    def attend(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def attend(self, x: Tensor, places: Places) -> tuple[Tensor, Tensor]:
         """x_BSD -> (x + attention, its norm): all of the block that has fixed shapes."""
-        x = x + self.attention(self.attention_norm(x), cos, sin, mask)
+        x = x + self.attention(self.attention_norm(x), places, self.window)
         return x, self.mlp_norm(x)
 
     def compile_dense(self) -> None:

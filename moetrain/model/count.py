@@ -42,6 +42,7 @@ def count_parameters(cfg: ModelConfig) -> Counts:
         active += met
         is_matrix = p.dim() >= 2 and not fqn.endswith((".b13", ".b2"))
         matmul += met if is_matrix else 0
+    assert model.embed is not None
     table = model.embed.weight.numel()
     embedding, head = (0, table) if model.head is None else (table, model.head.weight.numel())
     return Counts(total, active, embedding, head, matmul - embedding)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moetrain.moe.linear import Linear
+
 
 class MLP(nn.Module):
     """w_down(silu(w_gate x) * w_up x), without biases."""
 
     def __init__(self, dim: int, inner: int) -> None:
         super().__init__()
-        self.w_gate = nn.Linear(dim, inner, bias=False)
-        self.w_up = nn.Linear(dim, inner, bias=False)
-        self.w_down = nn.Linear(inner, dim, bias=False)
+        self.w_gate = Linear(dim, inner, bias=False)
+        self.w_up = Linear(dim, inner, bias=False)
+        self.w_down = Linear(inner, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) -> (..., D)."""

@@ -7,12 +7,12 @@ nothing to restore. r is the rotated width of a head.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from moetrain.config.schema import RopeConfig
+from moetrain.model.places import Places
 
 
 def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
@@ -65,45 +65,40 @@ def yarn_temperature(cfg: RopeConfig) -> float:
     return yarn_mscale(cfg.factor)
 
 
-@dataclass
-class Positions:
-    """What attention knows about where tokens stand, made once per forward pass and shared by all blocks.
-
-    cos, sin: (S, 1, r/2), or (B, S, 1, r/2) where positions differ between sequences; they broadcast over heads.
-    """
-
-    cos: Tensor
-    sin: Tensor
-    seq_len: int
-    _masks: dict[int, Tensor] = field(default_factory=dict)
-
-    def mask(self, window: int | None) -> Tensor | None:
-        """Boolean (S, S), true where the query (row) sees the key (column); None for plain causal attention."""
-        if window is None or window >= self.seq_len:
-            return None
-        if window not in self._masks:
-            ones = torch.ones(self.seq_len, self.seq_len, dtype=torch.bool, device=self.cos.device)
-            self._masks[window] = ones.tril() & ones.triu(1 - window)
-        return self._masks[window]
-
-
 class Rope:
-    """Makes ``Positions``; keeps the tables of consecutive positions until length, device or dtype change."""
+    """Makes ``Places``; keeps the tables of consecutive positions until length, device or dtype change."""
 
     def __init__(self, cfg: RopeConfig, width: int) -> None:
         self.cfg = cfg
         self.width = width
-        self._kept: tuple[tuple[int, torch.device, torch.dtype], Tensor, Tensor] | None = None
+        self._kept: tuple[object, Tensor, Tensor] | None = None
 
-    def positions(self, x_BSD: Tensor, positions_BS: Tensor | None) -> Positions:
-        """Tables in x's dtype and device for ``positions_BS`` (int, (B, S) or (S,)), or for 0..S-1 when None."""
-        seq_len = x_BSD.shape[1]
+    def places(
+        self,
+        seq_len: int,
+        like: Tensor,
+        *,
+        index_S: Tensor | None = None,
+        document_BN: Tensor | None = None,
+        positions_BS: Tensor | None = None,
+    ) -> Places:
+        """Places of this rank's tokens in sequences of ``seq_len`` (N) tokens, with tables in like's dtype and device.
+
+        index_S: where each of them stands; None: all are here, in order. document_BN: see ``Places``; positions then
+        start from 0 in every document. positions_BS: int (B, S) or (S,), rotary positions that replace these.
+        """
+        places = Places(seq_len, index_S, document_BN)
+        if positions_BS is None and document_BN is not None:
+            positions_BS = places.position_in_document(like.device)
         if positions_BS is not None:
-            return Positions(*self._tables(positions_BS, x_BSD), seq_len)
-        key = (seq_len, x_BSD.device, x_BSD.dtype)
+            places.cos, places.sin = self._tables(positions_BS, like)
+            return places
+        key = (seq_len, like.device, like.dtype, index_S is None or tuple(index_S.tolist()))
         if self._kept is None or self._kept[0] != key:
-            self._kept = (key, *self._tables(torch.arange(seq_len, device=x_BSD.device), x_BSD))
-        return Positions(*self._kept[1:], seq_len)
+            index = torch.arange(seq_len, device=like.device) if index_S is None else index_S
+            self._kept = (key, *self._tables(index, like))
+        places.cos, places.sin = self._kept[1:]
+        return places
 
     @torch.no_grad()
     def _tables(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,13 +107,3 @@ class Rope:
         inv, factor = inverse_frequencies(self.cfg, self.width, wide)
         angles = positions[..., None, None].to(wide) * inv.to(positions.device)
         return (angles.cos() * factor).to(like.dtype), (angles.sin() * factor).to(like.dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Rotate the pairs of x (B, S, H, r): elements (i, i + r/2), or neighbours (2i, 2i+1) when ``interleaved``.
-
-    Interleaved pairs come out as halves (all first elements, then all second ones): queries and keys are permuted
-    alike, so their products are the same, and the writes are contiguous.
-    """
-    a, b = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)

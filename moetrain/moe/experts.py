@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moetrain.config.schema import ModelConfig
+from moetrain.moe.linear import Linear, local_part
 from moetrain.moe.routing import Rows
 
 
@@ -37,7 +38,7 @@ class Experts(nn.Module):
     def forward(self, rows: Rows) -> Tensor:
         """y_RD (R, D): the output of each row's expert, times the row's weight if it has one."""
         run = functools.partial(expert_mlp, activation=self.activation, backend=self.backend)
-        weights = [_local(p) for p in (self.w13, self.w2, self.b13, self.b2)]
+        weights = [local_part(p) for p in (self.w13, self.w2, self.b13, self.b2)]
         return _maybe_checkpoint(self.recompute, _call, run, rows, *weights)
 
 
@@ -51,10 +52,10 @@ class SharedExperts(nn.Module):
     def __init__(self, cfg: ModelConfig, layer: int) -> None:
         super().__init__()
         inner = cfg.layer_value("shared_dim", layer)
-        self.w_gate = nn.Linear(cfg.dim, inner, bias=False)
-        self.w_up = nn.Linear(cfg.dim, inner, bias=False)
-        self.w_down = nn.Linear(inner, cfg.dim, bias=False)
-        self.gate = nn.Linear(cfg.dim, 1, bias=False) if cfg.moe.shared_gate else None
+        self.w_gate = Linear(cfg.dim, inner, bias=False)
+        self.w_up = Linear(cfg.dim, inner, bias=False)
+        self.w_down = Linear(inner, cfg.dim, bias=False)
+        self.gate = Linear(cfg.dim, 1, bias=False) if cfg.moe.shared_gate else None
         self.recompute = False
 
     def forward(self, x_TD: Tensor) -> Tensor:
@@ -70,12 +71,6 @@ def _call(
     run: Callable[..., Tensor], rows: Rows, w13: Tensor, w2: Tensor, b13: Tensor | None, b2: Tensor | None
 ) -> Tensor:
     return run(rows.x_ND, rows.counts, w13, w2, index_R=rows.index_R, weight_R=rows.weight_R, b13=b13, b2=b2)
-
-
-def _local(p: Tensor | None) -> Tensor | None:
-    """The part of a parameter that this rank holds."""
-    to_local = getattr(p, "to_local", None)
-    return p if to_local is None else to_local()
 
 
 def _maybe_checkpoint(recompute: bool, fn: Callable[..., Tensor], *args: object) -> Tensor:

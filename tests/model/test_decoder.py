@@ -18,7 +18,8 @@ from moetrain.model.attention.kernels import attend
 from moetrain.model.count import count_parameters, flops_per_token
 from moetrain.model.decoder import Decoder
 from moetrain.model.init import init_rule
-from moetrain.model.rope import Positions, inverse_frequencies
+from moetrain.model.places import Places
+from moetrain.model.rope import inverse_frequencies
 
 TINY = ["tiny", "tiny-deepseek", "tiny-gpt-oss", "tiny-qwen2"]
 AUX = {"aux_loss": {"coef": 0.01, "scope": "sequence"}, "z_loss": {"coef": 0.001}}
@@ -128,9 +129,10 @@ def test_attention_against_a_loop_over_queries(grouped: int, window: int | None)
                 kv = h * grouped // 4
                 e = torch.exp(torch.stack([q[b, i, h] @ k[b, j, kv] * 0.3 for j in range(first, i + 1)]))
                 expected[b, i, h] = (e @ v[b, first : i + 1, kv]) / (e.sum() + sinks[h].exp())
-    mask = Positions(q, q, 7).mask(window)
+    places = Places(7)
+    places.cos = places.sin = q
     for backend in ("math", "sdpa"):
-        out = attend(q, k, v, scale=0.3, mask_SS=mask, sinks_H=sinks, backend=backend)
+        out = attend(q, k, v, places, window, scale=0.3, sinks_H=sinks, backend=backend)
         torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
 
 

@@ -5,29 +5,65 @@ Shapes: B batch, S sequence, H query heads, G key/value heads (G divides H), d h
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from moetrain.model.places import Places
+
+
+class Core(Protocol):
+    """What an attention module calls; ``attend``, or its form for sequences that are split over ranks."""
+
+    def __call__(
+        self,
+        q_BSHd: Tensor,
+        k_BSGd: Tensor,
+        v_BSGv: Tensor,
+        places: Places,
+        window: int | None,
+        *,
+        scale: float,
+        sinks_H: Tensor | None = None,
+        backend: str = "auto",
+    ) -> Tensor: ...
 
 
 def attend(
     q_BSHd: Tensor,
     k_BSGd: Tensor,
     v_BSGv: Tensor,
+    places: Places,
+    window: int | None,
     *,
     scale: float,
-    mask_SS: Tensor | None = None,
     sinks_H: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """softmax(scale * q k^T) v -> (B, S, H, v).
 
-    mask_SS: boolean, true where a query (row) sees a key (column); None: causal.
+    Causal, within documents (``places``), and within ``window`` tokens, the query's own included; None: all before it.
     sinks_H: a logit per head that joins the softmax and has no value (GPT-OSS, arXiv 2508.10925).
     backend: ``sdpa`` (also ``auto``) or ``math``.
     """
-    q, k, v = (t.transpose(1, 2) for t in (q_BSHd, k_BSGd, v_BSGv))
-    out = (_math if backend == "math" else _sdpa)(q, k, v, scale, mask_SS, sinks_H)
+    return attend_masked(q_BSHd, k_BSGd, v_BSGv, places.mask(window), scale=scale, sinks_H=sinks_H, backend=backend)
+
+
+def attend_masked(
+    q_BQHd: Tensor,
+    k_BKGd: Tensor,
+    v_BKGv: Tensor,
+    mask: Tensor | None,
+    *,
+    scale: float,
+    sinks_H: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """``attend`` under a mask: true where a query (row) sees a key (column), (Q, K) or (B, 1, Q, K); None: causal."""
+    q, k, v = (t.transpose(1, 2) for t in (q_BQHd, k_BKGd, v_BKGv))
+    out = (_math if backend == "math" else _sdpa)(q, k, v, scale, mask, sinks_H)
     return out.transpose(1, 2)
 
 
@@ -40,11 +76,12 @@ def _math(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, si
     G = k.shape[1]
     mask = _causal(S, q.device) if mask is None else mask
     scores = q.unflatten(1, (G, H // G)) @ k.unsqueeze(2).transpose(-1, -2) * scale
+    mask = mask if mask.dim() == 2 else mask.unsqueeze(2)  # the same for all heads: (B, 1, 1, Q, K)
     scores = scores.masked_fill(~mask, float("-inf"))
     if sinks_H is not None:
         scores = torch.cat((scores, sinks_H.view(1, G, H // G, 1, 1).expand(B, -1, -1, S, 1).to(scores.dtype)), dim=-1)
     wide = torch.float32 if q.dtype in (torch.bfloat16, torch.float16) else q.dtype
-    probs = scores.softmax(dim=-1, dtype=wide)[..., :S].to(v.dtype)
+    probs = scores.softmax(dim=-1, dtype=wide)[..., : k.shape[2]].to(v.dtype)
     return (probs @ v.unsqueeze(2)).flatten(1, 2)
 
 

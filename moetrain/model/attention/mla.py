@@ -7,9 +7,11 @@ from torch import Tensor, nn
 
 from moetrain.config.errors import ConfigError
 from moetrain.config.schema import ModelConfig
-from moetrain.model.attention.kernels import attend
+from moetrain.model.attention.kernels import Core, attend
 from moetrain.model.norm import RMSNorm
-from moetrain.model.rope import rotate, yarn_mscale
+from moetrain.model.places import Places, rotate
+from moetrain.model.rope import yarn_mscale
+from moetrain.moe.linear import Linear
 
 # DeepSeek's code leaves the norms of the latents at RMSNorm's default, whatever the model's epsilon is.
 LATENT_EPS = 1e-6
@@ -34,31 +36,32 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_rank = a.kv_lora_rank
         self.interleaved = cfg.rope.interleaved
         self.backend = a.backend
+        self.core: Core = attend
         qk_dim = self.nope_dim + self.rope_dim
         self.scale = qk_dim**-0.5
         if cfg.rope.scaling == "yarn" and cfg.rope.mscale_all_dim:
             self.scale *= yarn_mscale(cfg.rope.factor, cfg.rope.mscale_all_dim) ** 2
         if a.q_lora_rank is None:
-            self.wq = nn.Linear(cfg.dim, a.n_heads * qk_dim, bias=False)
+            self.wq = Linear(cfg.dim, a.n_heads * qk_dim, bias=False)
         else:
-            self.wq_a = nn.Linear(cfg.dim, a.q_lora_rank, bias=False)
+            self.wq_a = Linear(cfg.dim, a.q_lora_rank, bias=False)
             self.q_norm = RMSNorm(a.q_lora_rank, LATENT_EPS)
-            self.wq_b = nn.Linear(a.q_lora_rank, a.n_heads * qk_dim, bias=False)
+            self.wq_b = Linear(a.q_lora_rank, a.n_heads * qk_dim, bias=False)
         self.has_q_latent = a.q_lora_rank is not None
-        self.wkv_a = nn.Linear(cfg.dim, a.kv_lora_rank + self.rope_dim, bias=False)
+        self.wkv_a = Linear(cfg.dim, a.kv_lora_rank + self.rope_dim, bias=False)
         self.kv_norm = RMSNorm(a.kv_lora_rank, LATENT_EPS)
-        self.wkv_b = nn.Linear(a.kv_lora_rank, a.n_heads * (self.nope_dim + self.v_dim), bias=False)
-        self.wo = nn.Linear(a.n_heads * self.v_dim, cfg.dim, bias=False)
+        self.wkv_b = Linear(a.kv_lora_rank, a.n_heads * (self.nope_dim + self.v_dim), bias=False)
+        self.wo = Linear(a.n_heads * self.v_dim, cfg.dim, bias=False)
 
-    def forward(self, x_BSD: Tensor, cos: Tensor, sin: Tensor, mask_SS: Tensor | None) -> Tensor:
-        """x_BSD -> (B, S, D). cos, sin: see ``rope.Positions``; mask_SS: see ``attend``."""
+    def forward(self, x_BSD: Tensor, places: Places, window: int | None) -> Tensor:
+        """x_BSD -> (B, S, D). window: see ``attend``."""
         q = self.wq_b(self.q_norm(self.wq_a(x_BSD))) if self.has_q_latent else self.wq(x_BSD)
         q_nope, q_rope = q.unflatten(-1, (-1, self.nope_dim + self.rope_dim)).split((self.nope_dim, self.rope_dim), -1)
         latent, k_rope = self.wkv_a(x_BSD).split((self.kv_rank, self.rope_dim), -1)
         kv = self.wkv_b(self.kv_norm(latent)).unflatten(-1, (-1, self.nope_dim + self.v_dim))
         k_nope, v = kv.split((self.nope_dim, self.v_dim), -1)
-        q_rope = rotate(q_rope, cos, sin, self.interleaved)
-        k_rope = rotate(k_rope.unsqueeze(2), cos, sin, self.interleaved).expand(-1, -1, k_nope.shape[2], -1)
+        q_rope = rotate(q_rope, places, self.interleaved)
+        k_rope = rotate(k_rope.unsqueeze(2), places, self.interleaved).expand(-1, -1, k_nope.shape[2], -1)
         q, k = torch.cat((q_nope, q_rope), -1), torch.cat((k_nope, k_rope), -1)
-        out = attend(q, k, v, scale=self.scale, mask_SS=mask_SS, backend=self.backend)
+        out = self.core(q, k, v, places, window, scale=self.scale, backend=self.backend)
         return self.wo(out.flatten(2))

@@ -6,7 +6,9 @@ import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from moetrain.config.errors import UserError
 
@@ -62,6 +64,23 @@ class Ranks:
             if failure is not None:
                 raise failure
         return [answer for answer, _ in answers]
+
+    def bring(self, value: Tensor | None, source: int) -> Tensor:
+        """The CPU tensor that rank ``source`` gives, there and on rank 0; an empty one on the other ranks."""
+        if value is not None and (self.rank == 0 or source == 0):
+            return value
+        if value is not None:
+            dist.send_object_list([(value.shape, value.dtype)], group=self.group, group_dst=0)
+            dist.send(value.contiguous(), group=self.group, group_dst=0)
+            return value
+        if self.rank != 0:
+            return torch.empty(0)
+        about: list[Any] = [None]
+        dist.recv_object_list(about, group=self.group, group_src=source)
+        shape, dtype = about[0]
+        received = torch.empty(shape, dtype=dtype)
+        dist.recv(received, group=self.group, group_src=source)
+        return received
 
     def say(self, level: int, text: str) -> None:
         """Log, once, what all ranks know alike."""

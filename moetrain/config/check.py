@@ -63,7 +63,6 @@ def resolve_sizes(parallel: ParallelConfig, world: int) -> Sizes:
 def check_mapping(cfg: Config, world: int) -> Sizes:
     """The mapping of ``cfg`` on ``world`` ranks, checked against the model and the batch. Raises ConfigError."""
     sizes = resolve_sizes(cfg.parallel, world)
-    refuse_unbuilt(sizes)
     stage = world // sizes.pp
     counts = {cfg.model.layer_value("num_experts", layer) for layer in cfg.model.moe_layers()}
     for count in sorted(counts):
@@ -83,17 +82,6 @@ def check_mapping(cfg: Config, world: int) -> Sizes:
             )
     _check_batch(cfg, sizes)
     return sizes
-
-
-def refuse_unbuilt(sizes: Sizes) -> None:
-    """Refuse the parts of a mapping that this version does not have. Raises ConfigError."""
-    names = {"pp": "pipeline", "cp": "context", "tp": "tensor", "etp": "expert tensor"}
-    for name, what in names.items():
-        if getattr(sizes, name) > 1:
-            raise ConfigError(
-                f"parallel.{name}={getattr(sizes, name)}: {what} parallelism is not in this version; "
-                f"set parallel.{name}=1 and use parallel.dp_shard, parallel.dp_replicate and parallel.ep"
-            )
 
 
 def check_config(cfg: Config) -> None:

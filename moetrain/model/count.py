@@ -57,11 +57,11 @@ def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
     """
     a = cfg.attention
     widths = 2 * a.head_dim if a.kind == "gqa" else a.qk_nope_head_dim + a.qk_rope_head_dim + a.v_head_dim
-    seen = sum(_mean_seen(seq_len, window_of(cfg, layer)) for layer in range(cfg.n_layers))
+    seen = sum(mean_seen(seq_len, window_of(cfg, layer)) for layer in range(cfg.n_layers))
     return 3.0 * (2.0 * count_parameters(cfg).matmul + 2.0 * a.n_heads * widths * seen)
 
 
-def _mean_seen(seq_len: int, window: int | None) -> float:
+def mean_seen(seq_len: int, window: int | None) -> float:
     """Mean number of positions that a token attends to, itself included."""
     w = seq_len if window is None else min(window, seq_len)
     return (w * (w + 1) / 2 + (seq_len - w) * w) / seq_len

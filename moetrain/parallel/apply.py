@@ -6,9 +6,8 @@ import hashlib
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from moetrain.config.schema import Config, ModelConfig
@@ -18,55 +17,100 @@ from moetrain.model.init import init_rule
 from moetrain.moe.dispatch import build_dispatcher
 from moetrain.moe.experts import Experts
 from moetrain.moe.layer import MoELayer
+from moetrain.parallel import context, tensor
 from moetrain.parallel.fsdp import shard
 from moetrain.parallel.mesh import ParallelDims
+from moetrain.parallel.pipeline import Pipeline, StagePart
+from moetrain.parallel.run import OneStage, Runner
+from moetrain.parallel.stages import all_stages, rank_of
+
+# Which dimension of each expert parameter (E, ...) expert tensor parallelism splits: the inner width F; and of the
+# output's bias (E, D), which every rank adds for its stretch of the partial outputs, the width D.
+INNER = {"w13": 2, "w2": 2, "b13": 2, "b2": 1}
 
 
-def build_parallel(cfg: Config, dims: ParallelDims, device: torch.device) -> Decoder:
-    """The model of ``cfg`` on ``device``, sharded by ``dims`` and initialised from ``cfg.seed``.
+def build_parallel(cfg: Config, dims: ParallelDims, device: torch.device) -> Runner:
+    """The model of ``cfg`` on ``device``, spread by ``dims``, initialised from ``cfg.seed`` and ready to run.
 
     Built on the meta device, so that no rank ever holds the whole model; the initial value of a weight depends on the
     seed and the weight's name alone, so every mapping starts from the same model.
     """
+    parts = build_parts(cfg, dims)
+    for part in parts:
+        part.to_empty(device=device)
+        initialize(part, cfg.model, cfg.seed)
+    if dims.sizes.pp == 1:
+        return OneStage(parts[0], device)
+    mine = stages_here(cfg, dims)
+    return Pipeline(parts, mine, cfg, dims, device)  # type: ignore[arg-type]
+
+
+def stages_here(cfg: Config, dims: ParallelDims) -> list[Any]:
+    """The pipeline stages of this rank, in ascending order."""
+    pp, me = dims.sizes.pp, dims.rank("pp")
+    return [s for s in all_stages(cfg, dims.sizes) if rank_of(s.index, pp, cfg.parallel.schedule) == me]
+
+
+def build_parts(cfg: Config, dims: ParallelDims) -> list[Decoder]:
+    """This rank's part of the model on the meta device, made parallel: the whole decoder, or its pipeline stages."""
     dtype = torch.float64 if cfg.train.precision == "float64" else torch.float32
+    parts: list[Decoder] = []
     with torch.device("meta"):
-        model = Decoder(cfg.model, cfg.balance, cfg.experts).to(dtype)
-    parallelize(model, cfg, dims)
-    model.to_empty(device=device)
-    initialize(model, cfg.model, cfg.seed)
-    return model
+        if dims.sizes.pp == 1:
+            parts.append(Decoder(cfg.model, cfg.balance, cfg.experts).to(dtype))
+        else:
+            for s in stages_here(cfg, dims):
+                stage = StagePart(cfg.model, cfg.balance, cfg.experts, s.layers, s.first, s.last)
+                parts.append(stage.to(dtype))
+    for part in parts:
+        parallelize(part, cfg, dims)
+    return parts
 
 
 def parallelize(model: Decoder, cfg: Config, dims: ParallelDims) -> None:
     """Make ``model`` (on the meta device) parallel in place."""
-    # 1. Experts: each ep rank keeps its slice, and dispatchers learn their group. First, because all that follows must
-    #    see the final shapes of the parameters.
-    ep_mesh = dims.experts["ep"]
+    sizes = dims.sizes
+    # 1. Tensor parallelism, because all that follows must see the final shapes of the parameters.
+    if sizes.tp > 1:
+        tensor.split(model, dims.weights["tp"])
+    # 2. Context parallelism: attention's core; no parameters.
+    if sizes.cp > 1:
+        context.split(model, dims.group("cp"), cfg.parallel.context)
+    # 3. Experts: each ep rank keeps its slice, and dispatchers learn their groups.
     for layer in model.modules():
         if isinstance(layer, MoELayer):
-            _split_experts(layer, cfg, ep_mesh)
+            _split_experts(layer, cfg, dims)
             router: Any = layer.router
             router.group = dims.stage_group
-    # 2. Recompute: wraps the computation that FSDP's hooks will surround.
+            router.sequence_group = dims.sequence_group if sizes.cp * sizes.tp > 1 else None
+    # 4. Recompute: wraps the computation that FSDP's hooks will surround.
     for block in model.layers.values():
         assert isinstance(block, Block)
         block.recompute = cfg.train.recompute
-        # 3. Compile: attention and norms only; the routed part has data-dependent shapes.
+        # 5. Compile: attention and norms only; the routed part has data-dependent shapes.
         if cfg.train.compile:
             block.compile_dense()
-    # 4. FSDP last: it takes the parameters over, whatever they have become.
-    shard(model, dims.fsdp_mesh, dims.experts["edp"], cfg.train.precision, cfg.parallel.reshard_after_forward)
+    # 6. FSDP last: it takes the parameters over, whatever they have become.
+    shard(model, dims.fsdp_mesh, dims.experts["edp"], cfg)
 
 
-def _split_experts(layer: MoELayer, cfg: Config, ep_mesh: dist.DeviceMesh) -> None:
+def _split_experts(layer: MoELayer, cfg: Config, dims: ParallelDims) -> None:
     experts = layer.experts
     assert isinstance(experts, Experts)
-    n, rank = ep_mesh.size(), ep_mesh.get_local_rank()
     router: Any = layer.router
-    layer.dispatcher = build_dispatcher(cfg.dispatch, router.n_experts, ep_mesh.get_group())
+    etp = dims.sizes.etp
+    etp_group = dims.group("etp") if etp > 1 else None
+    layer.dispatcher = build_dispatcher(
+        cfg.dispatch, router.n_experts, dims.group("ep"), *([etp_group] if etp > 1 else [])
+    )
+    mesh = dims.experts["ep", "etp"] if etp > 1 else dims.experts["ep"]
     for name, p in list(experts.named_parameters(recurse=False)):
-        local = p.detach().chunk(n, dim=0)[rank]
-        experts.register_parameter(name, nn.Parameter(DTensor.from_local(local, ep_mesh, [Shard(0)], run_check=False)))
+        placements: list[Placement] = [Shard(0), Shard(INNER[name])] if etp > 1 else [Shard(0)]
+        local = p.detach()
+        for i, placement in enumerate(placements):
+            local = local.chunk(mesh.size(i), dim=placement.dim)[mesh.get_local_rank(i)]  # type: ignore[attr-defined]
+        new = DTensor.from_local(local, mesh, placements, run_check=False, shape=p.shape, stride=p.stride())
+        experts.register_parameter(name, nn.Parameter(new))
 
 
 @torch.no_grad()

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
+from moetrain.config.schema import Config
+from moetrain.model.decoder import Decoder
 from moetrain.moe.experts import Experts
+
+ZERO_BUBBLE = ("interleaved_zero_bubble", "zbv_zero_bubble", "dualpipev")
 
 
 def mixed_precision(precision: str) -> MixedPrecisionPolicy:
@@ -24,44 +29,70 @@ def mixed_precision(precision: str) -> MixedPrecisionPolicy:
 
 
 def expert_placement(edp: int) -> Callable[[nn.Parameter], Shard]:
-    """Which dimension of an expert parameter (e, ...) FSDP splits over ``edp`` ranks: the last one that divides.
+    """Which dimension of an expert parameter (e, ...) FSDP splits over ``edp`` ranks: the last one that divides and is
+    whole.
 
-    Dimension 0 already belongs to expert parallelism; splitting another keeps ranks with few experts evenly loaded.
+    Dimension 0 already belongs to expert parallelism, and one more to expert tensor parallelism where there is any;
+    splitting another keeps ranks with few experts evenly loaded.
     """
 
     def place(p: nn.Parameter) -> Shard:
+        taken = {placement.dim for placement in p.placements} if isinstance(p, DTensor) else {0}  # type: ignore[attr-defined]
         for dim in range(p.dim() - 1, 0, -1):
-            if p.shape[dim] % edp == 0:
+            if dim not in taken and p.shape[dim] % edp == 0:
                 return Shard(dim)
         raise ValueError(f"no dimension of expert parameter {tuple(p.shape)} divides by edp={edp}")
 
     return place
 
 
-def shard(model: nn.Module, dense_mesh: DeviceMesh, expert_mesh: DeviceMesh, precision: str, reshard: bool) -> None:
+def shard(model: Decoder, dense_mesh: DeviceMesh, expert_mesh: DeviceMesh, cfg: Config) -> None:
     """Apply FSDP2 in place: experts over ``expert_mesh`` (1-D), blocks and root over ``dense_mesh`` (1-D or 2-D)."""
-    policy = mixed_precision(precision)
-    experts = [module for module in model.modules() if isinstance(module, Experts)]
+    device_type, everything = dense_mesh.device_type, cfg.parallel.offload == "all"
+    settings: dict[str, Any] = {"mp_policy": mixed_precision(cfg.train.precision)}
+    if everything:
+        settings["offload_policy"] = CPUOffloadPolicy(pin_memory=device_type == "cuda")
+    reshard = reshards(cfg)
+    blocks: list[nn.Module] = list(model.layers.values())
     alone: set[nn.Parameter] = set()
-    for own in experts:
-        if expert_mesh.size() == 1:
+    for experts in (module for module in model.modules() if isinstance(module, Experts)):
+        if expert_mesh.size() == 1 and not everything:
             # Experts that no other rank holds have nothing to gather or to reduce. FSDP would still copy every weight
             # and gradient twice a step; the kernels take float32 weights under bfloat16 rows as they are.
-            alone.update(own.parameters())
+            alone.update(experts.parameters())
             continue
-        fully_shard(
-            own,
-            mesh=expert_mesh,
-            mp_policy=policy,
-            reshard_after_forward=reshard,
-            shard_placement_fn=expert_placement(expert_mesh.size()),
-        )
-    for block in model.layers.values():  # type: ignore[union-attr, operator]
-        fully_shard(block, mesh=dense_mesh, mp_policy=policy, reshard_after_forward=reshard, ignored_params=alone)
-    fully_shard(model, mesh=dense_mesh, mp_policy=policy, reshard_after_forward=False, ignored_params=alone)
+        place = expert_placement(expert_mesh.size())
+        fully_shard(experts, mesh=expert_mesh, reshard_after_forward=reshard, shard_placement_fn=place, **settings)
+    for block in blocks:
+        fully_shard(block, mesh=dense_mesh, reshard_after_forward=reshard, ignored_params=alone, **settings)
+    fully_shard(model, mesh=dense_mesh, reshard_after_forward=False, ignored_params=alone, **settings)
     for module in model.modules():
         # The loss is divided once by the global token count, so every reduction is a plain sum. Both setters act on one
         # module only; gloo has no scaled reduction, hence the forced sum.
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+    _prefetch(blocks, cfg.parallel.prefetch)
+
+
+def reshards(cfg: Config) -> bool:
+    """Whether gathered parameters are freed after forward. Under zero-bubble schedules they must not be: torch then
+    loses weight gradients without a word."""
+    wanted = cfg.parallel.reshard_after_forward
+    if wanted is None:
+        return cfg.parallel.pp == 1 or cfg.parallel.schedule not in ZERO_BUBBLE
+    return wanted
+
+
+def _prefetch(blocks: list[nn.Module], ahead: int) -> None:
+    """While a block computes, gather the parameters of its experts and of the ``ahead`` blocks that run after it."""
+
+    def modules(block: nn.Module) -> list[FSDPModule]:
+        return [module for module in block.modules() if isinstance(module, FSDPModule)]
+
+    for i, block in enumerate(blocks if ahead else []):
+        assert isinstance(block, FSDPModule)
+        own = modules(block)[1:]
+        block.set_modules_to_forward_prefetch([*own, *(m for b in blocks[i + 1 : i + 1 + ahead] for m in modules(b))])
+        before = blocks[max(0, i - ahead) : i][::-1]
+        block.set_modules_to_backward_prefetch([*own, *(m for b in before for m in modules(b))])

@@ -47,7 +47,7 @@ def kernels(cfg: Config, device: torch.device) -> tuple[str, str]:
 def state_gib(trainer: Trainer) -> float:
     """GiB that this rank's shards take: weights, gradients and two optimizer moments, each as wide as the weight."""
     total = 0
-    for p in trainer.model.parameters():
+    for p in trainer.engine.model.parameters():
         local = p.to_local() if isinstance(p, DTensor) else p
         total += 4 * local.numel() * local.element_size()
     return total / 2**30

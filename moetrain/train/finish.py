@@ -34,7 +34,7 @@ def finish(trainer: Trainer, evaluation: Evaluation) -> dict[str, Any]:
     report(trainer, evaluation, known)
     for i, prompt in enumerate(cfg.generate.prompts):
         g = cfg.generate
-        text = generate(trainer.model, trainer.data.tokenizer(), prompt, g.max_tokens, g.temperature, cfg.seed + i)
+        text = generate(trainer.engine, trainer.data.tokenizer(), prompt, g.max_tokens, g.temperature, cfg.seed + i)
         log.info("sample     %r", text)
     summary = {
         **so_far(trainer, "finished"),
@@ -109,10 +109,16 @@ def export(trainer: Trainer, evaluation: Evaluation) -> dict[str, Any]:
 
 
 def whole_tensors(trainer: Trainer) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole tensor on the CPU) of all parameters and persistent buffers, one at a time. Collective."""
-    for name, value in trainer.model.state_dict().items():
-        whole = value.full_tensor() if isinstance(value, DTensor) else value
-        yield name, whole.detach().cpu()
+    """(name, whole tensor on the CPU) of all parameters and persistent buffers, one at a time, on rank 0; the other
+    ranks take part and get what they hold. Collective."""
+    pipeline = Ranks(trainer.dims.group("pp"))
+    mine = trainer.engine.model.state_dict()
+    for stage, names in enumerate(pipeline.gather(list(mine))):
+        for name in names:
+            value = mine[name] if pipeline.rank == stage else None
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            whole = None if whole is None else whole.detach().cpu()
+            yield name, pipeline.bring(whole, stage)
 
 
 def drain(tensors: Iterator[tuple[str, Tensor]]) -> None:

@@ -7,22 +7,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moetrain.model.decoder import Decoder
+from moetrain.train.engine import Engine
 
 
 @torch.no_grad()
-def generate(model: Decoder, tokenizer: Any, prompt: str, max_tokens: int, temperature: float, seed: int) -> str:
+def generate(engine: Engine, tokenizer: Any, prompt: str, max_tokens: int, temperature: float, seed: int) -> str:
     """``prompt`` continued by up to ``max_tokens`` tokens, drawn at ``temperature`` (0: the likeliest token).
 
     tokenizer: a ``tokenizers.Tokenizer``. Collective: all ranks run the same text, which rank 0 draws.
     """
-    device = next(model.parameters()).device
-    model.eval()
+    device = next(engine.model.parameters()).device
+    engine.model.eval()
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.tensor([tokenizer.encode(prompt).ids], device=device)
     for _ in range(max_tokens):
-        logits_BSV, _ = model(tokens)
-        last_V = logits_BSV[0, -1].float().cpu()
+        last_V = engine.next_logits(tokens, tokens.shape[1] - 1).cpu()
         if temperature == 0:
             drawn = last_V.argmax()[None]
         else:
@@ -30,5 +29,5 @@ def generate(model: Decoder, tokenizer: Any, prompt: str, max_tokens: int, tempe
         drawn = drawn.to(device)
         dist.broadcast(drawn, src=0)
         tokens = torch.cat([tokens, drawn[None]], dim=1)
-    model.train()
+    engine.model.train()
     return str(tokenizer.decode(tokens[0].tolist()))

@@ -1,4 +1,4 @@
-"""One optimizer step: forward and backward of every micro-batch, one reduction, clip, update."""
+"""Pieces of one optimizer step that concern the whole model: token counts, gradient norm, expert loads."""
 
 from __future__ import annotations
 
@@ -11,45 +11,27 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moetrain.config.errors import TrainError
-from moetrain.data.loader import Batch
-from moetrain.model.decoder import Decoder
+from moetrain.config.schema import ModelConfig
+from moetrain.moe.balance import Loads, end_of_step
+from moetrain.parallel.mesh import ParallelDims
+from moetrain.parallel.run import Inputs
 
 
-def forward_backward(
-    model: Decoder, batches: list[Batch], aux_coefs: list[float], step: int, group: dist.ProcessGroup
-) -> tuple[float, dict[str, float], int]:
-    """Gradients of the mean loss over the global batch, plus auxiliary terms, summed over ranks by FSDP.
-
-    Everything is a sum over tokens, divided once: the loss by the number of targets in the global batch, the auxiliary
-    terms by the number of its tokens. Returns (mean loss, mean auxiliary terms, tokens of the global batch).
-    """
-    device = next(model.parameters()).device
-    wide = torch.float64 if device.type == "cpu" else torch.float32
-    count = torch.tensor(
-        [sum(int((b.targets_BS >= 0).sum()) for b in batches), sum(b.tokens_BS.numel() for b in batches)], device=device
+def count_tokens(batches: list[Inputs], dims: ParallelDims) -> tuple[int, int]:
+    """(targets, tokens) of the global batch. ``batches``: this data rank's, whole sequences."""
+    counts = torch.tensor(
+        [sum(int((b.targets_BN >= 0).sum()) for b in batches), sum(b.tokens_BN.numel() for b in batches)],
+        device=batches[0].tokens_BN.device,
     )
-    dist.all_reduce(count, group=group)
-    targets, tokens = (int(n) for n in count)
-    sums = torch.zeros(1 + len(aux_coefs), dtype=wide, device=device)
-    for i, batch in enumerate(batches):
-        last = i == len(batches) - 1
-        model.set_requires_gradient_sync(last)  # type: ignore[operator]  # FSDP reduces once, after the last micro-batch
-        loss, carry = model(batch.tokens_BS.to(device), batch.targets_BS.to(device), step=step)
-        total = loss / targets
-        for a, coef in enumerate(aux_coefs):
-            total = total + coef * carry.aux_A[a] / tokens
-        total.backward()
-        sums[0] += loss.detach()
-        sums[1:] += carry.aux_A.detach()
-    dist.all_reduce(sums, group=group)
-    values = sums.tolist()
-    aux = {name: v / tokens for name, v in zip(model.aux_names, values[1:], strict=True)}
-    return values[0] / targets, aux, tokens
+    dist.all_reduce(counts, group=dims.data_group)
+    targets, tokens = counts.tolist()
+    return targets, tokens
 
 
 @torch.no_grad()
-def clip_gradients(model: nn.Module, max_norm: float) -> float:
-    """Norm of the gradient of the whole model, over every mesh; scales gradients down to ``max_norm`` (0: never)."""
+def clip_gradients(model: nn.Module, max_norm: float, pipeline: dist.ProcessGroup) -> float:
+    """Norm of the gradient of the whole model, over every mesh and the stages of the ``pipeline`` group; scales
+    gradients down to ``max_norm`` (0: never)."""
     groups: dict[object, list[Tensor]] = defaultdict(list)
     for p in model.parameters():
         if p.grad is not None:
@@ -60,12 +42,32 @@ def clip_gradients(model: nn.Module, max_norm: float) -> float:
         norm = nn.utils.get_total_norm(grads)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         square = square.to(norm) + norm**2
+    dist.all_reduce(square, group=pipeline)
     total = square.sqrt()
     if max_norm > 0:
         scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
         local = [g.to_local() if isinstance(g, DTensor) else g for grads in groups.values() for g in grads]
         torch._foreach_mul_(local, scale)
     return float(total)
+
+
+def all_loads(model: nn.Module, cfg: ModelConfig, dims: ParallelDims, step: int) -> Loads:
+    """Close optimizer step ``step`` (see ``balance.end_of_step``): the loads of all layers, of every pipeline stage."""
+    mine = end_of_step(model, dims.stage_group, step)
+    if dims.sizes.pp == 1:
+        return mine
+    sizes = {f"layers.{i}.moe": cfg.layer_value("num_experts", i) for i in cfg.moe_layers()}
+    device = next(model.parameters()).device
+    parts = []
+    for name, n in sizes.items():
+        known = name in mine.counts
+        counts = mine.counts[name] if known else torch.zeros(n, dtype=torch.int64, device=device)
+        parts += [counts, counts.new_tensor([mine.dropped[name] if known else 0])]
+    total = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64, device=device)
+    dist.all_reduce(total, group=dims.group("pp"))
+    split = total.split([len(part) for part in parts])
+    dropped = [int(d) for d in split[1::2]]
+    return Loads(dict(zip(sizes, split[::2], strict=True)), dict(zip(sizes, dropped, strict=True)))
 
 
 def bad_step(loss: float, grad_norm: float, step: int, global_batch: int, last_good: str) -> TrainError:

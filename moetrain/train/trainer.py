@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from moetrain.checkpoint import Checkpointer, apply_state, gather_state, load, seed_step
+from moetrain.checkpoint import Checkpointer, load, seed_step
 from moetrain.config import to_dict
 from moetrain.config.check import Sizes
 from moetrain.config.schema import Config
 from moetrain.data.dataset import TokenData
 from moetrain.data.loader import Loader
 from moetrain.model.count import count_parameters, flops_per_token
-from moetrain.moe.balance import Loads, aux_coefs, end_of_step
-from moetrain.optim import build_optimizer
+from moetrain.moe.balance import Loads
 from moetrain.optim.schedule import lr_factor
-from moetrain.parallel.apply import build_parallel
 from moetrain.parallel.mesh import ParallelDims
 from moetrain.train import runtime
+from moetrain.train.engine import build_engine
 from moetrain.train.evaluate import Evaluation, evaluate
 from moetrain.train.metrics import Meter, load_metrics
 from moetrain.train.preflight import open_sampler
 from moetrain.train.sinks import Writer
-from moetrain.train.step import bad_step, clip_gradients, forward_backward
+from moetrain.train.step import bad_step
 
 log = logging.getLogger("moetrain")
 
@@ -41,9 +39,8 @@ class Trainer:
         self.dims = ParallelDims.build(sizes, self.device.type)
         self.data = TokenData.open(cfg.data.dir, vocab_size=cfg.model.vocab_size)
         self.loader = self._loader()
-        self.model = build_parallel(cfg, self.dims, self.device)
-        self.optimizer = build_optimizer(cfg.optim, self.model)
-        self.peak_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        self.engine = build_engine(cfg, self.dims, self.device)
+        self.peak_lr: float = cfg.optim.lr
         self.checkpointer = Checkpointer(run_dir / "checkpoints", cfg.checkpoint.keep, cfg.checkpoint.asynchronous)
         self.parameters = count_parameters(cfg.model)
         self.step = 0
@@ -57,9 +54,9 @@ class Trainer:
         if newest is None:
             log.info("no checkpoint in %s yet: starting from step 0", self.run_dir)
             return
-        state = gather_state(self.model, self.optimizer, self._progress())
+        state = self.engine.state(self._progress())
         load(newest, state)
-        progress = apply_state(self.model, self.optimizer, state)
+        progress = self.engine.load_state(state)
         self.step, self.tokens, self.seconds = progress["step"], progress["tokens"], progress["seconds"]
         log.info("resumed from %s", newest)
 
@@ -81,7 +78,7 @@ class Trainer:
             if self._due(cfg.log.every) or "val_loss" in metrics:
                 writer.write(self.step, metrics | meter.read() | load_metrics(self.last_loads))
             if self._due(cfg.checkpoint.every) or (cfg.checkpoint.at_end and self.step == cfg.train.steps):
-                self.checkpointer.save(self.step, gather_state(self.model, self.optimizer, self._progress()))
+                self.checkpointer.save(self.step, self.engine.state(self._progress()))
         self.checkpointer.wait()
         self.loader.close()
         writer.close()
@@ -90,7 +87,7 @@ class Trainer:
     def evaluate(self) -> Evaluation:
         """Loss on the held-out text of every domain."""
         t = self.cfg.train
-        return evaluate(self.model, self.data, t.seq_len, t.micro_batch, t.eval_sequences, self.dims, self.step)
+        return evaluate(self.engine, self.data, t.seq_len, t.micro_batch, t.eval_sequences, self.dims, self.step)
 
     def train_step(self) -> dict[str, Any]:
         """One optimizer step; its figures by name, of the whole model. Raises TrainError when one is not finite."""
@@ -99,24 +96,19 @@ class Trainer:
         batches = self.loader.step(step)
         waited = time.perf_counter() - began
         factor = lr_factor(cfg.schedule, step, cfg.train.steps)
-        for group, peak in zip(self.optimizer.param_groups, self.peak_lrs, strict=True):
-            group["lr"] = peak * factor
-        coefs = aux_coefs(cfg.balance, step)
-        loss, aux, tokens = forward_backward(self.model, batches, coefs, step, self.dims.stage_group)
-        grad_norm = clip_gradients(self.model, cfg.train.clip_norm)
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        figures = self.engine.train_step(batches, step, factor)
+        if not figures.finite:
             self.checkpointer.wait()
-            raise bad_step(loss, grad_norm, step, cfg.train.global_batch, self.checkpointer.last_good())
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.last_loads = end_of_step(self.model, self.dims.stage_group, step)
+            last_good = self.checkpointer.last_good()
+            raise bad_step(figures.loss, figures.grad_norm, step, cfg.train.global_batch, last_good)
+        self.last_loads = figures.loads
         self.step += 1
-        self.tokens += tokens
+        self.tokens += figures.tokens
         seconds = time.perf_counter() - began
         self.seconds += seconds
-        lr = self.peak_lrs[0] * factor
-        return {"step": self.step, "tokens": self.tokens, "loss": loss, "grad_norm": grad_norm, "lr": lr, **aux,
-                "step_s": seconds, "data_wait_s": waited, "step_tokens": tokens}  # fmt: skip
+        return {"step": self.step, "tokens": self.tokens, "loss": figures.loss, "grad_norm": figures.grad_norm,
+                "lr": self.peak_lr * factor, **figures.aux, "step_s": seconds, "data_wait_s": waited,
+                "step_tokens": figures.tokens}  # fmt: skip
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0

@@ -10,7 +10,6 @@ import pytest
 import torch.distributed as dist
 
 from moetrain import config
-from moetrain.checkpoint import gather_state
 from moetrain.config.check import resolve_sizes
 from moetrain.train.trainer import Trainer
 from tests.distributed.harness import run_ranks
@@ -43,7 +42,7 @@ def save_half_way(cfg: config.Config) -> list[dict[str, Any]]:
     trainer = build(cfg)
     go_on(trainer)
     progress = {"step": trainer.step, "tokens": trainer.tokens, "seconds": 0.0}
-    trainer.checkpointer.save(trainer.step, gather_state(trainer.model, trainer.optimizer, progress))
+    trainer.checkpointer.save(trainer.step, trainer.engine.state(progress))
     trainer.checkpointer.wait()
     return go_on(trainer)
 

@@ -86,7 +86,7 @@ def test_capacity_drops_are_counted(folder: Path) -> None:
 def test_generation_is_the_same_on_every_rank(folder: Path) -> None:
     def text(cfg: config.Config) -> str:
         trainer = build(cfg)
-        return generate(trainer.model, trainer.data.tokenizer(), "It was", 6, 0.8, seed=3)
+        return generate(trainer.engine, trainer.data.tokenizer(), "It was", 6, 0.8, seed=3)
 
     two = run_ranks(2, text, load(folder, "parallel.ep=2", "train.micro_batch=4"))
     assert two[0] == two[1] and two[0].startswith("It was") and len(two[0]) > len("It was")

@@ -1,0 +1,138 @@
+"""What runs a step. The trainer knows an engine by this interface; ``parallel.engine`` chooses one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moetrain.checkpoint import apply_state, gather_state
+from moetrain.config.schema import Config
+from moetrain.data.loader import Batch
+from moetrain.moe.balance import Loads, aux_coefs, aux_names
+from moetrain.optim import build_optimizer
+from moetrain.parallel import tensor
+from moetrain.parallel.apply import build_parallel
+from moetrain.parallel.mesh import ParallelDims
+from moetrain.parallel.run import Inputs, LossScale
+from moetrain.train.step import all_loads, clip_gradients, count_tokens
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """Of one optimizer step, of the whole model and the global batch. loss: mean over targets, in nats. aux: mean
+    auxiliary terms by name. tokens: how many. grad_norm: before clipping. loads: of the experts of every layer."""
+
+    loss: float
+    aux: dict[str, float]
+    tokens: int
+    grad_norm: float
+    loads: Loads
+
+    @property
+    def finite(self) -> bool:
+        """Whether the weights were updated: a step whose loss or gradient is not finite leaves them as they are."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+class Engine(Protocol):
+    """A model in training. ``model``: this rank's parameters and buffers under the names of the whole model.
+
+    All methods are collective.
+    """
+
+    model: nn.Module
+
+    def train_step(self, batches: list[Batch], step: int, lr_factor: float) -> StepFigures:
+        """Forward and backward of every micro-batch, clip, update, close the step."""
+        ...
+
+    def loss(self, batch: Batch, step: int) -> Tensor:
+        """This rank's share of the summed loss of ``batch``, a scalar; over all ranks of the world shares add up."""
+        ...
+
+    def next_logits(self, tokens_1N: Tensor, last: int) -> Tensor:
+        """Logits (V,) after position ``last`` of one sequence, the same on every rank."""
+        ...
+
+    def state(self, progress: dict[str, Any]) -> dict[str, Any]:
+        """What a checkpoint holds; see ``checkpoint.gather_state``."""
+        ...
+
+    def load_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Put a loaded ``state`` in place; its progress."""
+        ...
+
+
+def build_engine(cfg: Config, dims: ParallelDims, device: torch.device) -> Engine:
+    """The engine that ``cfg.parallel.engine`` names."""
+    return TorchEngine(cfg, dims, device)
+
+
+class TorchEngine:
+    """FSDP2, tensor, context, pipeline and expert parallelism on torch alone."""
+
+    def __init__(self, cfg: Config, dims: ParallelDims, device: torch.device) -> None:
+        self.cfg, self.dims, self.device = cfg, dims, device
+        self.runner = build_parallel(cfg, dims, device)
+        self.model = self.runner.model
+        self.optimizer = build_optimizer(cfg.optim, self.model)
+        self.peak_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        self.aux_names = aux_names(cfg.balance)
+        self.copies = tensor.copies(self.model) if dims.sizes.tp > 1 else []
+
+    def train_step(self, batches: list[Batch], step: int, lr_factor: float) -> StepFigures:
+        inputs = [self._inputs(batch) for batch in batches]
+        targets, tokens = count_tokens(inputs, self.dims)
+        sums = self.runner.forward_backward(inputs, LossScale(targets, tokens, aux_coefs(self.cfg.balance, step)), step)
+        dist.all_reduce(sums)
+        self.runner.gradients_in_place()
+        if self.copies:
+            tensor.sum_copies(self.copies, self.dims.group("tp"))
+        grad_norm = clip_gradients(self.model, self.cfg.train.clip_norm, self.dims.group("pp"))
+        loss, *terms = sums.tolist()
+        aux = {name: value / tokens for name, value in zip(self.aux_names, terms, strict=True)}
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        if finite:
+            for group, peak in zip(self.optimizer.param_groups, self.peak_lrs, strict=True):
+                group["lr"] = peak * lr_factor
+            self.optimizer.step()
+            self.runner.weights_updated()
+        self.optimizer.zero_grad(set_to_none=True)
+        loads = all_loads(self.model, self.cfg.model, self.dims, step)
+        return StepFigures(loss / max(targets, 1), aux, tokens, grad_norm, loads)
+
+    def loss(self, batch: Batch, step: int) -> Tensor:
+        return self.runner.loss(self._inputs(batch), step)
+
+    def next_logits(self, tokens_1N: Tensor, last: int) -> Tensor:
+        sizes = self.dims.sizes
+        # Every rank holds as many tokens as the others, and context parallel ones an even number of chunks.
+        missing = -tokens_1N.shape[1] % (sizes.tp * (2 * sizes.cp if sizes.cp > 1 else 1))
+        padded = torch.cat([tokens_1N, tokens_1N.new_zeros(1, missing)], dim=1)
+        logits = self.runner.logits(padded)
+        found = torch.zeros(self.cfg.model.vocab_size, device=self.device)
+        place = self._place_of(last, padded.shape[1])
+        if logits is not None and place is not None and self.dims.data_rank == 0 and self.dims.rank("tp") == 0:
+            found = logits[0, place].float()
+        dist.all_reduce(found)
+        return found
+
+    def state(self, progress: dict[str, Any]) -> dict[str, Any]:
+        return gather_state(self.model, self.optimizer, progress)
+
+    def load_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        progress = apply_state(self.model, self.optimizer, state)
+        self.runner.weights_updated()
+        return progress
+
+    def _inputs(self, batch: Batch) -> Inputs:
+        return Inputs(batch.tokens_BS.to(self.device), batch.targets_BS.to(self.device))
+
+    def _place_of(self, position: int, seq_len: int) -> int | None:
+        """Where this rank's share of a sequence has ``position``; None: another rank has it."""
+        return position

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from moetrain.config.errors import ConfigError
 from moetrain.config.schema import Config
+from moetrain.parallel.stages import all_stages
 from moetrain.train.trainer import Trainer
 
 log = logging.getLogger("moetrain")
@@ -24,6 +25,10 @@ def announce(trainer: Trainer) -> None:
     log.info("run        %s (seed %d, %s, %s)", trainer.run_dir, cfg.seed, trainer.device.type, t.precision)
     log.info("mapping    pp %d x dp %dx%d x cp %d x tp %d | pp %d x edp %d x ep %d x etp %d",
              s.pp, s.dp_replicate, s.dp_shard, s.cp, s.tp, s.pp, s.edp, s.ep, s.etp)  # fmt: skip
+    if s.pp > 1:
+        stages = all_stages(cfg, s)
+        held = " | ".join(f"{stage.layers.start}-{stage.layers.stop - 1}" for stage in stages)
+        log.info("pipeline   %s, %d stages of layers %s", cfg.parallel.schedule, len(stages), held)
     log.info("model      %s: %s parameters, %s active per token", cfg.model.name, short(n.total), short(n.active))
     if cfg.model.moe_layers():
         log.info("experts    kernels %s: %s", *kernels(cfg, trainer.device))

@@ -15,6 +15,7 @@ from moetrain.config.schema import Config
 from moetrain.data.loader import Batch
 from moetrain.moe.balance import Loads, aux_coefs, aux_names
 from moetrain.optim import build_optimizer
+from moetrain.optim.offload import keep_state_on_host
 from moetrain.parallel import tensor
 from moetrain.parallel.apply import build_parallel
 from moetrain.parallel.mesh import ParallelDims
@@ -81,6 +82,8 @@ class TorchEngine:
         self.runner = build_parallel(cfg, dims, device)
         self.model = self.runner.model
         self.optimizer = build_optimizer(cfg.optim, self.model)
+        if cfg.parallel.offload == "optimizer":
+            keep_state_on_host(self.optimizer)
         self.peak_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.aux_names = aux_names(cfg.balance)
         self.copies = tensor.copies(self.model) if dims.sizes.tp > 1 else []
@@ -115,11 +118,13 @@ class TorchEngine:
         missing = -tokens_1N.shape[1] % (sizes.tp * (2 * sizes.cp if sizes.cp > 1 else 1))
         padded = torch.cat([tokens_1N, tokens_1N.new_zeros(1, missing)], dim=1)
         logits = self.runner.logits(padded)
-        found = torch.zeros(self.cfg.model.vocab_size, device=self.device)
-        place = self._place_of(last, padded.shape[1])
-        if logits is not None and place is not None and self.dims.data_rank == 0 and self.dims.rank("tp") == 0:
-            found = logits[0, place].float()
-        dist.all_reduce(found)
+        found = torch.full((self.cfg.model.vocab_size,), float("-inf"), device=self.device)
+        index = self.dims.index_of(padded.shape[1])
+        here = torch.tensor([last]) if index is None else (index == last).nonzero()[:, 0]
+        if logits is not None and len(here):
+            found = logits[0, int(here[0])].float()
+        # Those who have it all have the same; the others have nothing.
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
         return found
 
     def state(self, progress: dict[str, Any]) -> dict[str, Any]:
@@ -132,7 +137,3 @@ class TorchEngine:
 
     def _inputs(self, batch: Batch) -> Inputs:
         return Inputs(batch.tokens_BS.to(self.device), batch.targets_BS.to(self.device))
-
-    def _place_of(self, position: int, seq_len: int) -> int | None:
-        """Where this rank's share of a sequence has ``position``; None: another rank has it."""
-        return position

@@ -14,8 +14,8 @@ CHUNK_BYTES = 2**28
 
 
 def keep_state_on_host(optimizer: torch.optim.Optimizer) -> None:
-    """Change ``optimizer``'s ``step`` in place: it goes through the parameters chunk by chunk, brings a chunk's state to
-    the device, updates, and puts the state back into (pinned) host memory. What it computes does not change.
+    """Change ``optimizer``'s ``step`` in place: it goes through the parameters chunk by chunk, brings a chunk's state
+    to the device, updates, and puts the state back into (pinned) host memory. What it computes does not change.
 
     On a GPU this costs two transfers of the state per step and saves its memory; on a CPU nothing moves.
     """

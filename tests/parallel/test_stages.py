@@ -46,10 +46,10 @@ def test_a_large_head_takes_layers_from_the_last_stage() -> None:
     overrides = ["model=deepseek-v3", "parallel.pp=16", "parallel.ep=8", "launch.ranks=128", "train.global_batch=4096"]
     cfg = config.load([*overrides, "train.micro_batch=1", "train.seq_len=4096"])
     stages = all_stages(cfg, check_mapping(cfg, 128))
-    assert [s.layers for s in stages][0].start == 0 and stages[-1].layers.stop == 61
+    assert stages[0].layers.start == 0 and stages[-1].layers.stop == 61
     assert len(stages[-1].layers) < max(len(s.layers) for s in stages)
     dense, moe = layer_cost(cfg.model, 0, 4096), layer_cost(cfg.model, 3, 4096)
-    # 37B active parameters, 2 FLOPs each, of which 61 layers have nearly all; DeepSeek-V3's two kinds are alike in cost.
+    # 37B active parameters, 2 FLOPs each, of which 61 layers have nearly all.
     assert 58 * moe + 3 * dense == pytest.approx(2 * 37e9, rel=0.35) and dense != moe
 
 

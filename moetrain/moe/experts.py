@@ -20,8 +20,11 @@ class Experts(nn.Module):
     """The gated MLPs of E routed experts, or of this rank's e of them once the model is made parallel.
 
     w13 (e, 2, F, D): the gate's weights, then up's. w2 (e, D, F). b13 (e, 2, F), b2 (e, D): only with ``bias``.
-    Parameters may be DTensors, whose local part then holds whole experts; they are not initialised here.
+    Parameters may be DTensors, of which the local part is used; they are not initialised here.
     backend: the kernels (``moe_kernels``). recompute: backward computes the inner activations again.
+
+    Where F is split over ranks, outputs are parts of a sum over them. Each rank then holds the entries of b2 that
+    ``output_slice`` tells, and adds them alone, so that no gradient is spread over ranks. None: all of D is here.
     """
 
     def __init__(self, cfg: ModelConfig, layer: int, backend: str = "auto") -> None:
@@ -34,12 +37,15 @@ class Experts(nn.Module):
         self.activation = cfg.moe.activation
         self.backend = backend
         self.recompute = False
+        self.output_slice: slice | None = None
 
     def forward(self, rows: Rows) -> Tensor:
         """y_RD (R, D): the output of each row's expert, times the row's weight if it has one."""
         run = functools.partial(expert_mlp, activation=self.activation, backend=self.backend)
-        weights = [local_part(p) for p in (self.w13, self.w2, self.b13, self.b2)]
-        return _maybe_checkpoint(self.recompute, _call, run, rows, *weights)
+        w13, w2, b13, b2 = (local_part(p) for p in (self.w13, self.w2, self.b13, self.b2))
+        if b2 is not None and self.output_slice is not None:
+            b2 = F.pad(b2, (self.output_slice.start, rows.x_ND.shape[1] - self.output_slice.stop))
+        return _maybe_checkpoint(self.recompute, _call, run, rows, w13, w2, b13, b2)
 
 
 class SharedExperts(nn.Module):

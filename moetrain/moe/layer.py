@@ -14,7 +14,8 @@ class MoELayer(nn.Module):
     """Routed experts beside shared ones. Knows no mesh: ``parallel.apply`` sets ``dispatcher`` and shards ``experts``.
 
     router(x_TD, carry, context) -> (Routing, Carry)
-    dispatcher.dispatch(x_TD, routing) -> (Rows, plan) and dispatcher.combine(y_RD, plan) -> out_TD
+    dispatcher.dispatch(x_TD, routing) -> (Rows, plan) and dispatcher.combine(y_RD, plan, beside) -> out_TD, with
+        what beside() gives added; the dispatcher may call it while rows travel
     experts(rows) -> y_RD
     shared(x_TD) -> out_TD, or None
     """
@@ -33,7 +34,7 @@ class MoELayer(nn.Module):
         routing, carry = self.router(x_TD, carry, context)
         rows, plan = self.dispatcher.dispatch(x_TD, routing)
         y_RD = self.experts(rows)
-        return self.dispatcher.combine(y_RD, plan) + self.local(x_TD, routing), carry
+        return self.dispatcher.combine(y_RD, plan, beside=lambda: self.local(x_TD, routing)), carry
 
     def local(self, x_TD: Tensor, routing: Routing) -> Tensor | float:
         """The share that needs no communication: shared experts, (T, D), or 0.0 where there are none."""

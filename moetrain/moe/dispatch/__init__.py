@@ -9,12 +9,13 @@ sorts nothing and exchanges no counts again. A new kind is one new file here and
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-import torch.distributed as dist
 from torch import Tensor
 
+from moetrain.comm import Group, Pending
 from moetrain.config.errors import ConfigError
 from moetrain.config.registry import DISPATCHERS
 from moetrain.moe.options import as_options
@@ -34,11 +35,18 @@ class Plan(Generic[L]):
 
 
 class Dispatcher(ABC, Generic[L]):
-    """n_experts: E of the layer. group: the expert parallel ranks; rank r of n owns experts [r*E/n, (r+1)*E/n)."""
+    """n_experts: E of the layer. group: the expert parallel ranks; rank r of n owns experts [r*E/n, (r+1)*E/n).
 
-    def __init__(self, n_experts: int, group: dist.ProcessGroup | None) -> None:
+    etp_group: the ranks that each hold a part of the matrices of the same experts (expert tensor parallel), and
+    different tokens; None where experts are whole. Outputs of the experts are then parts of a sum over these ranks.
+    overlap: compute what needs no communication while the rows travel back. The model's parallel form sets it.
+    """
+
+    def __init__(self, n_experts: int, group: Group, etp_group: Group) -> None:
         self.n_experts = n_experts
         self.group = group
+        self.etp_group = etp_group
+        self.overlap = False
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Rows, Plan[L]]:
         """x_TD (T, D) -> the rows of the local experts, and the plan that ``combine`` needs."""
@@ -48,11 +56,21 @@ class Dispatcher(ABC, Generic[L]):
         payload = self.dispatch_communicate(payload, plan)
         return self.dispatch_postprocess(payload, plan), plan
 
-    def combine(self, y_RD: Tensor, plan: Plan[L]) -> Tensor:
-        """The experts' rows -> out_TD (T, D): for each token the sum of its experts' outputs, times their weights."""
+    def combine(self, y_RD: Tensor, plan: Plan[L], beside: Callable[[], Tensor | float]) -> Tensor:
+        """The experts' rows -> out_TD (T, D): for each token the sum of its experts' outputs, times their weights.
+
+        beside: gives what is added to that, (T, D) or a number. With ``overlap`` it is called, and its backward runs,
+        while the rows travel.
+        """
         y_RD = self.combine_preprocess(y_RD, plan)
-        y_RD = self.combine_communicate(y_RD, plan)
-        return self.combine_postprocess(y_RD, plan)
+        pending = self.combine_communicate(y_RD, plan)
+        if not self.overlap:
+            return self.combine_postprocess(pending.wait(), plan) + beside()
+        try:
+            beside_TD = beside()
+        finally:  # recomputation leaves by an exception once it has all that it needs
+            y_RD = pending.wait()
+        return self.combine_postprocess(y_RD, plan) + beside_TD
 
     @abstractmethod
     def layout(self, routing: Routing) -> L:
@@ -75,19 +93,20 @@ class Dispatcher(ABC, Generic[L]):
         """The experts' outputs in the order in which they go back."""
 
     @abstractmethod
-    def combine_communicate(self, y_RD: Tensor, plan: Plan[L]) -> Tensor:
-        """The outputs that come back to this rank."""
+    def combine_communicate(self, y_RD: Tensor, plan: Plan[L]) -> Pending:
+        """The outputs that come back to this rank, the last collective under way."""
 
     @abstractmethod
     def combine_postprocess(self, y_RD: Tensor, plan: Plan[L]) -> Tensor:
         """out_TD, the outputs summed per token."""
 
 
-def build_dispatcher(options: Any, n_experts: int, group: dist.ProcessGroup | None) -> Dispatcher[Any]:
+def build_dispatcher(options: Any, n_experts: int, group: Group, etp_group: Group = None) -> Dispatcher[Any]:
     """The dispatcher that ``options`` (a registered options object, or a mapping with its ``kind``) describe.
 
-    group: the expert parallel ranks; None where there are none. Raises ConfigError when the experts cannot be split
-    evenly over the group, or the kind cannot serve one.
+    group: the expert parallel ranks; None where there are none. etp_group: as in Dispatcher. Layers with equally many
+    experts may share one dispatcher. Raises ConfigError when the experts cannot be split evenly over the group, or the
+    kind cannot serve one.
     """
     ep = 1 if group is None else group.size()
     if n_experts % ep:
@@ -96,4 +115,6 @@ def build_dispatcher(options: Any, n_experts: int, group: dist.ProcessGroup | No
             f"make ep a divisor of num_experts"
         )
     options = as_options(DISPATCHERS, options)
-    return DISPATCHERS.entry_of(options).build(options, n_experts, group)
+    if etp_group is not None and etp_group.size() == 1:
+        etp_group = None
+    return DISPATCHERS.entry_of(options).build(options, n_experts, group, etp_group)

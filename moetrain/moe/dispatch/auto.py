@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.distributed as dist
 from pydantic.dataclasses import dataclass
 
+from moetrain.comm import Group
 from moetrain.config.registry import DISPATCHERS
 from moetrain.config.schema import STRICT
 from moetrain.moe.dispatch import Dispatcher
@@ -20,8 +20,8 @@ class AutoOptions:
 
 
 @DISPATCHERS.register("auto", AutoOptions)
-def build_auto(options: AutoOptions, n_experts: int, group: dist.ProcessGroup | None) -> Dispatcher[Any]:
+def build_auto(options: AutoOptions, n_experts: int, group: Group, etp_group: Group) -> Dispatcher[Any]:
     """The local dispatcher without expert parallel ranks, else the all-to-all one."""
     if group is None or group.size() == 1:
-        return LocalDispatcher(LocalOptions(), n_experts, group)
-    return AllToAllDispatcher(AllToAllOptions(), n_experts, group)
+        return LocalDispatcher(LocalOptions(), n_experts, group, etp_group)
+    return AllToAllDispatcher(AllToAllOptions(), n_experts, group, etp_group)

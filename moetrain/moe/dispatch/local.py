@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass as plain_dataclass
-
-import torch.distributed as dist
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from moetrain.comm import Group, Pending
 from moetrain.config.errors import ConfigError
 from moetrain.config.registry import DISPATCHERS
 from moetrain.config.schema import STRICT, Config
-from moetrain.moe.dispatch import Dispatcher, Payload, Plan
-from moetrain.moe.permute import RowOrder, count, order_by_expert, permute, sum_rows
+from moetrain.moe.dispatch import Dispatcher, Payload, Plan, held
+from moetrain.moe.dispatch.held import Held
 from moetrain.moe.routing import Routing, Rows
 
 
@@ -25,46 +23,37 @@ class LocalOptions:
         _refuse_expert_parallel(cfg.parallel.ep)
 
 
-@plain_dataclass(frozen=True)
-class LocalLayout:
-    """order: rows of this rank's tokens by expert. counts: rows of each expert."""
-
-    order: RowOrder
-    counts: list[int]
-
-
 @DISPATCHERS.register("local", LocalOptions)
-class LocalDispatcher(Dispatcher[LocalLayout]):
-    """Hands the kernels the order of the rows instead of the rows, and the weights beside it, to be fused there."""
+class LocalDispatcher(Dispatcher[Held]):
+    """Layout and work are those of ``held``: only etp ranks, which each hold a part of all experts, exchange."""
 
-    def __init__(self, options: LocalOptions, n_experts: int, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, options: LocalOptions, n_experts: int, group: Group, etp_group: Group) -> None:
         _refuse_expert_parallel(1 if group is None else group.size())
-        super().__init__(n_experts, group)
+        super().__init__(n_experts, group, etp_group)
 
-    def layout(self, routing: Routing) -> LocalLayout:
+    def layout(self, routing: Routing) -> Held:
         token_A, expert_A, _ = routing.assignments()
-        order = order_by_expert(token_A, expert_A, routing.n_tokens)
-        return LocalLayout(order, count(expert_A, self.n_experts).tolist())
+        return held.hold(token_A, expert_A, routing.n_tokens, self.n_experts, self.etp_group)
 
-    def dispatch_preprocess(self, x_TD: Tensor, plan: Plan[LocalLayout]) -> Payload:
-        return (x_TD,)
+    def dispatch_preprocess(self, x_TD: Tensor, plan: Plan[Held]) -> Payload:
+        return x_TD, plan.weight_A
 
-    def dispatch_communicate(self, payload: Payload, plan: Plan[LocalLayout]) -> Payload:
-        return payload
+    def dispatch_communicate(self, payload: Payload, plan: Plan[Held]) -> Payload:
+        x_TD, weight_A = payload
+        return held.gather(x_TD, weight_A, plan.layout, self.etp_group)
 
-    def dispatch_postprocess(self, payload: Payload, plan: Plan[LocalLayout]) -> Rows:
-        order = plan.layout.order
-        weight_R = permute(plan.weight_A, order.assignment_R, order.row_A)
-        return Rows(payload[0], plan.layout.counts, index_R=order.token_R, weight_R=weight_R)
+    def dispatch_postprocess(self, payload: Payload, plan: Plan[Held]) -> Rows:
+        x_ND, weight_A = payload
+        return held.rows(x_ND, weight_A, plan.layout)
 
-    def combine_preprocess(self, y_RD: Tensor, plan: Plan[LocalLayout]) -> Tensor:
-        return y_RD
+    def combine_preprocess(self, y_RD: Tensor, plan: Plan[Held]) -> Tensor:
+        return held.sum_per_token(y_RD, plan.layout)
 
-    def combine_communicate(self, y_RD: Tensor, plan: Plan[LocalLayout]) -> Tensor:
-        return y_RD
+    def combine_communicate(self, y_ND: Tensor, plan: Plan[Held]) -> Pending:
+        return held.start_scatter(y_ND, plan.layout, self.etp_group)
 
-    def combine_postprocess(self, y_RD: Tensor, plan: Plan[LocalLayout]) -> Tensor:
-        return sum_rows(y_RD, plan.layout.order)
+    def combine_postprocess(self, y_TD: Tensor, plan: Plan[Held]) -> Tensor:
+        return y_TD
 
 
 def _refuse_expert_parallel(ep: int) -> None:

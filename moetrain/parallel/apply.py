@@ -99,16 +99,18 @@ def _split_experts(layer: MoELayer, cfg: Config, dims: ParallelDims) -> None:
     assert isinstance(experts, Experts)
     router: Any = layer.router
     etp = dims.sizes.etp
-    etp_group = dims.group("etp") if etp > 1 else None
-    layer.dispatcher = build_dispatcher(
-        cfg.dispatch, router.n_experts, dims.group("ep"), *([etp_group] if etp > 1 else [])
-    )
+    layer.dispatcher = build_dispatcher(cfg.dispatch, router.n_experts, dims.group("ep"), dims.group("etp"))
+    layer.dispatcher.overlap = cfg.experts.overlap
+    if etp > 1:
+        width = cfg.model.dim // etp
+        experts.output_slice = slice(dims.rank("etp") * width, (dims.rank("etp") + 1) * width)
     mesh = dims.experts["ep", "etp"] if etp > 1 else dims.experts["ep"]
     for name, p in list(experts.named_parameters(recurse=False)):
         placements: list[Placement] = [Shard(0), Shard(INNER[name])] if etp > 1 else [Shard(0)]
         local = p.detach()
         for i, placement in enumerate(placements):
             local = local.chunk(mesh.size(i), dim=placement.dim)[mesh.get_local_rank(i)]  # type: ignore[attr-defined]
+        local = local.contiguous()
         new = DTensor.from_local(local, mesh, placements, run_check=False, shape=p.shape, stride=p.stride())
         experts.register_parameter(name, nn.Parameter(new))
 

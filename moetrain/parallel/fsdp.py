@@ -30,16 +30,18 @@ def mixed_precision(precision: str) -> MixedPrecisionPolicy:
 
 def expert_placement(edp: int) -> Callable[[nn.Parameter], Shard]:
     """Which dimension of an expert parameter (e, ...) FSDP splits over ``edp`` ranks: the last one that divides and is
-    whole.
+    whole, else one that expert tensor parallelism splits already.
 
-    Dimension 0 already belongs to expert parallelism, and one more to expert tensor parallelism where there is any;
-    splitting another keeps ranks with few experts evenly loaded.
+    Dimension 0 belongs to expert parallelism; splitting another keeps ranks with few experts evenly loaded.
     """
 
     def place(p: nn.Parameter) -> Shard:
-        taken = {placement.dim for placement in p.placements} if isinstance(p, DTensor) else {0}  # type: ignore[attr-defined]
-        for dim in range(p.dim() - 1, 0, -1):
-            if dim not in taken and p.shape[dim] % edp == 0:
+        parts = {0: 1}
+        if isinstance(p, DTensor):
+            parts = {s.dim: p.device_mesh.size(i) for i, s in enumerate(p.placements)}  # type: ignore[attr-defined]
+        dims = range(p.dim() - 1, 0, -1)
+        for dim in (*(d for d in dims if d not in parts), *(d for d in dims if d in parts)):
+            if p.shape[dim] % (edp * parts.get(dim, 1)) == 0:
                 return Shard(dim)
         raise ValueError(f"no dimension of expert parameter {tuple(p.shape)} divides by edp={edp}")
 

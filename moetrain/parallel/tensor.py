@@ -1,2 +1,0 @@
-def copies(model):
-    return []

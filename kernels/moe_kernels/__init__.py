@@ -4,7 +4,15 @@ Imports torch only; usable without moetrain.
 """
 
 from moe_kernels.api import BACKENDS, choose_backend, expert_mlp
-from moe_kernels.loss import linear_cross_entropy, token_counts
+from moe_kernels.loss import VocabularyPart, linear_cross_entropy, token_counts
 from moe_kernels.memory import keep_freed_memory
 
-__all__ = ["BACKENDS", "choose_backend", "expert_mlp", "keep_freed_memory", "linear_cross_entropy", "token_counts"]
+__all__ = [
+    "BACKENDS",
+    "VocabularyPart",
+    "choose_backend",
+    "expert_mlp",
+    "keep_freed_memory",
+    "linear_cross_entropy",
+    "token_counts",
+]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +15,22 @@ CHUNK_LOGITS = 2**23
 CHUNK_TOKENS = 256
 # Logits that the softmax works on at a time, so that its passes find them in the cache.
 BLOCK_LOGITS = 2**20
+
+
+@dataclass(frozen=True)
+class VocabularyPart:
+    """The classes whose weights are here, when the others are elsewhere; everywhere are the same tokens and targets.
+
+    first: the first class here. classes: V, their number everywhere. own_T: bool (T,), the tokens whose losses are
+    reported here; every token is reported somewhere, once.
+    gather: a tensor -> that of every part, stacked in a new first dimension, without autograd. Called equally often
+    with equal shapes everywhere, in forward and in backward.
+    """
+
+    first: int
+    classes: int
+    own_T: Tensor
+    gather: Callable[[Tensor], Tensor]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -30,11 +48,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk: int,
         summed: bool,
         train: bool,
+        part: VocabularyPart | None,
     ) -> Tensor:
-        ctx.ignore_index, ctx.chunk, ctx.summed, ctx.dtype = ignore_index, chunk, summed, h_TD.dtype
+        ctx.ignore_index, ctx.chunk, ctx.summed, ctx.dtype, ctx.part = ignore_index, chunk, summed, h_TD.dtype, part
         need_h, need_w = ctx.needs_input_grad[:2] if summed and train else (False, False)
         above_T = h_TD.new_ones(len(h_TD), dtype=_wide(h_TD.dtype)) if need_h or need_w else None
-        losses_T, grad_h, grad_w = _run(h_TD, w_VD, targets_T, ignore_index, chunk, above_T, need_h, need_w)
+        losses_T, grad_h, grad_w = _run(h_TD, w_VD, targets_T, ignore_index, chunk, above_T, need_h, need_w, part)
+        if part is not None:
+            losses_T = losses_T * part.own_T
         if summed:
             ctx.save_for_backward(grad_h, grad_w)
             return losses_T.sum()
@@ -48,9 +69,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         else:
             h_TD, w_VD, targets_T = ctx.saved_tensors
             need_h, need_w = ctx.needs_input_grad[:2]
-            _, *grads = _run(h_TD, w_VD, targets_T, ctx.ignore_index, ctx.chunk, above[0], need_h, need_w)
+            # The losses of tokens that are reported elsewhere have their gradient from above there.
+            above_T = above[0] if ctx.part is None else ctx.part.gather(above[0] * ctx.part.own_T).sum(0)
+            _, *grads = _run(h_TD, w_VD, targets_T, ctx.ignore_index, ctx.chunk, above_T, need_h, need_w, ctx.part)
             grads = [None if g is None else g.to(ctx.dtype) for g in grads]
-        return *grads, None, None, None, None, None
+        return *grads, None, None, None, None, None, None
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -71,6 +94,7 @@ def _run(
     above_T: Tensor | None,
     need_h: bool,
     need_w: bool,
+    part: VocabularyPart | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Losses (T,), and the gradients of <above, losses> in h (its dtype) and in w (float32 or wider), where needed."""
     T, V = len(h_TD), len(w_VD)
@@ -86,7 +110,10 @@ def _run(
         rows = slice(start, min(start + chunk, T))
         p = torch.mm(h_TD[rows], w_VD.t(), out=logits[: rows.stop - start])
         above = None if above_T1 is None else above_T1[rows]
-        _softmax_(p, targets_T1[rows], above, losses_T1[rows], scratch)
+        if part is None:
+            _softmax_(p, targets_T1[rows], above, losses_T1[rows], scratch)
+        else:
+            _part_softmax_(p, targets_T1[rows] - part.first, above, losses_T1[rows], scratch, part.gather)
         if grad_h is not None:
             torch.mm(p, w_VD, out=grad_h[rows])
         if need_w:
@@ -117,6 +144,46 @@ def _softmax_(logits: Tensor, targets: Tensor, above: Tensor | None, losses: Ten
                 part.copy_(x)
 
 
+def _part_softmax_(
+    logits: Tensor,
+    targets: Tensor,
+    above: Tensor | None,
+    losses: Tensor,
+    scratch: Tensor,
+    gather: Callable[[Tensor], Tensor],
+) -> None:
+    """``_softmax_`` where ``logits`` (c, v) are those of some classes; a target may be below 0 or above v - 1.
+
+    The parts exchange, per token, their largest logit, the sum of exponentials beside it and the target's logit.
+    """
+    c, v = logits.shape
+    block = max(1, BLOCK_LOGITS // v)
+    blocks = [slice(start, start + block) for start in range(0, c, block)]
+    is_here = (targets >= 0) & (targets < v)
+    targets = targets.where(is_here, 0)
+    largest, total, at_target = stats = losses.new_empty(3, c, 1)
+    for rows in blocks:
+        x = logits[rows].to(losses.dtype)
+        torch.amax(x, dim=1, keepdim=True, out=largest[rows])
+        torch.sum(torch.sub(x, largest[rows]).exp_(), dim=1, keepdim=True, out=total[rows])
+        torch.gather(x, 1, targets[rows], out=at_target[rows])
+    at_target.masked_fill_(~is_here, 0)  # it is elsewhere, and the sum over the parts finds it
+    largest_P, total_P, at_target_P = gather(stats).unbind(1)
+    largest = largest_P.amax(dim=0)
+    total = (total_P * (largest_P - largest).exp()).sum(dim=0)
+    torch.sub(total.log(), at_target_P.sum(dim=0) - largest, out=losses)
+    if above is None:
+        return
+    above_here = above * is_here
+    for rows in blocks:
+        part = logits[rows]
+        x = part if part.dtype == scratch.dtype else scratch[: len(part)].copy_(part)
+        x.sub_(largest[rows]).exp_().mul_(above[rows] / total[rows])
+        x.scatter_add_(1, targets[rows], -above_here[rows])
+        if x is not part:
+            part.copy_(x)
+
+
 def _add_product(total: Tensor | None, p: Tensor, h: Tensor) -> Tensor:
     """total + p^T h in float32 or wider; ``total`` is overwritten."""
     if p.dtype == _wide(p.dtype):
@@ -133,6 +200,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     chunk: int | None = None,
     reduction: str = "sum",
+    part: VocabularyPart | None = None,
 ) -> Tensor:
     """Cross-entropy of the logits ``h_TD @ w_VD.T``, in nats, without ever holding the logits of all tokens.
 
@@ -140,6 +208,10 @@ def linear_cross_entropy(
     chunk: tokens whose logits exist at a time; None: as many as make 8 million logits, at least 256.
     Returns the sum over tokens (a scalar) or, with ``reduction="none"``, the loss of each (T,), zero where ignored. It,
     the softmax and all sums are float32, or float64 for float64 inputs.
+
+    part: w_VD has the weights of some classes only; h_TD and targets_T are the same everywhere. The result is the share
+    of the tokens ``part.own_T`` (zero for the others), the gradients are those of all shares together: complete in the
+    weights here; in h_TD, to be summed over the parts. With "sum", the gradient from above must be the same everywhere.
 
     Raises:
         ValueError: shapes, dtypes or targets do not fit (targets are looked at on CPU only), or ``reduction`` is
@@ -154,8 +226,8 @@ def linear_cross_entropy(
         )
     if h_TD.dtype != w_VD.dtype:
         raise ValueError(f"linear_cross_entropy needs one dtype, but h is {h_TD.dtype} and w is {w_VD.dtype}")
-    V = len(w_VD)
-    chunk = max(CHUNK_TOKENS, CHUNK_LOGITS // max(V, 1)) if chunk is None else chunk
+    V = len(w_VD) if part is None else part.classes
+    chunk = max(CHUNK_TOKENS, CHUNK_LOGITS // max(len(w_VD), 1)) if chunk is None else chunk
     if chunk < 1:
         raise ValueError(f"chunk is at least 1 token, not {chunk}")
     if targets_T.device.type == "cpu":
@@ -164,7 +236,7 @@ def linear_cross_entropy(
             first = int(targets_T[wrong_T][0])
             raise ValueError(f"targets must be class numbers below {V} or {ignore_index}; one is {first}")
     return _LinearCrossEntropy.apply(
-        h_TD, w_VD, targets_T, ignore_index, chunk, reduction == "sum", torch.is_grad_enabled()
+        h_TD, w_VD, targets_T, ignore_index, chunk, reduction == "sum", torch.is_grad_enabled(), part
     )
 
 

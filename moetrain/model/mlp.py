@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moetrain.moe.linear import Linear
+from moetrain.moe.linear import Gather, Linear, all_here
 
 
 class MLP(nn.Module):
@@ -16,7 +16,9 @@ class MLP(nn.Module):
         self.w_gate = Linear(dim, inner, bias=False)
         self.w_up = Linear(dim, inner, bias=False)
         self.w_down = Linear(inner, dim, bias=False)
+        self.gather: Gather = all_here
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) -> (..., D)."""
+        (x,) = self.gather(x)
         return self.w_down(F.silu(self.w_gate(x)) * self.w_up(x))

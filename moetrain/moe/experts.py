@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moetrain.config.schema import ModelConfig
-from moetrain.moe.linear import Linear, local_part
+from moetrain.moe.linear import Gather, Linear, all_here, local_part
 from moetrain.moe.routing import Rows
 
 
@@ -62,6 +62,7 @@ class SharedExperts(nn.Module):
         self.w_up = Linear(cfg.dim, inner, bias=False)
         self.w_down = Linear(inner, cfg.dim, bias=False)
         self.gate = Linear(cfg.dim, 1, bias=False) if cfg.moe.shared_gate else None
+        self.gather: Gather = all_here
         self.recompute = False
 
     def forward(self, x_TD: Tensor) -> Tensor:
@@ -69,7 +70,8 @@ class SharedExperts(nn.Module):
         return _maybe_checkpoint(self.recompute, self._run, x_TD)
 
     def _run(self, x_TD: Tensor) -> Tensor:
-        out_TD = self.w_down(F.silu(self.w_gate(x_TD)) * self.w_up(x_TD))
+        (all_UD,) = self.gather(x_TD)
+        out_TD = self.w_down(F.silu(self.w_gate(all_UD)) * self.w_up(all_UD))
         return out_TD if self.gate is None else self.gate(x_TD).sigmoid() * out_TD
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -10,6 +12,18 @@ def local_part(p: Tensor | None) -> Tensor | None:
     """The part of a parameter that this rank holds: all of a plain tensor, the local tensor of a DTensor."""
     to_local = getattr(p, "to_local", None)
     return p if to_local is None else to_local()
+
+
+class Gather(Protocol):
+    """What a module does with tensors (tokens first, features last) before it uses weights of which this rank holds a
+    part: the same tensors for the tokens of all ranks that hold the other parts."""
+
+    def __call__(self, *xs: Tensor) -> tuple[Tensor, ...]: ...
+
+
+def all_here(*xs: Tensor) -> tuple[Tensor, ...]:
+    """The ``Gather`` of a module that is whole: all tokens are here already."""
+    return xs
 
 
 class Linear(nn.Linear):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
-from moe_kernels import linear_cross_entropy, token_counts
+from moe_kernels import VocabularyPart, linear_cross_entropy, token_counts
 from torch import Tensor
 
 TOKENS, DIM, VOCAB = 50, 12, 37
@@ -53,6 +57,55 @@ def test_bf16_computes_softmax_in_float32() -> None:
     assert got.dtype == torch.float32 and abs(got.item() / want.item() - 1) < 5e-3
     for a, b in zip(torch.autograd.grad(got, (h, w)), torch.autograd.grad(want, (h64, w64)), strict=True):
         assert a.dtype == torch.bfloat16 and (a.double() - b).norm() < 0.02 * b.norm()
+
+
+def in_parts(n: int, run: Callable[[int, Callable[[Tensor], Tensor]], list[Tensor]]) -> list[list[Tensor]]:
+    """``run(i, gather)`` for each part i of n, in threads that meet in ``gather``."""
+    sent: dict[int, Tensor] = {}
+    meeting = threading.Barrier(n, timeout=20)
+
+    def one(i: int) -> list[Tensor]:
+        def gather(x: Tensor) -> Tensor:
+            sent[i] = x
+            meeting.wait()
+            everyone = torch.stack([sent[j] for j in range(n)])
+            meeting.wait()
+            return everyone
+
+        return run(i, gather)
+
+    with ThreadPoolExecutor(n) as pool:
+        return list(pool.map(one, range(n)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize(("n", "chunk"), [(2, 7), (3, 50), (VOCAB, 16)])
+def test_parts_of_the_vocabulary_add_up(
+    monkeypatch: pytest.MonkeyPatch, n: int, chunk: int, reduction: str, dtype: torch.dtype
+) -> None:
+    """Also with unequal parts, parts of one class, and logits in several blocks. Gradients of weights are complete."""
+    monkeypatch.setattr("moe_kernels.loss.BLOCK_LOGITS", 60)
+    h, w, targets = head(0.3, dtype)
+    owner_T = torch.arange(TOKENS) * n // TOKENS
+    above = torch.linspace(0.5, 2.0, TOKENS, dtype=torch.float64) if reduction == "none" else torch.tensor(0.7).double()
+    starts = [i * VOCAB // n for i in range(n + 1)]
+
+    def run(i: int, gather: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        own_h, own_w = h.detach().requires_grad_(), w.detach()[starts[i] : starts[i + 1]].requires_grad_()
+        part = VocabularyPart(starts[i], VOCAB, owner_T == i, gather)
+        loss = linear_cross_entropy(own_h, own_w, targets, chunk=chunk, reduction=reduction, part=part)
+        assert loss.dtype == torch.promote_types(dtype, torch.float32)
+        if reduction == "none":
+            assert not loss[owner_T != i].any()
+        return [loss.detach(), *torch.autograd.grad(loss, (own_h, own_w), above.to(loss.dtype))]
+
+    losses, grads_h, grads_w = zip(*in_parts(n, run), strict=True)
+    h64, w64 = (t.detach().double().requires_grad_() for t in (h, w))
+    want = F.cross_entropy(h64 @ w64.T, targets, reduction=reduction)
+    want_h, want_w = torch.autograd.grad(want, (h64, w64), above)
+    for got, exact in ((sum(losses), want), (sum(g.double() for g in grads_h), want_h), (torch.cat(grads_w), want_w)):
+        assert (got.double() - exact).norm() < (1e-12 if dtype == torch.float64 else 0.02) * exact.norm()
 
 
 def test_huge_logits_do_not_overflow() -> None:

@@ -9,7 +9,7 @@ from moetrain.config.schema import ModelConfig
 from moetrain.model.attention.kernels import Core, attend
 from moetrain.model.norm import RMSNorm
 from moetrain.model.places import Places, rotate
-from moetrain.moe.linear import Linear, local_part
+from moetrain.moe.linear import Gather, Linear, all_here, local_part
 
 
 class GroupedQueryAttention(nn.Module):
@@ -27,6 +27,7 @@ class GroupedQueryAttention(nn.Module):
         self.interleaved = cfg.rope.interleaved
         self.backend = a.backend
         self.core: Core = attend
+        self.gather: Gather = all_here
         q_dim, kv_dim = a.n_heads * a.head_dim, a.n_kv_heads * a.head_dim
         self.wq = Linear(cfg.dim, q_dim, bias=a.qkv_bias)
         self.wk = Linear(cfg.dim, kv_dim, bias=a.qkv_bias)
@@ -39,6 +40,7 @@ class GroupedQueryAttention(nn.Module):
 
     def forward(self, x_BSD: Tensor, places: Places, window: int | None) -> Tensor:
         """x_BSD -> (B, S, D). window: see ``attend``."""
+        (x_BSD,) = self.gather(x_BSD)
         q, k, v = self.wq(x_BSD), self.wk(x_BSD), self.wv(x_BSD)
         if self.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)

@@ -11,7 +11,7 @@ from moetrain.model.attention.kernels import Core, attend
 from moetrain.model.norm import RMSNorm
 from moetrain.model.places import Places, rotate
 from moetrain.model.rope import yarn_mscale
-from moetrain.moe.linear import Linear
+from moetrain.moe.linear import Gather, Linear, all_here
 
 # DeepSeek's code leaves the norms of the latents at RMSNorm's default, whatever the model's epsilon is.
 LATENT_EPS = 1e-6
@@ -37,6 +37,7 @@ class MultiHeadLatentAttention(nn.Module):
         self.interleaved = cfg.rope.interleaved
         self.backend = a.backend
         self.core: Core = attend
+        self.gather: Gather = all_here
         qk_dim = self.nope_dim + self.rope_dim
         self.scale = qk_dim**-0.5
         if cfg.rope.scaling == "yarn" and cfg.rope.mscale_all_dim:
@@ -55,10 +56,12 @@ class MultiHeadLatentAttention(nn.Module):
 
     def forward(self, x_BSD: Tensor, places: Places, window: int | None) -> Tensor:
         """x_BSD -> (B, S, D). window: see ``attend``."""
-        q = self.wq_b(self.q_norm(self.wq_a(x_BSD))) if self.has_q_latent else self.wq(x_BSD)
-        q_nope, q_rope = q.unflatten(-1, (-1, self.nope_dim + self.rope_dim)).split((self.nope_dim, self.rope_dim), -1)
+        query = self.q_norm(self.wq_a(x_BSD)) if self.has_q_latent else x_BSD
         latent, k_rope = self.wkv_a(x_BSD).split((self.kv_rank, self.rope_dim), -1)
-        kv = self.wkv_b(self.kv_norm(latent)).unflatten(-1, (-1, self.nope_dim + self.v_dim))
+        query, latent, k_rope = self.gather(query, self.kv_norm(latent), k_rope)
+        q = self.wq_b(query) if self.has_q_latent else self.wq(query)
+        q_nope, q_rope = q.unflatten(-1, (-1, self.nope_dim + self.rope_dim)).split((self.nope_dim, self.rope_dim), -1)
+        kv = self.wkv_b(latent).unflatten(-1, (-1, self.nope_dim + self.v_dim))
         k_nope, v = kv.split((self.nope_dim, self.v_dim), -1)
         q_rope = rotate(q_rope, places, self.interleaved)
         k_rope = rotate(k_rope.unsqueeze(2), places, self.interleaved).expand(-1, -1, k_nope.shape[2], -1)

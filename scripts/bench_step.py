@@ -275,17 +275,17 @@ def config(spec: Spec) -> Any:
     )
 
 
-def build_ours(spec: Spec) -> tuple[Any, Any, Any]:
-    """(config, ParallelDims, parallel model) on one rank."""
+def build_ours(spec: Spec) -> tuple[Any, Any]:
+    """(config, engine) on one rank."""
     import torch
 
     from moetrain.config.check import check_mapping
-    from moetrain.parallel.apply import build_parallel
     from moetrain.parallel.mesh import ParallelDims
+    from moetrain.train.engine import build_engine
 
     cfg = config(spec)
     dims = ParallelDims.build(check_mapping(cfg, 1), "cpu")
-    return cfg, dims, build_parallel(cfg, dims, torch.device("cpu"))
+    return cfg, build_engine(cfg, dims, torch.device("cpu"))
 
 
 def export_weights(spec: Spec) -> None:
@@ -296,8 +296,9 @@ def export_weights(spec: Spec) -> None:
     from moetrain.train.runtime import process_group
 
     with process_group(torch.device("cpu"), 600):
-        cfg, _, model = build_ours(spec)
-        export_hf(cfg.model, {name: p.full_tensor() for name, p in model.state_dict().items()}, Path(spec.weights))
+        cfg, engine = build_ours(spec)
+        weights = {name: p.full_tensor() for name, p in engine.model.state_dict().items()}
+        export_hf(cfg.model, weights, Path(spec.weights))
 
 
 class Moetrain:
@@ -317,28 +318,18 @@ class Moetrain:
 
     def build(self) -> None:
         """The model and its optimizer."""
-        from moetrain.optim import build_optimizer
-
-        self.cfg, self.dims, self.model = build_ours(self.spec)
-        self.optimizer = build_optimizer(self.cfg.optim, self.model)
+        _, self.engine = build_ours(self.spec)
 
     def step(self, tokens_BS: Any, step: int) -> float:
         """One optimizer step; the loss before it."""
         import torch
 
         from moetrain.data.loader import Batch
-        from moetrain.moe.balance import end_of_step
-        from moetrain.train.step import clip_gradients, forward_backward
 
         targets_BS = torch.nn.functional.pad(tokens_BS[:, 1:], (0, 1), value=-100)
         n = len(tokens_BS)
         batch = Batch(tokens_BS, targets_BS, list(range(n)), torch.zeros(n, dtype=torch.int64))
-        loss, _, _ = forward_backward(self.model, [batch], [], step, self.dims.stage_group)
-        clip_gradients(self.model, CLIP)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        end_of_step(self.model, self.dims.stage_group, step)
-        return loss
+        return self.engine.train_step([batch], step, 1.0).loss
 
 
 class Transformers:

@@ -91,7 +91,7 @@ def parallelize(model: Decoder, cfg: Config, dims: ParallelDims) -> None:
         if cfg.train.compile:
             block.compile_dense()
     # 6. FSDP last: it takes the parameters over, whatever they have become.
-    shard(model, dims.fsdp_mesh, dims.experts["edp"], cfg)
+    shard(model, dims.fsdp_mesh, dims.experts["edp"], cfg.train.precision, cfg.parallel)
 
 
 def _split_experts(layer: MoELayer, cfg: Config, dims: ParallelDims) -> None:

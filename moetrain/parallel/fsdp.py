@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from moetrain.config.schema import Config
+from moetrain.config.schema import ParallelConfig
 from moetrain.model.decoder import Decoder
 from moetrain.moe.experts import Experts
 
@@ -48,13 +48,15 @@ def expert_placement(edp: int) -> Callable[[nn.Parameter], Shard]:
     return place
 
 
-def shard(model: Decoder, dense_mesh: DeviceMesh, expert_mesh: DeviceMesh, cfg: Config) -> None:
+def shard(
+    model: Decoder, dense_mesh: DeviceMesh, expert_mesh: DeviceMesh, precision: str, options: ParallelConfig
+) -> None:
     """Apply FSDP2 in place: experts over ``expert_mesh`` (1-D), blocks and root over ``dense_mesh`` (1-D or 2-D)."""
-    device_type, everything = dense_mesh.device_type, cfg.parallel.offload == "all"
-    settings: dict[str, Any] = {"mp_policy": mixed_precision(cfg.train.precision)}
+    device_type, everything = dense_mesh.device_type, options.offload == "all"
+    settings: dict[str, Any] = {"mp_policy": mixed_precision(precision)}
     if everything:
         settings["offload_policy"] = CPUOffloadPolicy(pin_memory=device_type == "cuda")
-    reshard = reshards(cfg)
+    reshard = reshards(options)
     blocks: list[nn.Module] = list(model.layers.values())
     alone: set[nn.Parameter] = set()
     for experts in (module for module in model.modules() if isinstance(module, Experts)):
@@ -74,16 +76,15 @@ def shard(model: Decoder, dense_mesh: DeviceMesh, expert_mesh: DeviceMesh, cfg: 
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    _prefetch(blocks, cfg.parallel.prefetch)
+    _prefetch(blocks, options.prefetch)
 
 
-def reshards(cfg: Config) -> bool:
+def reshards(options: ParallelConfig) -> bool:
     """Whether gathered parameters are freed after forward. Under zero-bubble schedules they must not be: torch then
     loses weight gradients without a word."""
-    wanted = cfg.parallel.reshard_after_forward
-    if wanted is None:
-        return cfg.parallel.pp == 1 or cfg.parallel.schedule not in ZERO_BUBBLE
-    return wanted
+    if options.reshard_after_forward is None:
+        return options.pp == 1 or options.schedule not in ZERO_BUBBLE
+    return options.reshard_after_forward
 
 
 def _prefetch(blocks: list[nn.Module], ahead: int) -> None:

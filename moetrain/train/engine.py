@@ -96,7 +96,7 @@ class TorchEngine:
         self.runner.gradients_in_place()
         if self.copies:
             tensor.sum_copies(self.copies, self.dims.group("tp"))
-        grad_norm = clip_gradients(self.model, self.cfg.train.clip_norm, self.dims.group("pp"))
+        grad_norm = clip_gradients(self.model, self.cfg.train.clip_norm, self.dims.stage_group.size())
         loss, *terms = sums.tolist()
         aux = {name: value / tokens for name, value in zip(self.aux_names, terms, strict=True)}
         finite = math.isfinite(loss) and math.isfinite(grad_norm)

@@ -59,6 +59,8 @@ def set_up_torch(cfg: Config, ranks_here: int) -> None:
         # Determinism does not need fresh memory to be filled; every value that is read has been written.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.set_float32_matmul_precision("highest")
+    # A weight that two meshes split is gathered in two steps, which torch would rather have in one.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     # Nothing here writes to a module's output in place, which is what FSDP warns of.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 

@@ -14,7 +14,7 @@ from moetrain.config.errors import TrainError
 from moetrain.config.schema import ModelConfig
 from moetrain.moe.balance import Loads, end_of_step
 from moetrain.parallel.mesh import ParallelDims
-from moetrain.parallel.run import Inputs
+from moetrain.parallel.run import Inputs, sum_dtype
 
 
 def count_tokens(batches: list[Inputs], dims: ParallelDims) -> tuple[int, int]:
@@ -29,26 +29,35 @@ def count_tokens(batches: list[Inputs], dims: ParallelDims) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def clip_gradients(model: nn.Module, max_norm: float, pipeline: dist.ProcessGroup) -> float:
-    """Norm of the gradient of the whole model, over every mesh and the stages of the ``pipeline`` group; scales
-    gradients down to ``max_norm`` (0: never)."""
-    groups: dict[object, list[Tensor]] = defaultdict(list)
+def clip_gradients(model: nn.Module, max_norm: float, ranks: int) -> float:
+    """Norm of the gradient of the whole model, over every mesh and all stages of a pipeline; scales gradients down to
+    ``max_norm`` (0: never).
+
+    ranks: those that hold the same layers between them. One all-reduce over the world: a rank adds the squares of its
+    shards, each divided by the number of ranks that have the same one.
+    """
+    shares: dict[int, list[Tensor]] = defaultdict(list)  # number of copies -> gradients
     for p in model.parameters():
         if p.grad is not None:
-            key = (p.grad.device_mesh, p.grad.placements) if isinstance(p.grad, DTensor) else None
-            groups[key].append(p.grad)
-    square = torch.zeros(())
-    for grads in groups.values():
-        norm = nn.utils.get_total_norm(grads)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        square = square.to(norm) + norm**2
-    dist.all_reduce(square, group=pipeline)
+            shares[ranks // _parts(p.grad)].append(p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad)
+    device = next(model.parameters()).device
+    square = torch.zeros((), dtype=sum_dtype(device), device=device)
+    for copies, grads in shares.items():
+        norms = torch.stack(torch._foreach_norm([g for g in grads if g.numel()] or [square]))
+        square += norms.to(square).square().sum() / copies
+    dist.all_reduce(square)
     total = square.sqrt()
     if max_norm > 0:
-        scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
-        local = [g.to_local() if isinstance(g, DTensor) else g for grads in groups.values() for g in grads]
-        torch._foreach_mul_(local, scale)
+        scale = float((max_norm / (total + 1e-6)).clamp(max=1.0))
+        torch._foreach_mul_([g for grads in shares.values() for g in grads], scale)
     return float(total)
+
+
+def _parts(grad: Tensor) -> int:
+    """Over how many ranks a gradient is split."""
+    if not isinstance(grad, DTensor):
+        return 1
+    return math.prod(grad.device_mesh.size(i) for i, p in enumerate(grad.placements) if not p.is_replicate())
 
 
 def all_loads(model: nn.Module, cfg: ModelConfig, dims: ParallelDims, step: int) -> Loads:

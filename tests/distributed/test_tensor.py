@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from moetrain.checkpoint.state import gather_state
 from moetrain.comm.even import all_gather, all_gather_packed, all_reduce, reduce_scatter
 from moetrain.config.errors import ConfigError
-from moetrain.config.schema import AttentionConfig, ExpertsConfig, ModelConfig, MoEConfig
+from moetrain.config.schema import AttentionConfig, ExpertsConfig, ModelConfig, MoEConfig, ParallelConfig
 from moetrain.model.decoder import Decoder
 from moetrain.moe.balance import end_of_step
 from moetrain.parallel import tensor
@@ -179,7 +179,7 @@ def sharded(cfg: ModelConfig, dtype: torch.dtype, source: Decoder | None) -> tup
     else:
         model = copy.deepcopy(source)
     tensor.split(model, dense["tp"])
-    shard(model, data, experts, "float64" if dtype == torch.float64 else "float32", True)
+    shard(model, data, experts, "float64" if dtype == torch.float64 else "float32", ParallelConfig())
     return model, dense
 
 
@@ -201,7 +201,8 @@ def fsdp_equals_one_process(reference: Decoder, cfg: ModelConfig) -> None:
         assert p.grad is not None
         # each micro-batch was divided by its own size, a quarter of the whole
         same(whole(p.grad) / 4, q.grad, f"gradient of {name}")
-    assert clip_gradients(model, 0.0) == pytest.approx(4 * clip_gradients(reference, 0.0), rel=1e-12)
+    ranks = dist.get_world_size()
+    assert clip_gradients(model, 0.0, ranks) == pytest.approx(4 * clip_gradients(reference, 0.0, ranks), rel=1e-12)
 
 
 @pytest.mark.parametrize("attention", ["kv heads 2, norm of all heads, clipped", "mla with a query latent"])

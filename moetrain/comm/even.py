@@ -12,6 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# torch 2.13 renamed both and warns of the old names.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def all_gather(x: Tensor, group: dist.ProcessGroup, dim: int = 0) -> Tensor:
     """Every rank's x, of one shape, joined along ``dim`` in rank order. Backward is ``reduce_scatter``."""
@@ -77,14 +81,14 @@ class _AllReduce(torch.autograd.Function):
 
 def _gather(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
     parts = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
-    dist.all_gather_into_tensor(parts, x.contiguous(), group=group)
+    _all_gather(parts, x.contiguous(), group=group)
     return _join(parts.unflatten(0, (group.size(), -1)), dim)
 
 
 def _scatter(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
     parts = x.unflatten(dim, (group.size(), -1)).movedim(dim, 0).contiguous()
     own = x.new_empty(parts.shape[1:])
-    dist.reduce_scatter_tensor(own, parts.flatten(0, 1), group=group)
+    _reduce_scatter(own, parts.flatten(0, 1), group=group)
     return own
 
 

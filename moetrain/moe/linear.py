@@ -6,12 +6,12 @@ from typing import Protocol
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 def local_part(p: Tensor | None) -> Tensor | None:
     """The part of a parameter that this rank holds: all of a plain tensor, the local tensor of a DTensor."""
-    to_local = getattr(p, "to_local", None)
-    return p if to_local is None else to_local()
+    return p.to_local() if isinstance(p, DTensor) else p
 
 
 class Gather(Protocol):

@@ -143,6 +143,45 @@ def test_split_equals_one_process(attention: str, tp: int, tied: bool, reduction
     run_ranks(tp, split_equals_one_process, build(cfg), cfg, reduction, recompute)
 
 
+def parts_equal_the_whole(reference: Decoder, cfg: ModelConfig) -> None:
+    """The stages of a pipeline, one after the other: each is split by itself, and a shared table is in both."""
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    group, (tokens, targets, _) = mesh.get_group(), batch(cfg)
+    parts = [
+        Decoder(cfg, BALANCE, ExpertsConfig(backend="loop"), layers, first=first, last=not first).double()
+        for layers, first in (((0, 1), True), ((), False), ((2,), False))
+    ]
+    parts[1].norm = parts[1].head = parts[1].embed = None  # a stage in the middle
+    grads: dict[str, Tensor] = {}
+    for part in parts:
+        part.load_state_dict({k: v for k, v in reference.state_dict().items() if k in part.state_dict()})
+        tensor.split(part, mesh)
+    x = parts[0].embedded(tokens)
+    carry = parts[0].first_carry(x)
+    for part in parts:
+        x, carry = part.forward_layers(x, carry, part.places(x, N))
+    loss = parts[-1].output(x, targets)
+    loss.backward()
+    want, _ = reference(tokens, targets)
+    want.backward()
+    same(all_reduce(loss.detach(), group), want.detach(), "loss")
+    for part in parts:
+        tensor.sum_copies(tensor.copies(part), group)
+        for name, p in part.named_parameters():
+            if ".experts." not in name:
+                grads[name] = grads.get(name, 0) + whole(p.grad)
+    for name, q in reference.named_parameters():
+        if ".experts." not in name:
+            same(grads.pop(name), q.grad, f"gradient of {name}")
+    assert not grads
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_parts_of_a_pipeline(tied: bool) -> None:
+    cfg = config("mla", tied)
+    run_ranks(2, parts_equal_the_whole, build(cfg), cfg)
+
+
 def half_precision_runs(reference: Decoder, cfg: ModelConfig) -> tuple[float, float]:
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
     model = copy.deepcopy(reference)

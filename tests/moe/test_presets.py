@@ -18,7 +18,7 @@ SMALL = ["model.moe.num_experts=16", "model.moe.top_k=2"]
 @pytest.mark.parametrize("group", ["model/router", "balance", "dispatch"])
 def test_every_preset_builds_a_layer(group: str) -> None:
     for name in GROUPS[group]:
-        cfg = config.load([f"{group}={name}", *SMALL])
+        cfg = config.load([f"{group}={name}", *SMALL, "train.precision=bf16"])
         layer = build_moe_layer(cfg.model, 0, cfg.balance, cfg.experts)
         assert list(layer.router.balance) == list(cfg.balance)
         if name in ("auto", "local"):

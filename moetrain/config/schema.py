@@ -184,8 +184,10 @@ class ParallelConfig:
     layout: list[int] | None = Field(
         default=None, description="layers of each pipeline stage, in order; null: split by cost"
     )
-    reshard_after_forward: bool = Field(
-        default=True, description="free gathered parameters after forward; saves memory, costs an all-gather"
+    reshard_after_forward: bool | None = Field(
+        default=None,
+        description="free gathered parameters after forward; saves memory, costs an all-gather; null: yes, unless the "
+        "pipeline's schedule is a zero-bubble one",
     )
     prefetch: NonNegative = Field(
         default=1, description="blocks whose parameters FSDP gathers ahead of the one that computes"

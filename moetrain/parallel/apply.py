@@ -55,7 +55,7 @@ def parallelize(model: Decoder, cfg: Config, dims: ParallelDims) -> None:
         if cfg.train.compile:
             block.compile_dense()
     # 4. FSDP last: it takes the parameters over, whatever they have become.
-    shard(model, dims.fsdp_mesh, dims.experts["edp"], cfg.train.precision, cfg.parallel.reshard_after_forward)
+    shard(model, dims.fsdp_mesh, dims.experts["edp"], cfg.train.precision, dims.sizes.reshards(cfg.parallel))
 
 
 def _split_experts(layer: MoELayer, cfg: Config, ep_mesh: dist.DeviceMesh) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import subprocess
@@ -11,15 +12,18 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import yaml
 from moetrain_launch import local
 
 from moetrain import __version__
 from moetrain.config import Config, load, save
-from moetrain.config.check import check_mapping
+from moetrain.config.check import check_mapping, resolve_sizes
 from moetrain.config.errors import ConfigError, TrainError, UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 USAGE = "moetrain COMMAND [options] [key=value ...]"
 
@@ -95,6 +99,33 @@ def prepare(argv: Sequence[str]) -> int:
     return 0
 
 
+def mapping(argv: Sequence[str]) -> int:
+    """Show which rank is where in both grids and what each group is for: world=16 node=8 parallel.tp=2 ..."""
+    parser = command_parser("mapping")
+    parser.add_argument("--json", action="store_true", help="print all of it as JSON")
+    args = parser.parse_intermixed_args(argv)
+    if args.help:
+        return show_help(parser, "mapping", args.overrides or ["parallel"])
+    numbers, overrides = take_numbers(args.overrides, ("world", "node"))
+    cfg = load(overrides, config_dirs=args.config_dir, kinds=False)
+    sizes = resolve_sizes(cfg.parallel, numbers.get("world", cfg.launch.ranks))
+    try:
+        refused = ""
+        check_mapping(cfg, sizes.world)
+    except ConfigError as error:
+        refused = str(error)
+    from moetrain.planner.mapping import as_json, as_tables
+
+    node = numbers.get("node", 8)
+    if args.json:
+        print(json.dumps(as_json(sizes, node, cfg.parallel.schedule, refused)))
+        return 0
+    wide_console().print(as_tables(sizes, node, cfg.parallel.schedule))
+    if refused:
+        print(f"'moetrain train' would refuse this mapping for model {cfg.model.name}: {refused}")
+    return 0
+
+
 def version(argv: Sequence[str]) -> int:
     """Print the versions of moetrain, Python and torch."""
     command_parser("version").parse_args(argv)
@@ -105,7 +136,12 @@ def version(argv: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "prepare": prepare, "version": version}
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": train,
+    "prepare": prepare,
+    "mapping": mapping,
+    "version": version,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -150,6 +186,20 @@ def refuse_no_run(folder: Path) -> None:
         raise ConfigError(f"--resume {folder}: there is no such folder")
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"--resume {folder}: not a run directory, it has no config.yaml")
+
+
+def take_numbers(words: Sequence[str], names: Sequence[str]) -> tuple[dict[str, int], list[str]]:
+    """The whole numbers that ``words`` like "world=16" give to ``names``, and the other words. Raises ConfigError."""
+    numbers, others = {}, []
+    for word in words:
+        name, _, value = word.partition("=")
+        if name not in names:
+            others.append(word)
+        elif not value.isascii() or not value.isdigit() or int(value) < 1:
+            raise ConfigError(f"{name} takes a whole number of 1 or more; got '{value}'")
+        else:
+            numbers[name] = int(value)
+    return numbers, others
 
 
 def asks_run_dir(overrides: Sequence[str]) -> bool:
@@ -260,16 +310,21 @@ def show_commands() -> None:
     print("\n'moetrain train --help' lists every setting, 'moetrain train --help optim' those of one group.")
 
 
+def wide_console() -> Console:
+    """The terminal. A pipe or a file gets wide lines, so that grep finds a name with its description."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 180, highlight=False)
+
+
 def show_help(parser: Parser, command: str, only: Sequence[str]) -> int:
     """Print a command's options, the presets, and every setting (or those below the paths in ``only``)."""
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     from moetrain.config import help
 
-    # A pipe or a file gets wide lines, so that grep finds a setting with its description.
-    console = Console(width=None if sys.stdout.isatty() else 180, highlight=False)
+    console = wide_console()
     tables: list[tuple[str, list[help.Row]]] = []
     if not only:
         console.print(parser.format_help(), markup=False)

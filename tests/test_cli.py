@@ -48,6 +48,9 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
         ("train -m --resume . seed=1,2", 2, "-m starts new runs"),
         ("train -m seed=1,2 train.steps=0,1", 2, "train.steps takes int >= 1; got 0"),
         ("train --help trian", 2, "'trian' is not a setting or a group"),
+        ("mapping world=6 parallel.tp=4", 2, "tp 4 = 4 must divide the world size 6"),
+        ("mapping world=0", 2, "world takes a whole number of 1 or more; got '0'"),
+        ("mapping wrld=4", 2, "wrld is not a setting"),
         ("prepare data=nothing", 2, "no preset of data is called 'nothing'"),
         ("prepare --resume .", 2, "unrecognized arguments: --resume"),
     ],
@@ -104,6 +107,27 @@ def test_help_on_one_group(capsys: pytest.CaptureFixture[str]) -> None:
     }
 
 
+def test_mapping_shows_both_grids_at_once_and_without_torch(capsys: pytest.CaptureFixture[str]) -> None:
+    """A world of 4,096 ranks is shortened for readers and whole in JSON; torch alone would take over a second."""
+    words = ["mapping", "world=4096", "node=8", "model=deepseek-v3", "parallel.pp=16", "parallel.ep=64",
+             "parallel.schedule=dualpipev", "parallel.tp=4"]  # fmt: skip
+    env = {**os.environ, "PYTHONPATH": PYTHONPATH}
+    code = (
+        "import sys\nfrom moetrain import cli\ncode = cli.main(sys.argv[1:])\nsys.exit(code or 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) < 80
+    assert "15, 16" in done.stdout and "(0 1 2 3) (4 5 6 7)" in done.stdout and "over 8 nodes" in done.stdout
+    assert "would refuse this mapping for model deepseek-v3: train.global_batch=8 must be" in done.stdout
+    assert cli.main([*words, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["groups"]["ep"]["ranks"][1] == list(range(64, 128)) and shown["groups"]["tp"]["nodes"] == 1
+    assert shown["ranks"][-1] == {"rank": 4095, "pp": 15, "dp_replicate": 0, "dp_shard": 63, "cp": 0, "tp": 3,
+                                  "edp": 3, "ep": 63, "etp": 0}  # fmt: skip
+    assert shown["stages_of_pp_rank"][15] == [15, 16] and "global_batch" in shown["refused"]
+
+
 def test_resume_takes_the_saved_config_and_further_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything comes from the run directory, which may have moved; single settings may be changed."""
     seen: list[tuple[Config, bool]] = []
@@ -150,10 +174,13 @@ import os, signal, sys, time
 from moetrain_launch import local
 rank, what = int(os.environ["RANK"]), sys.argv[1]
 local.end_with_parent()
-open(f"pid-{rank}", "w").write(str(os.getpid()))
+open(f"starting-{rank}", "w").write(str(os.getpid()))
+os.rename(f"starting-{rank}", f"pid-{rank}")
 if what == "env":
     open(f"env-{rank}", "w").write(" ".join(os.environ[k] for k in ("WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS")))
 elif rank == 1:
+    while not os.path.exists("pid-0"):
+        time.sleep(0.01)
     if what == "error":
         local.record_error("loss is nan at step 3", 7)
         sys.exit(7)

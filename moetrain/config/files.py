@@ -27,6 +27,7 @@ def load(
     base: Path | str | None = None,
     config_dirs: Sequence[Path | str] = (),
     check: Callable[[Config], object] | None = None,
+    kinds: bool = True,
 ) -> Config:
     """The config of a run, checked.
 
@@ -35,6 +36,7 @@ def load(
     config_dirs: folders of further presets, laid out like ``configs/``.
     check: called with the config before the registries, and with them torch, are imported; it sees ``Kind`` fields as
         plain mappings. The place for checks against the number of ranks.
+    kinds: False leaves ``Kind`` fields as those mappings, unchecked, and imports no torch.
     Raises ConfigError, one line.
     """
     if base is None:
@@ -43,7 +45,7 @@ def load(
         settings = presets.parse(overrides)
         presets.refuse_presets(settings)
         tree = presets.apply_settings(OmegaConf.create(_read_tree(Path(base))), settings)
-    return _finish(presets.resolve(tree), check)
+    return _finish(presets.resolve(tree), check, kinds)
 
 
 def save(cfg: Config, path: Path | str) -> None:
@@ -58,15 +60,16 @@ def save(cfg: Config, path: Path | str) -> None:
 
 def read(path: Path | str) -> Config:
     """The config that ``save`` wrote. Raises ConfigError when it is missing, damaged, or of another version."""
-    return _finish(presets.resolve(OmegaConf.create(_read_tree(Path(path)))), None)
+    return _finish(presets.resolve(OmegaConf.create(_read_tree(Path(path)))), None, True)
 
 
-def _finish(tree: dict[str, Any], check: Callable[[Config], object] | None) -> Config:
+def _finish(tree: dict[str, Any], check: Callable[[Config], object] | None, kinds: bool) -> Config:
     cfg = validate(Config, tree)
     check_config(cfg)
     if check is not None:
         check(cfg)
-    resolve_kinds(cfg)
+    if kinds:
+        resolve_kinds(cfg)
     return cfg
 
 

@@ -186,8 +186,8 @@ class ParallelConfig:
     )
     reshard_after_forward: bool | None = Field(
         default=None,
-        description="free gathered parameters after forward: less memory, one more all-gather; null: yes, except under "
-        "zero-bubble schedules",
+        description="free gathered parameters after forward; saves memory, costs an all-gather; null: yes, unless the "
+        "pipeline's schedule is a zero-bubble one",
     )
     prefetch: NonNegative = Field(
         default=1, description="blocks whose parameters FSDP gathers ahead of the one that computes"

@@ -22,7 +22,7 @@ from moetrain.parallel.fsdp import shard
 from moetrain.parallel.mesh import ParallelDims
 from moetrain.parallel.pipeline import Pipeline, StagePart
 from moetrain.parallel.run import OneStage, Runner
-from moetrain.parallel.stages import all_stages, rank_of
+from moetrain.parallel.stages import Stage, all_stages
 
 # Which dimension of each expert parameter (E, ...) expert tensor parallelism splits: the inner width F; and of the
 # output's bias (E, D), which every rank adds for its stretch of the partial outputs, the width D.
@@ -45,10 +45,11 @@ def build_parallel(cfg: Config, dims: ParallelDims, device: torch.device) -> Run
     return Pipeline(parts, mine, cfg, dims, device)  # type: ignore[arg-type]
 
 
-def stages_here(cfg: Config, dims: ParallelDims) -> list[Any]:
+def stages_here(cfg: Config, dims: ParallelDims) -> list[Stage]:
     """The pipeline stages of this rank, in ascending order."""
-    pp, me = dims.sizes.pp, dims.rank("pp")
-    return [s for s in all_stages(cfg, dims.sizes) if rank_of(s.index, pp, cfg.parallel.schedule) == me]
+    mine = dims.sizes.stages_of_rank(dims.rank("pp"), cfg.parallel.schedule)
+    stages = all_stages(cfg, dims.sizes)
+    return [stages[i] for i in mine]
 
 
 def build_parts(cfg: Config, dims: ParallelDims) -> list[Decoder]:
@@ -91,7 +92,11 @@ def parallelize(model: Decoder, cfg: Config, dims: ParallelDims) -> None:
         if cfg.train.compile:
             block.compile_dense()
     # 6. FSDP last: it takes the parameters over, whatever they have become.
-    shard(model, dims.fsdp_mesh, dims.experts["edp"], cfg.train.precision, cfg.parallel)
+    options = cfg.parallel
+    shard(
+        model, dims.fsdp_mesh, dims.experts["edp"], cfg.train.precision,
+        reshard=sizes.reshards(options), prefetch=options.prefetch, offload=options.offload == "all",
+    )  # fmt: skip
 
 
 def _split_experts(layer: MoELayer, cfg: Config, dims: ParallelDims) -> None:

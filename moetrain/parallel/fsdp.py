@@ -11,11 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from moetrain.config.schema import ParallelConfig
 from moetrain.model.decoder import Decoder
 from moetrain.moe.experts import Experts
-
-ZERO_BUBBLE = ("interleaved_zero_bubble", "zbv_zero_bubble", "dualpipev")
 
 
 def mixed_precision(precision: str) -> MixedPrecisionPolicy:
@@ -49,18 +46,28 @@ def expert_placement(edp: int) -> Callable[[nn.Parameter], Shard]:
 
 
 def shard(
-    model: Decoder, dense_mesh: DeviceMesh, expert_mesh: DeviceMesh, precision: str, options: ParallelConfig
+    model: Decoder,
+    dense_mesh: DeviceMesh,
+    expert_mesh: DeviceMesh,
+    precision: str,
+    *,
+    reshard: bool = True,
+    prefetch: int = 1,
+    offload: bool = False,
 ) -> None:
-    """Apply FSDP2 in place: experts over ``expert_mesh`` (1-D), blocks and root over ``dense_mesh`` (1-D or 2-D)."""
-    device_type, everything = dense_mesh.device_type, options.offload == "all"
+    """Apply FSDP2 in place: experts over ``expert_mesh`` (1-D), blocks and root over ``dense_mesh`` (1-D or 2-D).
+
+    reshard: free gathered parameters after forward. prefetch: blocks that are gathered ahead. offload: parameters,
+    gradients and so the optimizer's state live in host memory.
+    """
+    device_type = dense_mesh.device_type
     settings: dict[str, Any] = {"mp_policy": mixed_precision(precision)}
-    if everything:
+    if offload:
         settings["offload_policy"] = CPUOffloadPolicy(pin_memory=device_type == "cuda")
-    reshard = reshards(options)
     blocks: list[nn.Module] = list(model.layers.values())
     alone: set[nn.Parameter] = set()
     for experts in (module for module in model.modules() if isinstance(module, Experts)):
-        if expert_mesh.size() == 1 and not everything:
+        if expert_mesh.size() == 1 and not offload:
             # Experts that no other rank holds have nothing to gather or to reduce. FSDP would still copy every weight
             # and gradient twice a step; the kernels take float32 weights under bfloat16 rows as they are.
             alone.update(experts.parameters())
@@ -76,15 +83,7 @@ def shard(
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    _prefetch(blocks, options.prefetch)
-
-
-def reshards(options: ParallelConfig) -> bool:
-    """Whether gathered parameters are freed after forward. Under zero-bubble schedules they must not be: torch then
-    loses weight gradients without a word."""
-    if options.reshard_after_forward is None:
-        return options.pp == 1 or options.schedule not in ZERO_BUBBLE
-    return options.reshard_after_forward
+    _prefetch(blocks, prefetch)
 
 
 def _prefetch(blocks: list[nn.Module], ahead: int) -> None:

@@ -22,7 +22,7 @@ from moetrain.model.decoder import Decoder
 from moetrain.moe.routing import Carry
 from moetrain.parallel.mesh import ParallelDims
 from moetrain.parallel.run import Inputs, LossScale, local_inputs, sum_dtype
-from moetrain.parallel.stages import Stage, rank_of
+from moetrain.parallel.stages import Stage
 
 logging.getLogger("torch.distributed.pipelining").setLevel(logging.ERROR)
 
@@ -87,7 +87,8 @@ class Pipeline:
         self.parts, self.stages, self.device = list(parts), list(mine), device
         self.model: nn.Module = Held(parts)
         self.group = dims.group("pp")
-        self.kind = cfg.parallel.schedule
+        total = mine[0].total
+        self.holders = [dims.sizes.rank_of_stage(i, cfg.parallel.schedule) for i in range(total)]
         self.dtype = {"float64": torch.float64, "float32": torch.float32, "bf16": torch.bfloat16}[cfg.train.precision]
         self.tied = cfg.model.tie_embeddings
         self.dim, self.tp = cfg.model.dim, dims.sizes.tp
@@ -97,7 +98,7 @@ class Pipeline:
         self.n_micro = t.global_batch // (t.micro_batch * s.data)
         shape = (t.micro_batch, t.seq_len // s.cp)
         built = [self._stage(part, stage, shape) for part, stage in zip(parts, mine, strict=True)]
-        make = SCHEDULES[self.kind]
+        make = SCHEDULES[cfg.parallel.schedule]
         one = issubclass(make, schedules.PipelineScheduleSingle)
         self.schedule = make(built[0] if one else built, self.n_micro, loss_fn=self._loss, scale_grads=False)
 
@@ -178,13 +179,11 @@ class Pipeline:
 
     def _forward(self, tokens: Tensor, **arguments: Any) -> Tensor | None:
         """One micro-batch through all stages, without gradient; what the last one makes, None on ranks without it."""
-        pp, me = self.group.size(), self.group.rank()
+        me = self.group.rank()
         parts = {stage.index: part for stage, part in zip(self.stages, self.parts, strict=True)}
-        total = self.stages[0].total
         passed: tuple[Tensor, ...] = (tokens,)
-        for index in range(total):
-            holder = rank_of(index, pp, self.kind)
-            before = rank_of(index - 1, pp, self.kind) if index else holder
+        for index, holder in enumerate(self.holders):
+            before = self.holders[index - 1] if index else holder
             if holder == me:
                 if before != me:
                     passed = self._receive(tokens, parts[index], before)
@@ -192,7 +191,7 @@ class Pipeline:
             elif before == me and index:
                 for x in passed:
                     dist.send(x.contiguous(), group=self.group, group_dst=holder)
-        return passed[0] if total - 1 in parts else None
+        return passed[0] if self.stages[-1].last else None
 
     def _receive(self, tokens: Tensor, part: StagePart, source: int) -> tuple[Tensor, ...]:
         batch, length = tokens.shape
@@ -212,8 +211,8 @@ class Pipeline:
 
     def _pass_on(self, sent: Tensor | None, buffer: Tensor | None, from_last: bool) -> Tensor | None:
         """Between the ranks of the last and the first stage: what was sent, on the rank that receives."""
-        last = rank_of(self.stages[0].total - 1, self.group.size(), self.kind)
-        source, target = (last, 0) if from_last else (0, last)
+        first, last = self.holders[0], self.holders[-1]
+        source, target = (last, first) if from_last else (first, last)
         if source == target:
             return sent
         if self.group.rank() == source:

@@ -1,4 +1,4 @@
-"""Which layers each stage of a pipeline holds, and which rank holds the stage."""
+"""Which layers each stage of a pipeline holds. Which rank holds a stage: ``Sizes.rank_of_stage``."""
 
 from __future__ import annotations
 
@@ -8,14 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-from moetrain.config.check import Sizes
 from moetrain.config.schema import Config, ExpertsConfig, ModelConfig
+from moetrain.config.sizes import Sizes
 from moetrain.model.attention import window_of
 from moetrain.model.block import Block
 from moetrain.model.count import mean_seen
-
-# Schedules whose ranks hold stages r and 2 pp - 1 - r; the others' hold r, r + pp, r + 2 pp ...
-V_SCHEDULES = ("zbv_zero_bubble", "dualpipev")
 
 
 @dataclass(frozen=True)
@@ -39,25 +36,13 @@ class Stage:
 
 def all_stages(cfg: Config, sizes: Sizes) -> list[Stage]:
     """The stages of ``cfg``, in order: as ``parallel.layout`` says, or split by cost."""
-    total = sizes.pp * stages_per_rank(cfg)
     counts = cfg.parallel.layout
     if counts is None:
         costs = [layer_cost(cfg.model, layer, cfg.train.seq_len) for layer in range(cfg.model.n_layers)]
         head = 2.0 * cfg.model.dim * cfg.model.vocab_size
-        counts = split_by_cost(costs, total, last=head)
+        counts = split_by_cost(costs, sizes.stages, last=head)
     ends = list(itertools.accumulate(counts))
-    return [Stage(i, total, range(end - n, end)) for i, (end, n) in enumerate(zip(ends, counts, strict=True))]
-
-
-def stages_per_rank(cfg: Config) -> int:
-    """Pipeline stages on each rank."""
-    return cfg.parallel.stages_per_rank or (1 if cfg.parallel.schedule in ("gpipe", "1f1b") else 2)
-
-
-def rank_of(stage: int, pp: int, schedule: str) -> int:
-    """The pipeline rank that holds stage number ``stage``."""
-    turn, place = divmod(stage, pp)
-    return pp - 1 - place if schedule in V_SCHEDULES and turn % 2 else place
+    return [Stage(i, sizes.stages, range(end - n, end)) for i, (end, n) in enumerate(zip(ends, counts, strict=True))]
 
 
 def layer_cost(model: ModelConfig, layer: int, seq_len: int) -> float:

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moetrain.config.check import DENSE_GRID, Sizes, check_mapping, resolve_sizes
+from moetrain.config.check import Sizes, check_mapping, resolve_sizes
 from moetrain.config.errors import ConfigError
 from moetrain.config.schema import Config, ModelConfig, MoEConfig, ParallelConfig, TrainConfig
+from moetrain.config.sizes import DENSE_GRID
 
 size = st.sampled_from([-1, 1, 1, 1, 2, 3, 4, 6, 8])
 
@@ -97,9 +98,3 @@ def test_the_global_batch_is_whole_micro_batches_on_every_rank() -> None:
     assert "train.global_batch=24 or train.micro_batch=4" in str(error.value)
     mapping(4, batch=(24, 6))
     mapping(4, batch=(16, 4))
-
-
-@pytest.mark.parametrize("name", ["pp", "cp", "tp", "etp"])
-def test_parts_that_are_not_there_yet_are_refused_plainly(name: str) -> None:
-    with pytest.raises(ConfigError, match=rf"parallel\.{name}=2: .* parallelism is not in this version"):
-        mapping(2, **{name: 2})

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from moetrain.checkpoint.state import gather_state
 from moetrain.comm.even import all_gather, all_gather_packed, all_reduce, reduce_scatter
 from moetrain.config.errors import ConfigError
-from moetrain.config.schema import AttentionConfig, ExpertsConfig, ModelConfig, MoEConfig, ParallelConfig
+from moetrain.config.schema import AttentionConfig, ExpertsConfig, ModelConfig, MoEConfig
 from moetrain.model.decoder import Decoder
 from moetrain.moe.balance import end_of_step
 from moetrain.parallel import tensor
@@ -218,7 +218,7 @@ def sharded(cfg: ModelConfig, dtype: torch.dtype, source: Decoder | None) -> tup
     else:
         model = copy.deepcopy(source)
     tensor.split(model, dense["tp"])
-    shard(model, data, experts, "float64" if dtype == torch.float64 else "float32", ParallelConfig())
+    shard(model, data, experts, "float64" if dtype == torch.float64 else "float32")
     return model, dense
 
 

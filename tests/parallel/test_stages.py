@@ -9,9 +9,9 @@ import pytest
 from torch.distributed.pipelining._utils import generate_stage_to_rank_mapping
 
 from moetrain import config
-from moetrain.config.check import check_mapping
+from moetrain.config.check import Sizes, check_mapping
 from moetrain.parallel.pipeline import SCHEDULES
-from moetrain.parallel.stages import all_stages, layer_cost, rank_of, split_by_cost
+from moetrain.parallel.stages import all_stages, layer_cost, split_by_cost
 
 
 def dearest(costs: list[float], counts: list[int], first: float, last: float) -> float:
@@ -59,4 +59,5 @@ def test_stages_are_on_the_ranks_that_the_schedule_expects(schedule: str) -> Non
     pp, per_rank = 4, 1 if schedule in ("gpipe", "1f1b") else 2
     style = "v" if SCHEDULES[schedule].__name__ in ("ScheduleZBVZeroBubble", "ScheduleDualPipeV") else "loop"
     expected = generate_stage_to_rank_mapping(pp, pp * per_rank, style=style)
-    assert {i: rank_of(i, pp, schedule) for i in range(pp * per_rank)} == expected
+    sizes = Sizes(pp=pp, stages_per_rank=per_rank)
+    assert {i: sizes.rank_of_stage(i, schedule) for i in range(pp * per_rank)} == expected

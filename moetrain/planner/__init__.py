@@ -1,0 +1,1 @@
+"""What a mapping will need, said before anything is launched."""

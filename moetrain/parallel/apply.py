@@ -14,7 +14,7 @@ from moetrain.config.schema import Config, ModelConfig
 from moetrain.model.block import Block
 from moetrain.model.decoder import Decoder
 from moetrain.model.init import init_rule
-from moetrain.moe.dispatch import build_dispatcher
+from moetrain.moe.dispatch import Dispatcher, build_dispatcher
 from moetrain.moe.experts import Experts
 from moetrain.moe.layer import MoELayer
 from moetrain.parallel import context, tensor
@@ -77,10 +77,12 @@ def parallelize(model: Decoder, cfg: Config, dims: ParallelDims) -> None:
     # 2. Context parallelism: attention's core; no parameters.
     if sizes.cp > 1:
         context.split(model, dims.group("cp"), cfg.parallel.context)
-    # 3. Experts: each ep rank keeps its slice, and dispatchers learn their groups.
+    # 3. Experts: each ep rank keeps its slice, and dispatchers learn their groups. Layers with equally many experts
+    #    share a dispatcher.
+    dispatchers: dict[int, Dispatcher[Any]] = {}
     for layer in model.modules():
         if isinstance(layer, MoELayer):
-            _split_experts(layer, cfg, dims)
+            _split_experts(layer, cfg, dims, dispatchers)
             router: Any = layer.router
             router.group = dims.stage_group
             router.sequence_group = dims.sequence_group if sizes.cp * sizes.tp > 1 else None
@@ -99,13 +101,15 @@ def parallelize(model: Decoder, cfg: Config, dims: ParallelDims) -> None:
     )  # fmt: skip
 
 
-def _split_experts(layer: MoELayer, cfg: Config, dims: ParallelDims) -> None:
+def _split_experts(layer: MoELayer, cfg: Config, dims: ParallelDims, dispatchers: dict[int, Dispatcher[Any]]) -> None:
     experts = layer.experts
     assert isinstance(experts, Experts)
     router: Any = layer.router
-    etp = dims.sizes.etp
-    layer.dispatcher = build_dispatcher(cfg.dispatch, router.n_experts, dims.group("ep"), dims.group("etp"))
-    layer.dispatcher.overlap = cfg.experts.overlap
+    etp, n_experts = dims.sizes.etp, router.n_experts
+    if n_experts not in dispatchers:
+        dispatchers[n_experts] = build_dispatcher(cfg.dispatch, n_experts, dims.group("ep"), dims.group("etp"))
+        dispatchers[n_experts].overlap = cfg.experts.overlap
+    layer.dispatcher = dispatchers[n_experts]
     if etp > 1:
         width = cfg.model.dim // etp
         experts.output_slice = slice(dims.rank("etp") * width, (dims.rank("etp") + 1) * width)

@@ -16,13 +16,13 @@ from tests.distributed.harness import run_ranks
 from tests.distributed.test_parity import SIGMOID, SOFTMAX, load, prepared  # noqa: F401  # prepared is a fixture
 
 HALF = 5
-SAVED = ["parallel.ep=2", "train.micro_batch=2"]
-ELSEWHERE: list[tuple[int, list[str]]] = [
-    (1, ["train.micro_batch=8"]),
-    (2, ["train.micro_batch=4"]),
-    (4, ["parallel.ep=2", "train.micro_batch=2"]),
-    (4, ["parallel.ep=4", "parallel.dp_replicate=2", "train.micro_batch=1"]),
-]
+ONE: tuple[int, list[str]] = (1, ["train.micro_batch=8"])
+EP = (2, ["parallel.ep=2", "train.micro_batch=2"])
+PIPELINE = (4, ["parallel.pp=2", "parallel.ep=2", "parallel.schedule=zbv_zero_bubble", "train.micro_batch=1"])
+ALL = (8, ["parallel.pp=2", "parallel.tp=2", "parallel.ep=2", "parallel.etp=2", "train.micro_batch=1"])
+HSDP = (4, ["parallel.ep=4", "parallel.dp_replicate=2", "train.micro_batch=1"])
+# saved under the first, continued under the others
+JOURNEYS = [(EP, [ONE, ALL, HSDP]), (ALL, [PIPELINE, ONE]), (PIPELINE, [ALL, EP])]
 
 
 def build(cfg: config.Config) -> Trainer:
@@ -56,15 +56,21 @@ def resume(cfg: config.Config) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     "choice",
-    [[*SOFTMAX, "optim=muon"], SIGMOID],
-    ids=["softmax, loads of the step before, muon", "sigmoid, bias, adamw"],
+    [[*SOFTMAX, "optim=muon", "model.tie_embeddings=true"], SIGMOID],
+    ids=["softmax, loads of the step before, muon, tied", "sigmoid, bias, adamw"],
 )
-def test_resume_under_another_mapping(prepared: Path, choice: list[str]) -> None:  # noqa: F811
-    """Saved on ep 2; resumed on one rank, dp 2, edp 2 x ep 2, and HSDP with ep 4. Biases and loads come along."""
-    common = [*choice, "train.precision=float64"]
-    expected = run_ranks(2, save_half_way, load(prepared, [*common, *SAVED]))[0]
-    for world, mapping in ELSEWHERE:
-        for rows in run_ranks(world, resume, load(prepared, [*common, *mapping])):
+@pytest.mark.parametrize("journey", JOURNEYS, ids=["from ep 2", "from pp, tp, ep, etp", "from a zero-bubble pipeline"])
+def test_resume_under_another_mapping(
+    prepared: Path,  # noqa: F811
+    choice: list[str],
+    journey: tuple[tuple[int, list[str]], list[tuple[int, list[str]]]],
+) -> None:
+    """World sizes 1 to 8, other pp, stages, tp, ep, etp, dp. Biases, loads and optimizer states come along."""
+    common = [*choice, "train.precision=float64", "model.n_layers=4"]
+    (saved_on, saved), elsewhere = journey
+    expected = run_ranks(saved_on, save_half_way, load(prepared, [*common, *saved]), timeout=300)[0]
+    for world, mapping in elsewhere:
+        for rows in run_ranks(world, resume, load(prepared, [*common, *mapping]), timeout=300):
             for got, want in zip(rows, expected, strict=True):
                 assert got.pop("loads") == want["loads"], mapping
                 assert got == pytest.approx({k: v for k, v in want.items() if k != "loads"}, rel=1e-9), mapping

@@ -23,12 +23,26 @@ IGNORE = -100  # target that is not predicted
 class Batch:
     """One micro-batch of one rank. ``tokens_BS`` and ``targets_BS`` are int64 (B, S); a target of -100 is not
     predicted. ``sample_ids`` are the run's sample numbers (-1: padding), ``domain_B`` the int64 (B,) numbers of their
-    domains in ``TokenData.domains``."""
+    domains in ``TokenData.domains``. ``document_BS``: see ``documents``; None where sequences are not cut by document.
+    """
 
     tokens_BS: Tensor
     targets_BS: Tensor
     sample_ids: list[int]
     domain_B: Tensor
+    document_BS: Tensor | None = None
+
+
+def documents(tokens_BS: Tensor, eos_id: int) -> Tensor:
+    """The document of each token of a window, int64 (B, S), from 0: an end-of-document token ends its document.
+
+    Targets stay as they are: the last target of a document is the next one's first token, predicted from the
+    end-of-document token as the start of a text is at inference. So a mask changes neither what is predicted nor the
+    number of targets, and losses with and without it can be compared. Megatron-Core does the same under
+    reset_attention_mask and reset_position_ids, unless eod_mask_loss is set too.
+    """
+    ends_BS = tokens_BS == eos_id
+    return ends_BS.cumsum(dim=1) - ends_BS.long()
 
 
 class Loader:
@@ -39,7 +53,8 @@ class Loader:
     that no rank always gets the same domain where the mixture is regular. Micro-batch m takes the m-th stretch of
     ``micro_batch * dp_size`` of them, and rank r the r-th part of that: with the same number of micro-batches, a
     micro-batch over all ranks holds the same samples under every mapping. ``prefetch`` steps are made ahead of the
-    one asked for (0: none, no thread). ``waited_s``: seconds that ``step`` has waited for data.
+    one asked for (0: none, no thread). ``waited_s``: seconds that ``step`` has waited for data. ``document_mask``:
+    batches say which document a token belongs to.
     """
 
     def __init__(
@@ -51,6 +66,7 @@ class Loader:
         dp_rank: int = 0,
         dp_size: int = 1,
         prefetch: int = 1,
+        document_mask: bool = False,
     ) -> None:
         if global_batch % (micro_batch * dp_size):
             per_pass = micro_batch * dp_size
@@ -63,6 +79,7 @@ class Loader:
         self.global_batch, self.micro_batch = global_batch, micro_batch
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.prefetch = prefetch
+        self.document_mask = document_mask
         self.waited_s = 0.0
         self._number = {name: i for i, name in enumerate(data.domains)}
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data") if prefetch else None
@@ -104,7 +121,9 @@ class Loader:
         samples = [self.sampler.locate(i) for i in ids]
         windows = torch.from_numpy(np.stack([self.sampler.tokens(sample) for sample in samples]))
         domain_B = torch.tensor([self._number[sample.domain] for sample in samples])
-        return Batch(windows[:, :-1].contiguous(), windows[:, 1:].contiguous(), ids, domain_B)
+        tokens_BS, targets_BS = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+        document_BS = documents(tokens_BS, self.data.eos_id) if self.document_mask else None
+        return Batch(tokens_BS, targets_BS, ids, domain_B, document_BS)
 
 
 def held_out_windows(tokens: int, seq_len: int, max_sequences: int = 0) -> range | list[int]:
@@ -124,13 +143,14 @@ def validation_batches(
     max_sequences: int = 0,
     dp_rank: int = 0,
     dp_size: int = 1,
+    document_mask: bool = False,
 ) -> Iterator[Batch]:
     """This rank's share of a domain's held-out windows, in batches of ``batch_size`` (B) sequences of ``seq_len`` (S)
     tokens.
 
     Every rank gets the same number of batches. What is missing, at the end of the last window and as whole padding
     sequences, has targets of -100 and the end-of-document token as input. ``sample_ids`` are window numbers, -1 for
-    padding. Raises DataError for an id past the vocabulary.
+    padding. ``document_mask``: as for ``Loader``. Raises DataError for an id past the vocabulary.
     """
     tokens = data.tokens(domain, "val")
     starts = held_out_windows(len(tokens), seq_len, max_sequences)
@@ -149,9 +169,11 @@ def validation_batches(
                 f"vocabulary of {data.vocab_size}; it "
                 "is damaged or of another tokenizer: delete the prepared folder and run 'moetrain prepare' again"
             )
+        tokens_BS = torch.from_numpy(inputs)
         yield Batch(
-            torch.from_numpy(inputs),
+            tokens_BS,
             torch.from_numpy(targets),
             numbers,
             torch.full((batch_size,), data.domains.index(domain)),
+            documents(tokens_BS, data.eos_id) if document_mask else None,
         )

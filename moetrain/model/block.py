@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moetrain.config.schema import ExpertsConfig, ModelConfig
 from moetrain.model.attention import build_attention, window_of
+from moetrain.model.attention.kernels import attend
 from moetrain.model.mlp import MLP
 from moetrain.model.norm import RMSNorm
 from moetrain.model.places import Places
@@ -74,4 +75,11 @@ class Block(nn.Module):
 
     def compile_dense(self) -> None:
         """torch.compile ``attend`` in place; the routed part has shapes that depend on the data."""
-        self.attend = torch.compile(self.attend)  # type: ignore[method-assign]
+        compiled = torch.compile(self.attend)
+
+        def attend_compiled(x: Tensor, places: Places) -> tuple[Tensor, Tensor]:
+            if self.attention.core is attend:
+                places.mask(self.window)  # made here once for all blocks: compiled code must not change ``places``
+            return compiled(x, places)
+
+        self.attend = attend_compiled  # type: ignore[method-assign]

@@ -89,7 +89,7 @@ class Decoder(nn.Module):
         self, like: Tensor, seq_len: int, document_BN: Tensor | None = None, positions_BS: Tensor | None = None
     ) -> Places:
         """Where the tokens of a forward pass over sequences of ``seq_len`` (N) tokens stand; see ``Rope.places``."""
-        index_S = None if self.index_of is None else self.index_of(seq_len).to(like.device)
+        index_S = None if self.index_of is None else self.index_of(seq_len)
         return self.rope.places(seq_len, like, index_S=index_S, document_BN=document_BN, positions_BS=positions_BS)
 
     def first_carry(self, x: Tensor) -> Carry:

@@ -66,12 +66,13 @@ def yarn_temperature(cfg: RopeConfig) -> float:
 
 
 class Rope:
-    """Makes ``Places``; keeps the tables of consecutive positions until length, device or dtype change."""
+    """Makes ``Places``; keeps the tables of consecutive positions until length, split, device or dtype change."""
 
     def __init__(self, cfg: RopeConfig, width: int) -> None:
         self.cfg = cfg
         self.width = width
         self._kept: tuple[object, Tensor, Tensor] | None = None
+        self._index: tuple[Tensor, Tensor] | None = None  # as it was given, and on the device
 
     def places(
         self,
@@ -87,18 +88,30 @@ class Rope:
         index_S: where each of them stands; None: all are here, in order. document_BN: see ``Places``; positions then
         start from 0 in every document. positions_BS: int (B, S) or (S,), rotary positions that replace these.
         """
-        places = Places(seq_len, index_S, document_BN)
+        index_S = self._moved(index_S, like.device)
+        if document_BN is not None:
+            if document_BN.shape[1] != seq_len:
+                raise ValueError(f"documents of {document_BN.shape[1]} tokens for sequences of {seq_len}")
+            document_BN = document_BN.to(like.device)
+        places = Places(seq_len, index_S, document_BN, like.device)
         if positions_BS is None and document_BN is not None:
-            positions_BS = places.position_in_document(like.device)
+            positions_BS = places.position_in_document()
         if positions_BS is not None:
-            places.cos, places.sin = self._tables(positions_BS, like)
+            places.cos, places.sin = self._tables(positions_BS.to(like.device), like)
             return places
-        key = (seq_len, like.device, like.dtype, index_S is None or tuple(index_S.tolist()))
+        key = (seq_len, like.device, like.dtype, None if index_S is None else id(index_S))
         if self._kept is None or self._kept[0] != key:
-            index = torch.arange(seq_len, device=like.device) if index_S is None else index_S
-            self._kept = (key, *self._tables(index, like))
+            self._kept = (key, *self._tables(places.own_index(), like))
         places.cos, places.sin = self._kept[1:]
         return places
+
+    def _moved(self, index_S: Tensor | None, device: torch.device) -> Tensor | None:
+        """``index_S`` on ``device``; the same tensor as long as the same is given, so that nothing waits for it."""
+        if index_S is None:
+            return None
+        if self._index is None or self._index[0] is not index_S or self._index[1].device != device:
+            self._index, self._kept = (index_S, index_S.to(device)), None
+        return self._index[1]
 
     @torch.no_grad()
     def _tables(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from moetrain.model.attention.mla import MultiHeadLatentAttention
 
 
 def build_attention(cfg: ModelConfig) -> nn.Module:
-    """The attention module of a block; called with (x_BSD, cos, sin, mask_SS), returns (B, S, D)."""
+    """The attention module of a block; called with (x_BSD, places, window), returns (B, S, D)."""
     return MultiHeadLatentAttention(cfg) if cfg.attention.kind == "mla" else GroupedQueryAttention(cfg)
 
 

@@ -5,14 +5,12 @@ Shapes: N tokens of a whole sequence, S of them on this rank (all, unless contex
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-@dataclass(eq=False)
 class Places:
     """Made once per forward pass and shared by all blocks.
 
@@ -22,15 +20,22 @@ class Places:
     cos, sin: rotary tables of this rank's tokens, (S, 1, r/2), or (B, S, 1, r/2) where sequences differ; they broadcast
     over heads. r is the rotated width of a head.
     kept: what cores made from the places for one block, for the blocks after it; the key names it.
+    Not a dataclass: FSDP would look into it for tensors.
     """
 
-    seq_len: int
-    index_S: Tensor | None = None
-    document_BN: Tensor | None = None
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    cos: Tensor = field(init=False)
-    sin: Tensor = field(init=False)
-    kept: dict[Any, Any] = field(default_factory=dict, repr=False)
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(
+        self,
+        seq_len: int,
+        index_S: Tensor | None = None,
+        document_BN: Tensor | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self.seq_len, self.index_S, self.document_BN = seq_len, index_S, document_BN
+        self.device = device or torch.device("cpu")
+        self.kept: dict[Any, Any] = {}
 
     def position_in_document(self) -> Tensor:
         """Position of this rank's tokens from the first token of their document, int64 (B, S)."""

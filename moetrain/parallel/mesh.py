@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from moetrain.config.check import Sizes
+from moetrain.config.sizes import Sizes
+from moetrain.parallel.context import head_tail_index
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,12 @@ class ParallelDims:
     def rank(self, name: str) -> int:
         """This rank's place along one dimension of either grid."""
         return self.group(name).rank()
+
+    def index_of(self, seq_len: int) -> Tensor:
+        """Where the tokens stand in sequences of ``seq_len`` that this rank's cp group member holds: int64 (S,)."""
+        if self.sizes.cp == 1:
+            return torch.arange(seq_len)
+        return head_tail_index(seq_len, self.sizes.cp, self.rank("cp"))
 
     @property
     def data_rank(self) -> int:

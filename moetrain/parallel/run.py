@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from moetrain.model.decoder import Decoder
 from moetrain.moe.routing import Carry
+from moetrain.parallel import context
 
 
 class Inputs(NamedTuple):
@@ -79,7 +80,7 @@ def local_inputs(part: Decoder, batch: Inputs) -> tuple[Tensor, dict[str, Any]]:
     tokens, targets, seq_len = batch.tokens_BN, batch.targets_BN, batch.tokens_BN.shape[1]
     if part.index_of is not None:
         index_S = part.index_of(seq_len)
-        tokens, targets = tokens.index_select(1, index_S), targets.index_select(1, index_S)
+        tokens, targets = context.cut(tokens, index_S), context.cut(targets, index_S)
     arguments: dict[str, Any] = {"targets_BS": targets, "seq_len": seq_len}
     if batch.document_BN is not None:
         arguments["document_BN"] = batch.document_BN

@@ -119,8 +119,7 @@ class TorchEngine:
         padded = torch.cat([tokens_1N, tokens_1N.new_zeros(1, missing)], dim=1)
         logits = self.runner.logits(padded)
         found = torch.full((self.cfg.model.vocab_size,), float("-inf"), device=self.device)
-        index = self.dims.index_of(padded.shape[1])
-        here = torch.tensor([last]) if index is None else (index == last).nonzero()[:, 0]
+        here = (self.dims.index_of(padded.shape[1]) == last).nonzero()[:, 0]
         if logits is not None and len(here):
             found = logits[0, int(here[0])].float()
         # Those who have it all have the same; the others have nothing.
@@ -136,4 +135,5 @@ class TorchEngine:
         return progress
 
     def _inputs(self, batch: Batch) -> Inputs:
-        return Inputs(batch.tokens_BS.to(self.device), batch.targets_BS.to(self.device))
+        document_BN = None if batch.document_BS is None else batch.document_BS.to(self.device)
+        return Inputs(batch.tokens_BS.to(self.device), batch.targets_BS.to(self.device), document_BN)

@@ -24,7 +24,14 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    engine: Engine, data: TokenData, seq_len: int, batch_size: int, max_sequences: int, dims: ParallelDims, step: int
+    engine: Engine,
+    data: TokenData,
+    seq_len: int,
+    batch_size: int,
+    max_sequences: int,
+    dims: ParallelDims,
+    step: int,
+    document_mask: bool = False,
 ) -> Evaluation:
     """Evaluate the engine's model on each domain's held-out text, at most ``max_sequences`` a domain (0: all).
 
@@ -36,7 +43,7 @@ def evaluate(
     counts = torch.zeros(len(data.domains), dtype=torch.int64)
     for d, domain in enumerate(data.domains):
         for batch in validation_batches(
-            data, domain, seq_len, batch_size, max_sequences, dims.data_rank, dims.data_size
+            data, domain, seq_len, batch_size, max_sequences, dims.data_rank, dims.data_size, document_mask
         ):
             sums[d] += engine.loss(batch, step).double().cpu()
             counts[d] += int((batch.targets_BS >= 0).sum())

@@ -129,6 +129,8 @@ def drain(tensors: Iterator[tuple[str, Tensor]]) -> None:
 
 def verify(trainer: Trainer, evaluation: Evaluation) -> dict[str, Any]:
     """Load ``export/`` with transformers on rank 0 and compare its loss on the same held-out text. Collective."""
+    if trainer.cfg.data.document_mask:  # transformers sees windows whole
+        evaluation = trainer.evaluate(document_mask=False)
     loss = Ranks().first(lambda: transformers_loss(trainer))
     log.info("verified   transformers on the export: %.6f nats/token, here %.6f (difference %.1e)",
              loss, evaluation.loss, abs(loss - evaluation.loss))  # fmt: skip

@@ -84,10 +84,12 @@ class Trainer:
         writer.close()
         return evaluation or self.evaluate()
 
-    def evaluate(self) -> Evaluation:
-        """Loss on the held-out text of every domain."""
-        t = self.cfg.train
-        return evaluate(self.engine, self.data, t.seq_len, t.micro_batch, t.eval_sequences, self.dims, self.step)
+    def evaluate(self, document_mask: bool | None = None) -> Evaluation:
+        """Loss on the held-out text of every domain. document_mask: None: as ``data.document_mask`` says."""
+        t, masked = self.cfg.train, self.cfg.data.document_mask if document_mask is None else document_mask
+        return evaluate(
+            self.engine, self.data, t.seq_len, t.micro_batch, t.eval_sequences, self.dims, self.step, masked
+        )
 
     def train_step(self) -> dict[str, Any]:
         """One optimizer step; its figures by name, of the whole model. Raises TrainError when one is not finite."""
@@ -120,4 +122,5 @@ class Trainer:
         cfg, t = self.cfg, self.cfg.train
         sampler = open_sampler(cfg, self.data)
         rank, size = self.dims.data_rank, self.dims.data_size
-        return Loader(self.data, sampler, t.global_batch, t.micro_batch, rank, size, cfg.data.workers)
+        masked = cfg.data.document_mask
+        return Loader(self.data, sampler, t.global_batch, t.micro_batch, rank, size, cfg.data.workers, masked)

@@ -1,4 +1,4 @@
-"""Gradients cross the network once a step, however many micro-batches it has: collectives counted as torch issues them."""
+"""Gradients cross the network once a step, however many micro-batches it has: collectives are counted."""
 
 from __future__ import annotations
 

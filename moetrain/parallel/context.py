@@ -16,7 +16,6 @@ Shapes: as in ``model.attention.kernels``; S = 2C is what this rank holds, N the
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -26,7 +25,7 @@ from torch import Tensor
 from moetrain.comm import all_to_all
 from moetrain.config.errors import ConfigError
 from moetrain.model.attention.gqa import GroupedQueryAttention
-from moetrain.model.attention.kernels import Core, attend, attend_masked
+from moetrain.model.attention.kernels import attend, attend_masked
 from moetrain.model.attention.mla import MultiHeadLatentAttention
 from moetrain.model.decoder import Decoder
 from moetrain.model.places import Places
@@ -222,7 +221,7 @@ def _by_rank(x_BN: Tensor, cp: int) -> Tensor:
     return torch.cat((chunks[:cp], chunks[cp:].flip(0)), dim=2)
 
 
-CORES: dict[str, Callable[[dist.ProcessGroup], Core]] = {
+CORES: dict[str, type[AllGatherCore] | type[RingCore] | type[AllToAllCore]] = {
     "all_gather": AllGatherCore,
     "ring": RingCore,
     "all_to_all": AllToAllCore,

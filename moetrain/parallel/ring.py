@@ -24,8 +24,8 @@ from moetrain.parallel.chunks import Chunks, chunk_mask
 
 
 class RingCore:
-    """A ``Core`` for head-tail split sequences. Spells attention out: ``backend`` makes no difference. Matrix products
-    and sums are in float32, or float64 where the inputs are."""
+    """A ``Core`` for head-tail split sequences. Spells attention out: ``backend`` makes no difference. Factors of
+    matrix products are in the inputs' dtype; sums and the softmax in float32, or float64 where the inputs are."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
@@ -67,14 +67,14 @@ class _Layout:
         """Keys or values as rows that can travel, a row per chunk: (2, B*G*C*d)."""
         return x_BSGd.unflatten(1, (2, self.C)).permute(1, 0, 3, 2, 4).reshape(2, -1)
 
-    def unpack(self, kv_X: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Views of, or copies in ``dtype`` of, a chunk's keys and values."""
-        k, v = kv_X.to(dtype).split([self.B * self.G * self.C * width for width in (self.d, self.v)])
+    def unpack(self, kv_X: Tensor) -> tuple[Tensor, Tensor]:
+        """Views of a chunk's keys and values."""
+        k, v = kv_X.split([self.B * self.G * self.C * width for width in (self.d, self.v)])
         return k.view(self.B, self.G, self.C, self.d), v.view(self.B, self.G, self.C, self.v)
 
-    def queries(self, x_BSHd: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    def queries(self, x_BSHd: Tensor) -> list[Tensor]:
         """Queries, or outputs or their gradients, of both chunks."""
-        chunks = x_BSHd.to(dtype).unflatten(2, (self.G, -1)).split(self.C, dim=1)
+        chunks = x_BSHd.unflatten(2, (self.G, -1)).split(self.C, dim=1)
         return [x.permute(0, 2, 3, 1, 4).reshape(self.B, self.G, -1, x.shape[-1]) for x in chunks]
 
     def tokens(self, chunks: list[Tensor]) -> Tensor:
@@ -137,7 +137,7 @@ class _Ring:
 
     def scores(self, q: Tensor, k: Tensor, own: int, other: int) -> Tensor:
         """scale * q k^T of two chunks, (B, G, X, C), minus infinity where it is not seen."""
-        scores = (q * self.scale) @ k.transpose(-1, -2)
+        scores = _product(q, k.transpose(-1, -2)) * self.scale
         mask = chunk_mask(self.places, self.layout.C, self.chunks.window, own, range(other, other + 1))
         if mask is None and own == other:
             mask = torch.ones(scores.shape[-1], scores.shape[-1], dtype=torch.bool, device=scores.device).tril()
@@ -162,32 +162,42 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b (B, G, ..., ...) in float32 or wider, of factors in b's dtype."""
+    a = a.to(b.dtype)
+    if a.device.type == "cuda" and a.dtype in (torch.bfloat16, torch.float16):
+        # Tensor cores add such products up in float32; this leaves the sum so.
+        return torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32).unflatten(0, a.shape[:2])
+    wide = _wide(a.dtype)
+    return a.to(wide) @ b.to(wide)
+
+
 class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_BSHd: Tensor, kv_cX: Tensor, sinks_H: Tensor | None, ring: _Ring) -> Tensor:
         layout, wide = ring.layout, _wide(q_BSHd.dtype)
         held = ring.chunks.held(ring.rank)
-        q = layout.queries(q_BSHd, wide)
+        q = layout.queries(q_BSHd)
         # running maximum, sum and weighted values of every query, of the keys met so far
         if sinks_H is None:
-            top = [x.new_full((*x.shape[:3], 1), float("-inf")) for x in q]
+            top = [x.new_full((*x.shape[:3], 1), float("-inf"), dtype=wide) for x in q]
             total = [torch.zeros_like(x) for x in top]
         else:  # the sink is met first, and brings no value
             top = [layout.sinks(sinks_H, wide)] * 2
             total = [torch.ones_like(x) for x in top]
-        acc = [x.new_zeros(*x.shape[:3], layout.v) for x in q]
+        acc = [x.new_zeros(*x.shape[:3], layout.v, dtype=wide) for x in q]
         pending: _Pending | None = None
         for step in range(ring.cp):
             block = kv_cX if step == 0 else pending.wait() if pending else kv_cX[:0]
             pending = ring.start(step + 1, kv_cX) if step + 1 < ring.cp else None
             arrived = ring.visible(step)
             for slot, row in ring.pairs(step):
-                k, v = layout.unpack(block[row], wide)
+                k, v = layout.unpack(block[row])
                 scores = ring.scores(q[slot], k, held[slot], arrived[row])
                 now = torch.maximum(top[slot], scores.amax(-1, keepdim=True))
                 shrink, weights = (top[slot] - now).exp(), (scores - now).exp()
                 total[slot] = total[slot] * shrink + weights.sum(-1, keepdim=True)
-                acc[slot] = acc[slot] * shrink + weights @ v
+                acc[slot] = acc[slot] * shrink + _product(weights, v)
                 top[slot] = now
         out_BSHv = layout.tokens([a / t for a, t in zip(acc, total, strict=True)]).to(q_BSHd.dtype)
         lse = [m + t.log() for m, t in zip(top, total, strict=True)]
@@ -202,10 +212,9 @@ class _RingAttention(torch.autograd.Function):
         q_BSHd, kv_cX, sinks_H, out_BSHv, *lse = ctx.saved_tensors
         wide = _wide(q_BSHd.dtype)
         held = ring.chunks.held(ring.rank)
-        q, dout = layout.queries(q_BSHd, wide), layout.queries(grads[0], wide)
-        out = layout.queries(out_BSHv, wide)
-        delta = [(do * o).sum(-1, keepdim=True) for do, o in zip(dout, out, strict=True)]
-        dq = [torch.zeros_like(x) for x in q]
+        q, dout, out = (layout.queries(x) for x in (q_BSHd, grads[0], out_BSHv))
+        delta = [(do.to(wide) * o).sum(-1, keepdim=True) for do, o in zip(dout, out, strict=True)]
+        dq = [torch.zeros_like(x, dtype=wide) for x in q]
         dkv_cX = torch.zeros_like(kv_cX, dtype=wide)
         pending: _Pending | None = None
         returning: _Pending | None = None
@@ -215,13 +224,13 @@ class _RingAttention(torch.autograd.Function):
             arrived = ring.visible(step)
             dblock = dkv_cX if step == 0 else torch.zeros_like(block, dtype=wide)
             for slot, row in ring.pairs(step):
-                k, v = layout.unpack(block[row], wide)
-                dk, dv = layout.unpack(dblock[row], wide)  # views: adding to them adds to dblock
+                k, v = layout.unpack(block[row])
+                dk, dv = layout.unpack(dblock[row])  # views: adding to them adds to dblock
                 probs = (ring.scores(q[slot], k, held[slot], arrived[row]) - lse[slot]).exp()
-                dv += probs.transpose(-1, -2) @ dout[slot]
-                dscores = probs * (dout[slot] @ v.transpose(-1, -2) - delta[slot]) * ring.scale
-                dq[slot] += dscores @ k
-                dk += dscores.transpose(-1, -2) @ q[slot]
+                dv += _product(probs.transpose(-1, -2), dout[slot])
+                dscores = probs * (_product(dout[slot], v.transpose(-1, -2)) - delta[slot]) * ring.scale
+                dq[slot] += _product(dscores, k)
+                dk += _product(dscores.transpose(-1, -2), q[slot])
             _add_returned(ring, dkv_cX, step - 1, returning)
             returning = ring.start(step, dblock.to(kv_cX.dtype), back=True) if step else None
         _add_returned(ring, dkv_cX, ring.cp - 1, returning)

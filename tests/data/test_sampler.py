@@ -131,6 +131,34 @@ def test_prefetching_changes_nothing_and_any_step_may_follow_any_other(data: Tok
     ahead.close()
 
 
+def documents_by_hand(tokens: list[int], eos: int) -> list[int]:
+    """Numbers of the documents of a window, token by token."""
+    numbers, number = [], 0
+    for token in tokens:
+        numbers.append(number)
+        number += token == eos
+    return numbers
+
+
+def test_a_document_mask_numbers_documents_and_changes_nothing_else(data: TokenData) -> None:
+    sampler = Sampler(data, 4, None, S)
+    plain, masked = (Loader(data, sampler, 8, 4, 0, 2, document_mask=flag) for flag in (False, True))
+    pairs = [pair for step in range(30) for pair in zip(plain.step(step), masked.step(step), strict=True)]
+    for domain in data.domains:
+        both = (validation_batches(data, domain, S, 3, 0, 1, 2, document_mask=flag) for flag in (False, True))
+        pairs += list(zip(*both, strict=True))
+    most = 0
+    for without, batch in pairs:
+        assert without.document_BS is None and batch.document_BS is not None
+        assert torch.equal(without.tokens_BS, batch.tokens_BS) and torch.equal(without.targets_BS, batch.targets_BS)
+        assert without.sample_ids == batch.sample_ids and torch.equal(without.domain_B, batch.domain_B)
+        for tokens, numbers in zip(batch.tokens_BS.tolist(), batch.document_BS.tolist(), strict=True):
+            assert numbers == documents_by_hand(tokens, data.eos_id)
+            most = max(most, numbers[-1])
+    assert most > 0  # some window had more than one
+    plain.close(), masked.close()
+
+
 def test_errors_of_the_background_thread_reach_the_step(data: TokenData) -> None:
     broken = TokenData(data.dir, data.manifest, {(d, s): data._shards[d, s] for d, s in data._shards}, vocab_size=90)
     loader = Loader(broken, Sampler(broken, 0, None, S), 8, 4, prefetch=2)

@@ -94,6 +94,10 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, si
         # The CPU's flash kernel needs equal widths; without it attention falls back to the path that builds all scores,
         # three times slower at DeepSeek's 3:2 widths.
         v = F.pad(v, (0, q.shape[-1] - v.shape[-1]))
+    if q.device.type == "cuda" and mask is not None and q.shape[1] != k.shape[1]:
+        # CUDA's fused kernel that takes a mask knows no groups, and the one that knows groups takes no mask: without
+        # copies of keys and values attention falls back to the path that builds all scores.
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )

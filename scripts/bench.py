@@ -1,6 +1,7 @@
 """Benchmarks against named peers, each in one run: ``python scripts/bench.py step --json FILE``.
 
 step: tokens per second of a whole training step against transformers' model of the same shape (``bench_step.py``).
+dispatch: bytes, time and overlap of the dispatchers, against DeepSpeed's MoE layer (``bench_dispatch.py``).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import logging
 import sys
 from pathlib import Path
 
+import bench_dispatch
 import bench_step
 
 
@@ -21,13 +23,16 @@ def main() -> int:
     step = commands.add_parser("step", help="a training step against transformers", description=bench_step.__doc__,
                                formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     bench_step.add_arguments(step)
-    for command in (step,):
+    dispatch = commands.add_parser("dispatch", help="what dispatchers move", description=bench_dispatch.__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    bench_dispatch.add_arguments(dispatch)
+    for command in (step, dispatch):
         command.add_argument("--json", type=Path, metavar="FILE", help="write the rows here as JSON")
     args = parser.parse_args()
     if args.json is not None and not args.json.parent.is_dir():
         parser.error(f"--json: there is no folder '{args.json.parent}'")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    result = {"step": bench_step.main}[args.command](args)
+    result = {"step": bench_step.main, "dispatch": bench_dispatch.main}[args.command](args)
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0

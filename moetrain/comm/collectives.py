@@ -69,10 +69,7 @@ def all_gather_ints(values: list[int], group: Group, device: torch.device) -> li
     """The integers of every rank, in rank order. Each rank gives equally many. Waits for the device."""
     if group is None:
         return [values]
-    own = torch.tensor(values, device=device)
-    everyone = own.new_empty(group.size() * len(values))
-    dist.all_gather_into_tensor(everyone, own, group=group)
-    return everyone.view(group.size(), -1).tolist()
+    return all_gather_v(torch.tensor([values], device=device), [1] * group.size(), group).tolist()
 
 
 def _send(x: Tensor, out_splits: list[int], in_splits: list[int], group: dist.ProcessGroup) -> Flight:

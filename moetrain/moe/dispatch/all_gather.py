@@ -49,7 +49,7 @@ class AllGatherDispatcher(Dispatcher[AllGatherLayout]):
         sizes = all_gather_ints([routing.n_tokens, len(token_A)], self.group, token_A.device)
         tokens, assignments = ([size[i] for size in sizes] for i in (0, 1))
         pair_A2 = torch.stack([token_A + sum(tokens[: self.rank]), expert_A], dim=1)
-        token_A, expert_A = all_gather_v(pair_A2, assignments, self.group).unbind(1)
+        token_A, expert_A = all_gather_v(pair_A2, assignments, self.group).t().contiguous()
         local_A = expert_A - self.rank * self.n_local
         own_A = ((local_A >= 0) & (local_A < self.n_local)).nonzero().squeeze(1)
         token_A, local_A = (a.index_select(0, own_A) for a in (token_A, local_A))

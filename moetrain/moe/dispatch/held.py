@@ -37,7 +37,7 @@ def hold(token_A: Tensor, expert_A: Tensor, n_tokens: int, n_experts: int, etp_g
     tokens, assignments = ([size[i] for size in sizes] for i in (0, 1))
     if etp_group is not None:
         pair_A2 = torch.stack([token_A + sum(tokens[: etp_group.rank()]), expert_A], dim=1)
-        token_A, expert_A = all_gather_v(pair_A2, assignments, etp_group).unbind(1)
+        token_A, expert_A = all_gather_v(pair_A2, assignments, etp_group).t().contiguous()
     counts = count(expert_A, n_experts).tolist()
     return Held(tokens, assignments, order_by_expert(token_A, expert_A, sum(tokens)), counts)
 

@@ -53,7 +53,7 @@ def plan_hop(
     # Numbered within what goes to one rank; the receiver adds what came from ranks before.
     place_A = place_A - _starts(mine_n2[:, 0]).index_select(0, to_A)
     mine_A2 = torch.stack([place_A, expert_A], dim=1).index_select(0, by_copy_A)
-    token_B, expert_B = all_to_all(mine_A2, receive_A, send_A, group).unbind(1)
+    token_B, expert_B = all_to_all(mine_A2, receive_A, send_A, group).t().contiguous()
     token_B = token_B + _starts(theirs_n2[:, 0]).repeat_interleave(theirs_n2[:, 1], output_size=len(token_B))
     hop = Hop(order, send, receive, send_A, receive_A, by_copy_A, inverse(by_copy_A))
     return hop, token_B, expert_B, sum(receive)

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from moetrain.config.advice import Broken, Rule, enforce
+from moetrain.config.check_deepspeed import check_deepspeed
 from moetrain.config.schema import Config
 from moetrain.config.sizes import STAGES_PER_RANK, ZERO_BUBBLE, Sizes, divisors, resolve_sizes
 
@@ -19,6 +20,7 @@ def check_mapping(cfg: Config, world: int) -> Sizes:
     Raises ConfigError with the rule that broke, the sizes, and the nearest choices that mend it.
     """
     sizes = resolve_sizes(cfg.parallel, world)
+    check_deepspeed(cfg, sizes)
     enforce(RULES, cfg, sizes)
     return sizes
 

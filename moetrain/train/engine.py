@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -13,40 +12,23 @@ from torch import Tensor, nn
 from moetrain.checkpoint import apply_state, gather_state
 from moetrain.config.schema import Config
 from moetrain.data.loader import Batch
-from moetrain.moe.balance import Loads, aux_coefs, aux_names
+from moetrain.moe.balance import aux_coefs, aux_names
 from moetrain.optim import build_optimizer
 from moetrain.optim.offload import keep_state_on_host
 from moetrain.parallel import tensor
 from moetrain.parallel.apply import build_parallel
 from moetrain.parallel.mesh import ParallelDims
-from moetrain.parallel.run import Inputs, LossScale
-from moetrain.train.step import all_loads, clip_gradients, count_tokens
-
-
-@dataclass(frozen=True)
-class StepFigures:
-    """Of one optimizer step, of the whole model and the global batch. loss: mean over targets, in nats. aux: mean
-    auxiliary terms by name. tokens: how many. grad_norm: before clipping. loads: of the experts of every layer."""
-
-    loss: float
-    aux: dict[str, float]
-    tokens: int
-    grad_norm: float
-    loads: Loads
-
-    @property
-    def finite(self) -> bool:
-        """Whether the weights were updated: a step whose loss or gradient is not finite leaves them as they are."""
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+from moetrain.parallel.run import LossScale
+from moetrain.train.step import StepFigures, all_loads, clip_gradients, count_tokens, forget_loads, inputs_of
 
 
 class Engine(Protocol):
-    """A model in training. ``model``: this rank's parameters and buffers under the names of the whole model.
+    """A model in training. All methods are collective."""
 
-    All methods are collective.
-    """
-
-    model: nn.Module
+    @property
+    def model(self) -> nn.Module:
+        """This rank's parameters and buffers under the names of the whole model."""
+        ...
 
     def train_step(self, batches: list[Batch], step: int, lr_factor: float) -> StepFigures:
         """Forward and backward of every micro-batch, clip, update, close the step."""
@@ -71,6 +53,10 @@ class Engine(Protocol):
 
 def build_engine(cfg: Config, dims: ParallelDims, device: torch.device) -> Engine:
     """The engine that ``cfg.parallel.engine`` names."""
+    if cfg.parallel.engine == "deepspeed":
+        from moetrain.train.engine_deepspeed import DeepSpeedEngine  # imports what is not always installed
+
+        return DeepSpeedEngine(cfg, dims, device)
     return TorchEngine(cfg, dims, device)
 
 
@@ -89,7 +75,7 @@ class TorchEngine:
         self.copies = tensor.copies(self.model) if dims.sizes.tp > 1 else []
 
     def train_step(self, batches: list[Batch], step: int, lr_factor: float) -> StepFigures:
-        inputs = [self._inputs(batch) for batch in batches]
+        inputs = [inputs_of(batch, self.device) for batch in batches]
         targets, tokens = count_tokens(inputs, self.dims)
         sums = self.runner.forward_backward(inputs, LossScale(targets, tokens, aux_coefs(self.cfg.balance, step)), step)
         dist.all_reduce(sums)
@@ -106,11 +92,11 @@ class TorchEngine:
             self.optimizer.step()
             self.runner.weights_updated()
         self.optimizer.zero_grad(set_to_none=True)
-        loads = all_loads(self.model, self.cfg.model, self.dims, step)
+        loads = all_loads(self.model, self.cfg.model, self.dims, step) if finite else forget_loads(self.model)
         return StepFigures(loss / max(targets, 1), aux, tokens, grad_norm, loads)
 
     def loss(self, batch: Batch, step: int) -> Tensor:
-        return self.runner.loss(self._inputs(batch), step)
+        return self.runner.loss(inputs_of(batch, self.device), step)
 
     def next_logits(self, tokens_1N: Tensor, last: int) -> Tensor:
         sizes = self.dims.sizes
@@ -133,7 +119,3 @@ class TorchEngine:
         progress = apply_state(self.model, self.optimizer, state)
         self.runner.weights_updated()
         return progress
-
-    def _inputs(self, batch: Batch) -> Inputs:
-        document_BN = None if batch.document_BS is None else batch.document_BS.to(self.device)
-        return Inputs(batch.tokens_BS.to(self.device), batch.targets_BS.to(self.device), document_BN)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,9 +14,34 @@ from torch.distributed.tensor import DTensor
 
 from moetrain.config.errors import TrainError
 from moetrain.config.schema import ModelConfig
+from moetrain.data.loader import Batch
 from moetrain.moe.balance import Loads, end_of_step
+from moetrain.moe.layer import MoELayer
 from moetrain.parallel.mesh import ParallelDims
 from moetrain.parallel.run import Inputs, sum_dtype
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """Of one optimizer step, of the whole model and the global batch. loss: mean over targets, in nats. aux: mean
+    auxiliary terms by name. tokens: how many. grad_norm: before clipping. loads: of the experts of every layer."""
+
+    loss: float
+    aux: dict[str, float]
+    tokens: int
+    grad_norm: float
+    loads: Loads
+
+    @property
+    def finite(self) -> bool:
+        """Whether the weights were updated: a step whose loss or gradient is not finite leaves them as they are."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+def inputs_of(batch: Batch, device: torch.device) -> Inputs:
+    """``batch`` on ``device``."""
+    document_BN = None if batch.document_BS is None else batch.document_BS.to(device)
+    return Inputs(batch.tokens_BS.to(device), batch.targets_BS.to(device), document_BN)
 
 
 def count_tokens(batches: list[Inputs], dims: ParallelDims) -> tuple[int, int]:
@@ -77,6 +104,15 @@ def all_loads(model: nn.Module, cfg: ModelConfig, dims: ParallelDims, step: int)
     split = total.split([len(part) for part in parts])
     dropped = [int(d) for d in split[1::2]]
     return Loads(dict(zip(sizes, split[::2], strict=True)), dict(zip(sizes, dropped, strict=True)))
+
+
+def forget_loads(model: nn.Module) -> Loads:
+    """Close a step that changes nothing: balance methods do not learn from it, and counting starts anew."""
+    for layer in model.modules():
+        if isinstance(layer, MoELayer):
+            router: Any = layer.router
+            router.reset_buffers()
+    return Loads({}, {})
 
 
 def bad_step(loss: float, grad_norm: float, step: int, global_batch: int, last_good: str) -> TrainError:

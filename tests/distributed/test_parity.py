@@ -13,46 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 
-from moetrain import config
-from moetrain.config.check import resolve_sizes
-from moetrain.data.prepare import prepare
-from moetrain.train.trainer import Trainer
 from tests.distributed.harness import run_ranks
+from tests.distributed.toy_run import SEQUENCE, SIGMOID, SOFTMAX, load, train
 
-STEPS = 20
-BASE = [
-    "model.vocab_size=300",
-    "model.dim=24",
-    "model.n_layers=2",
-    "model.attention.n_heads=4",
-    "model.attention.n_kv_heads=2",
-    "model.attention.head_dim=8",
-    "model.attention.backend=math",
-    "model.moe.num_experts=8",
-    "model.moe.top_k=2",
-    "model.moe.expert_dim=16",
-    "model.moe.shared_dim=16",
-    "model.dense_dim=32",
-    "model.init_std=0.1",
-    f"train.steps={STEPS}",
-    "train.seq_len=16",
-    "train.global_batch=8",
-    "train.eval_sequences=4",
-    "log.tensorboard=false",
-    "log.progress=false",
-    "optim.lr=0.003",
-]
-SOFTMAX = ["model/router=softmax_topk", "balance=[aux_loss,z_loss]", "balance.aux_loss.scope=step"]
-SEQUENCE = ["model/router=softmax_topk", "balance=[aux_loss]", "balance.aux_loss.scope=sequence"]
-SIGMOID = [
-    "model/router=sigmoid_group",
-    "model.router.n_groups=4",
-    "model.router.topk_groups=2",
-    "balance=[bias]",
-    "balance.bias.rate=0.01",
-]
 # name, world, overrides of the mapping
 MAPPINGS: list[tuple[str, int, list[str]]] = [
     ("accumulate 4", 1, ["train.micro_batch=2"]),
@@ -67,36 +31,6 @@ MAPPINGS: list[tuple[str, int, list[str]]] = [
     ("hsdp 2 x 2, ep 2", 4, ["parallel.dp_replicate=2", "parallel.ep=2", "train.micro_batch=2"]),
     ("hsdp 2 x 2, ep 4", 4, ["parallel.dp_replicate=2", "parallel.ep=4", "train.micro_batch=1"]),
 ]
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Byte-level tokens of two tiny domains."""
-    folder = tmp_path_factory.mktemp("data")
-    for name, text in (
-        ("letters", "abcdefghij klmnop qrstuv wxyz. "),
-        ("digits", "1 + 2 = 3; 40 - 5 = 35; 6 * 7 = 42. "),
-    ):
-        (folder / f"{name}.txt").write_text("".join(text[i % 7 :] + "\n" for i in range(120)))
-    prepare(load(folder, []).data)
-    return folder
-
-
-def load(folder: Path, overrides: list[str]) -> config.Config:
-    sources = [f"data.sources.{name}={{paths:['{folder / name}.txt']}}" for name in ("letters", "digits")]
-    data = ["data=own", "data.name=toy", f"data.dir={folder / 'prepared'}", "data.tokenizer.vocab_size=300", *sources]
-    return config.load([*BASE, *data, f"run_dir={folder / 'run'}", *overrides])
-
-
-def train(cfg: config.Config, folder: Path) -> dict[str, Any]:
-    """Curves of a run on this rank: what every rank reports must be the same."""
-    trainer = Trainer(cfg, resolve_sizes(cfg.parallel, dist.get_world_size()), folder / "run")
-    rows = []
-    for _ in range(STEPS):
-        metrics = trainer.train_step()
-        numbers = {k: v for k, v in metrics.items() if k == "grad_norm" or "loss" in k}
-        rows.append(numbers | {"loads": [c.tolist() for c in trainer.last_loads.counts.values()]})
-    return {"rows": rows, "val_loss": trainer.evaluate().loss}
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from moetrain import config
 from moetrain.config.check import check_mapping
 from moetrain.train.trainer import Trainer
 from tests.distributed.harness import run_ranks
-from tests.distributed.test_parity import SOFTMAX, load, prepared  # noqa: F401  # prepared is a fixture
+from tests.distributed.toy_run import SOFTMAX, load
 
 ACCUMULATION = {1: "train.micro_batch=4", 4: "train.micro_batch=1"}
 
@@ -44,7 +44,7 @@ def collectives(cfg: config.Config) -> Counter[str]:
 @pytest.mark.parametrize(
     "mapping", [["parallel.ep=1"], ["parallel.dp_replicate=2"], ["parallel.tp=2", "parallel.ep=2"]]
 )
-def test_reductions_do_not_grow_with_accumulation(prepared: Path, mapping: list[str]) -> None:  # noqa: F811
+def test_reductions_do_not_grow_with_accumulation(prepared: Path, mapping: list[str]) -> None:
     """4 sequences per rank (8 with tp) as one micro-batch or as four."""
     by_count = {}
     for n, micro in ACCUMULATION.items():

@@ -13,7 +13,7 @@ from moetrain import config
 from moetrain.config.check import resolve_sizes
 from moetrain.train.trainer import Trainer
 from tests.distributed.harness import run_ranks
-from tests.distributed.test_parity import SIGMOID, SOFTMAX, load, prepared  # noqa: F401  # prepared is a fixture
+from tests.distributed.toy_run import SIGMOID, SOFTMAX, load, one_step
 
 HALF = 5
 ONE: tuple[int, list[str]] = (1, ["train.micro_batch=8"])
@@ -30,11 +30,7 @@ def build(cfg: config.Config) -> Trainer:
 
 
 def go_on(trainer: Trainer) -> list[dict[str, Any]]:
-    rows = []
-    for _ in range(HALF):
-        rows.append({k: v for k, v in trainer.train_step().items() if k == "grad_norm" or "loss" in k})
-        rows[-1]["loads"] = [counts.tolist() for counts in trainer.last_loads.counts.values()]
-    return rows
+    return [one_step(trainer) for _ in range(HALF)]
 
 
 def save_half_way(cfg: config.Config) -> list[dict[str, Any]]:
@@ -61,7 +57,7 @@ def resume(cfg: config.Config) -> list[dict[str, Any]]:
 )
 @pytest.mark.parametrize("journey", JOURNEYS, ids=["from ep 2", "from pp, tp, ep, etp", "from a zero-bubble pipeline"])
 def test_resume_under_another_mapping(
-    prepared: Path,  # noqa: F811
+    prepared: Path,
     choice: list[str],
     journey: tuple[tuple[int, list[str]], list[tuple[int, list[str]]]],
 ) -> None:

@@ -75,7 +75,7 @@ def train(argv: Sequence[str]) -> int:
         local.end_with_parent()
     if not started:
         if not args.resume:
-            cfg.run_dir = str(pick_run_dir(cfg, asked=asks_run_dir(args.overrides)))
+            cfg.run_dir = str(pick_run_dir(cfg, asked=asks("run_dir", args.overrides)))
         get_ready(cfg, bool(args.resume))
         if cfg.launch.ranks > 1:
             return start_ranks(cfg, args.resume, args.traceback)
@@ -126,6 +126,34 @@ def mapping(argv: Sequence[str]) -> int:
     return 0
 
 
+def parity(argv: Sequence[str]) -> int:
+    """Prove on this machine that a mapping gives the loss of one process: world=8 steps=20 parallel.tp=2 ...
+
+    On a small copy of the model. Exit code 1 where it does not.
+    """
+    parser = command_parser("parity")
+    args = parser.parse_intermixed_args(argv)
+    if args.help:
+        return show_help(parser, "parity", args.overrides or ["parallel"])
+    numbers, overrides = take_numbers(args.overrides, ("world", "steps"))
+    world = numbers.get("world", 1)
+    cfg = load(overrides, config_dirs=args.config_dir, check=lambda cfg: check_mapping(cfg, world))
+    from moetrain.config.shrink import shrink, shrunken
+    from moetrain.train import parity
+
+    small = shrink(cfg, resolve_sizes(cfg.parallel, world))
+    small.train.steps = numbers.get("steps", 20)
+    if not asks("train.precision", overrides):
+        small.train.precision = "float32" if cfg.parallel.engine == "deepspeed" else "float64"
+    logging.getLogger("moetrain").setLevel(logging.WARNING)
+    print(f"a small copy of {cfg.model.name} on {world} ranks: {shrunken(cfg, small)}", flush=True)
+    mapped, alone = parity.prove(small, world)
+    wide_console().print(parity.as_table(mapped[0], alone))
+    result = parity.summary(parity.differences(mapped, alone), small, world)
+    print(json.dumps(result))
+    return 0 if result["within"] else 1
+
+
 def version(argv: Sequence[str]) -> int:
     """Print the versions of moetrain, Python and torch."""
     command_parser("version").parse_args(argv)
@@ -140,6 +168,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "prepare": prepare,
     "mapping": mapping,
+    "parity": parity,
     "version": version,
 }
 
@@ -202,9 +231,9 @@ def take_numbers(words: Sequence[str], names: Sequence[str]) -> tuple[dict[str, 
     return numbers, others
 
 
-def asks_run_dir(overrides: Sequence[str]) -> bool:
-    """Whether the user named the run directory."""
-    return any(word.lstrip("+").startswith("run_dir=") for word in overrides)
+def asks(key: str, overrides: Sequence[str]) -> bool:
+    """Whether the user gave the setting ``key``."""
+    return any(word.lstrip("+").startswith(f"{key}=") for word in overrides)
 
 
 def pick_run_dir(cfg: Config, asked: bool) -> Path:
@@ -269,7 +298,7 @@ def sweep(overrides: Sequence[str], config_dirs: Sequence[str]) -> int:
     for number, words in enumerate(expand_sweep(overrides, config_dirs)):
         cfg = load(words, config_dirs=config_dirs, check=lambda cfg: check_mapping(cfg, cfg.launch.ranks))
         jobs.append(Job(f"{number:03d}", words, cfg))
-    asked = asks_run_dir(overrides)
+    asked = asks("run_dir", overrides)
     if not asked:
         jobs[0].cfg.run_dir += "-sweep"
     folder = pick_run_dir(jobs[0].cfg, asked)

@@ -12,6 +12,8 @@ from moetrain.config.sizes import Sizes, divisors, near, resolve_sizes
 
 __all__ = ["Sizes", "check_config", "check_mapping", "resolve_sizes"]
 
+# settings of grouped-query attention -> the value that turns them off
+GQA_ONLY = {"qkv_bias": False, "out_bias": False, "sinks": False, "qk_norm": "none", "clip_qkv": None}
 PER_LAYER = ("num_experts", "top_k", "expert_dim", "shared_dim", "capacity_factor")
 
 
@@ -52,6 +54,10 @@ def _check_attention(model: ModelConfig) -> None:
         for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
             if getattr(a, name) < 1:
                 raise ConfigError(f"model.attention.kind=mla needs model.attention.{name} of at least 1")
+        for name, none in GQA_ONLY.items():
+            if getattr(a, name) != none:
+                word = "null" if none is None else str(none).lower()
+                raise ConfigError(f"model.attention.{name} is for kind=gqa; with mla set model.attention.{name}={word}")
         if a.qk_rope_head_dim % 2:
             raise ConfigError(f"model.attention.qk_rope_head_dim={a.qk_rope_head_dim} must be even")
         if a.q_lora_rank is not None and a.q_lora_rank < 1:

@@ -37,6 +37,11 @@ def check_deepspeed(cfg: Config, sizes: Sizes) -> None:
             "train.precision=float64: DeepSpeed keeps weights and optimizer state in float32; "
             f"set train.precision=float32, {TORCH}"
         )
+    if p.reshard_after_forward is not None:
+        raise ConfigError(
+            "parallel.reshard_after_forward is for parallel.engine=torch; with deepspeed parallel.zero says what is "
+            f"sharded when; set parallel.reshard_after_forward=null, {TORCH}"
+        )
     if cfg.train.compile:
         raise ConfigError(f"train.compile=true is for parallel.engine=torch; set train.compile=false, {TORCH}")
     _check_installed()

@@ -88,6 +88,7 @@ def _split(layer: MoELayer, cfg: Config, mesh: DeviceMesh) -> None:
     """Keep this ep rank's slice of the experts (on the meta device); DTensors, so that ``initialize`` knows which."""
     router: Any = layer.router
     layer.dispatcher = build_dispatcher(cfg.dispatch, router.n_experts, mesh.get_group())
+    layer.dispatcher.overlap = cfg.experts.overlap
     for name, p in list(layer.experts.named_parameters(recurse=False)):
         local = p.detach().chunk(mesh.size(), dim=0)[mesh.get_local_rank()]
         own = nn.Parameter(DTensor.from_local(local, mesh, [Shard(0)], run_check=False))

@@ -36,19 +36,27 @@ class ZeroState:
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
     @torch.no_grad()
+    def weights(self) -> dict[str, Tensor]:
+        """Parameters, as DTensors, and persistent buffers by name."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        model: dict[str, Tensor] = dict(self.model.state_dict())
+        for name, p in self.model.named_parameters():
+            model[name] = self._spread(safe_get_full_fp32_param(p), is_expert(p))
+        return model
+
+    @torch.no_grad()
     def gather(self, train: dict[str, Any]) -> dict[str, Any]:
         """What ``checkpoint.gather_state`` gives, under the same names; parameters as DTensors."""
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+        from deepspeed.utils import safe_get_full_optimizer_state
 
-        model = dict(self.model.state_dict())
         optim: dict[str, Any] = {}
         steps = self._steps()
         for name, p in self.model.named_parameters():
-            model[name] = self._spread(safe_get_full_fp32_param(p), is_expert(p))
             for key in QUANTITIES:
                 optim[f"state.{name}.{key}"] = self._spread(safe_get_full_optimizer_state(p, key), is_expert(p))
             optim[f"state.{name}.step"] = steps[0].detach().cpu().clone()
-        return {"model": model, "optim": optim, "train": train}
+        return {"model": self.weights(), "optim": optim, "train": train}
 
     @torch.no_grad()
     def apply(self, state: dict[str, Any]) -> dict[str, Any]:

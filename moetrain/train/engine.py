@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from moetrain.checkpoint import apply_state, gather_state
+from moetrain.comm.ranks import Ranks
 from moetrain.config.schema import Config
 from moetrain.data.loader import Batch
 from moetrain.moe.balance import aux_coefs, aux_names
@@ -42,6 +45,10 @@ class Engine(Protocol):
         """Logits (V,) after position ``last`` of one sequence, the same on every rank."""
         ...
 
+    def weights(self) -> dict[str, Tensor]:
+        """Parameters and persistent buffers by name, as a checkpoint holds them; DTensors where they are split."""
+        ...
+
     def state(self, progress: dict[str, Any]) -> dict[str, Any]:
         """What a checkpoint holds; see ``checkpoint.gather_state``."""
         ...
@@ -58,6 +65,19 @@ def build_engine(cfg: Config, dims: ParallelDims, device: torch.device) -> Engin
 
         return DeepSpeedEngine(cfg, dims, device)
     return TorchEngine(cfg, dims, device)
+
+
+def whole_weights(engine: Engine, dims: ParallelDims) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole tensor on the CPU) of all ``engine.weights()`` of all stages, one at a time, on rank 0; the other
+    ranks take part and get what they hold. Collective."""
+    pipeline = Ranks(dims.group("pp"))
+    mine = engine.weights()
+    for stage, names in enumerate(pipeline.gather(list(mine))):
+        for name in names:
+            value = mine[name] if pipeline.rank == stage else None
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            whole = None if whole is None else whole.detach().cpu()
+            yield name, pipeline.bring(whole, stage)
 
 
 class TorchEngine:
@@ -111,6 +131,9 @@ class TorchEngine:
         # Those who have it all have the same; the others have nothing.
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
         return found
+
+    def weights(self) -> dict[str, Tensor]:
+        return self.model.state_dict()
 
     def state(self, progress: dict[str, Any]) -> dict[str, Any]:
         return gather_state(self.model, self.optimizer, progress)

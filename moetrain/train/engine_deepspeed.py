@@ -94,6 +94,10 @@ class DeepSpeedEngine:
         logits_V: Tensor = self.engine(tokens_1N)[0][0, last].float()
         return logits_V
 
+    def weights(self) -> dict[str, Tensor]:
+        """See ``Engine``."""
+        return self.zero_state.weights()
+
     def state(self, progress: dict[str, Any]) -> dict[str, Any]:
         """See ``Engine``. Copies, in float32, each rank's share of the whole."""
         return self.zero_state.gather(progress)

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from moetrain.comm.ranks import RankError, Ranks
 from moetrain.config.errors import ConvertError, TrainError
 from moetrain.convert.export import export_hf
 from moetrain.data.baselines import Baselines, baselines
 from moetrain.data.loader import validation_batches
+from moetrain.train.engine import whole_weights
 from moetrain.train.evaluate import Evaluation
 from moetrain.train.generate import generate
 from moetrain.train.metrics import load_metrics
@@ -90,7 +90,7 @@ def export(trainer: Trainer, evaluation: Evaluation) -> dict[str, Any]:
     """Write ``export/`` in Hugging Face form and, if asked, prove that transformers computes the same held-out loss."""
     out = trainer.run_dir / "export"
     dtype = getattr(torch, trainer.cfg.export.dtype)
-    whole = whole_tensors(trainer)
+    whole = whole_weights(trainer.engine, trainer.dims)
 
     def write() -> None:
         try:
@@ -106,19 +106,6 @@ def export(trainer: Trainer, evaluation: Evaluation) -> dict[str, Any]:
         raise ConvertError(f"the export was not written: {error}") from None
     log.info("exported   %s", out)
     return {"export": str(out)} | (verify(trainer, evaluation) if trainer.cfg.export.verify else {})
-
-
-def whole_tensors(trainer: Trainer) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole tensor on the CPU) of all parameters and persistent buffers, one at a time, on rank 0; the other
-    ranks take part and get what they hold. Collective."""
-    pipeline = Ranks(trainer.dims.group("pp"))
-    mine = trainer.engine.model.state_dict()
-    for stage, names in enumerate(pipeline.gather(list(mine))):
-        for name in names:
-            value = mine[name] if pipeline.rank == stage else None
-            whole = value.full_tensor() if isinstance(value, DTensor) else value
-            whole = None if whole is None else whole.detach().cpu()
-            yield name, pipeline.bring(whole, stage)
 
 
 def drain(tensors: Iterator[tuple[str, Tensor]]) -> None:

@@ -59,6 +59,11 @@ def set_up_torch(cfg: Config, ranks_here: int) -> None:
         # Determinism does not need fresh memory to be filled; every value that is read has been written.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.set_float32_matmul_precision("highest")
+    quiet()
+
+
+def quiet() -> None:
+    """Silence warnings of torch about what is meant so."""
     # A weight that two meshes split is gathered in two steps, which torch would rather have in one.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     # Nothing here writes to a module's output in place, which is what FSDP warns of.

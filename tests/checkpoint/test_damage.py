@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from moetrain_launch.fork import run_ranks
 
 from moetrain.checkpoint import Checkpointer, newest
 from moetrain.config.errors import CheckpointError
 from tests.checkpoint.saving import Lines, assert_holds, state
-from tests.distributed.harness import run_ranks
 
 FILES = [".metadata", "__0_0.distcp", "manifest.json"]
 

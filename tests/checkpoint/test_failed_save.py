@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from moetrain_launch.fork import run_ranks
 
 from moetrain.checkpoint import Checkpointer
 from moetrain.checkpoint import checkpointer as module
 from moetrain.config.errors import CheckpointError
 from tests.checkpoint.saving import Lines, assert_holds, state
-from tests.distributed.harness import run_ranks
 
 Result = tuple[list[int], str, list[str]]
 

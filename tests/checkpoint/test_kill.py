@@ -12,10 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from moetrain_launch.fork import run_ranks
 
 from moetrain.checkpoint import Checkpointer
 from tests.checkpoint.saving import assert_holds, state
-from tests.distributed.harness import run_ranks
 
 
 def fork(body: Callable[[], object]) -> int:

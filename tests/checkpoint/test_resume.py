@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from moetrain_launch.fork import run_ranks
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -17,7 +18,6 @@ from moetrain.config.errors import CheckpointError
 from moetrain.optim import build_optimizer
 from moetrain.optim.optimizers.adamw import AdamWOptions
 from moetrain.optim.optimizers.muon import MuonOptions
-from tests.distributed.harness import run_ranks
 from tests.optim.toy import Toy, toy, train, values
 
 OPTIONS = [AdamWOptions(lr=0.02), MuonOptions(lr=0.02, adamw_lr=0.01)]

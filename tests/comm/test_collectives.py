@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from moetrain_launch.fork import run_ranks
 from torch import Tensor
 
 from moetrain.comm import all_gather_ints, all_gather_v, all_to_all, reduce_scatter_v
-from tests.distributed.harness import run_ranks
 
 D = 3
 # Row (r, s): rows that rank r sends to rank s.

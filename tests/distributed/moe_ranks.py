@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch._dynamo  # checkpoint() loads it, for seconds; ranks are forked with it
 import torch.distributed as dist
+from moetrain_launch.fork import run_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
@@ -20,7 +21,6 @@ from torch.utils.checkpoint import checkpoint
 from moetrain.moe.balance import end_of_step
 from moetrain.moe.dispatch import build_dispatcher
 from moetrain.moe.routing import TokenContext
-from tests.distributed.harness import run_ranks
 from tests.moe.toys import config, empty_carry, make_layer, tokens
 
 E, K, D = 8, 3, 16

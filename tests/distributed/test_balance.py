@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from moetrain_launch.fork import run_ranks
 from torch import Tensor
 
 from moetrain.moe.balance import end_of_step
 from moetrain.moe.routing import TokenContext
-from tests.distributed.harness import run_ranks
 from tests.moe.toys import config, empty_carry, make_layer, tokens
 
 B, S, STEPS = 4, 6, 2

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from moetrain_launch.fork import run_ranks
 from torch import Tensor
 
 from moetrain.config.errors import ConfigError
@@ -17,7 +18,6 @@ from moetrain.model.attention.kernels import attend
 from moetrain.model.places import Places
 from moetrain.parallel.chunks import Chunks, chunk_mask
 from moetrain.parallel.context import CORES, cut, head_tail_index, split
-from tests.distributed.harness import run_ranks
 from tests.model.test_decoder import build, ids, tiny
 
 METHODS = list(CORES)

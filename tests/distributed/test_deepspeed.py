@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from moetrain_launch.fork import run_ranks
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -29,7 +30,6 @@ from moetrain.config.errors import ConfigError
 from moetrain.train.engine_deepspeed import DeepSpeedEngine
 from moetrain.train.trainer import Trainer
 from tests.distributed import toy_run as parity
-from tests.distributed.harness import run_ranks
 from tests.distributed.test_resume_elsewhere import resume, save_half_way
 from tests.distributed.toy_run import SIGMOID, SOFTMAX, STEPS, one_step
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch.distributed as dist
+from moetrain_launch.fork import run_ranks
 
 from moetrain.config.errors import ConfigError
 from moetrain.moe.dispatch import build_dispatcher
-from tests.distributed.harness import run_ranks
 from tests.distributed.moe_ranks import D, E, Spread, compare, owners
 
 CASES = [

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from moetrain_launch.fork import run_ranks
 
 from moetrain import config
 from moetrain.config.errors import ConfigError
 from moetrain.moe.dispatch import build_dispatcher, deep_ep
 from tests.distributed import fake_deep_ep
-from tests.distributed.harness import run_ranks
 from tests.distributed.moe_ranks import E, Spread, compare, on_rank
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from moetrain_launch.fork import run_ranks
 from torch import Tensor, nn
 
-from tests.distributed.harness import run_ranks
 from tests.distributed.moe_ranks import Result, Spread, compare, make, on_rank, run_layer, split_layer
 from tests.moe.toys import tokens
 

@@ -1,80 +1,148 @@
-"""Every mapping gives the same loss: 20 steps against the one-process run of the same config.
+"""Every mapping gives the same loss: 20 steps against the one-process run of the same config, which uses the oracles.
 
-float64: per-step loss, auxiliary losses and gradient norm within 1e-9 relative, expert loads exactly equal, and the
-held-out loss after them within 1e-9. float32: within 1e-5. The one-process run has one micro-batch and the oracle
-experts (backend loop).
+float64: per-step loss, auxiliary losses and gradient norm, and the held-out loss after them, within 1e-9 relative,
+expert loads exactly equal, weights within 1e-7. DeepSpeed knows no float64; its lines of the table, and a third of the
+others, run in float32 within 1e-5. Another third runs in bf16, where the curves stay within noise of each other.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+import itertools
+import math
+import os
+import random
 from pathlib import Path
-from typing import Any
 
 import pytest
+from moetrain_launch.fork import run_ranks
 
-from tests.distributed.harness import run_ranks
-from tests.distributed.toy_run import SEQUENCE, SIGMOID, SOFTMAX, load, train
+from moetrain.config import Config
+from moetrain.config import load as load_config
+from moetrain.config.check import check_mapping
+from moetrain.config.errors import ConfigError
+from moetrain.config.sizes import divisors
+from moetrain.train import parity
+from tests.distributed import mappings
+from tests.distributed.mappings import COLUMNS, ELSEWHERE, EXCLUDED, Row, name_of, overrides, pairs, world
+from tests.distributed.toy_run import BASE, alone, load
 
-# name, world, overrides of the mapping
-MAPPINGS: list[tuple[str, int, list[str]]] = [
-    ("accumulate 4", 1, ["train.micro_batch=2"]),
-    ("recompute full", 1, ["train.recompute=full", "train.micro_batch=4"]),
-    ("dp 2", 2, ["train.micro_batch=2"]),
-    ("ep 2", 2, ["parallel.ep=2", "train.micro_batch=4"]),
-    ("ep 2, all-gather dispatch, accumulate 2", 2, ["parallel.ep=2", "dispatch=all_gather", "train.micro_batch=2"]),
-    ("ep 2, selective recompute", 2, ["parallel.ep=2", "train.recompute=selective", "train.micro_batch=4"]),
-    ("ep 2, full recompute, accumulate 4", 2, ["parallel.ep=2", "train.recompute=full", "train.micro_batch=1"]),
-    ("edp 2 x ep 2", 4, ["parallel.ep=2", "train.micro_batch=1"]),
-    ("ep 4, no reshard", 4, ["parallel.ep=4", "parallel.reshard_after_forward=false", "train.micro_batch=2"]),
-    ("hsdp 2 x 2, ep 2", 4, ["parallel.dp_replicate=2", "parallel.ep=2", "train.micro_batch=2"]),
-    ("hsdp 2 x 2, ep 4", 4, ["parallel.dp_replicate=2", "parallel.ep=4", "train.micro_batch=1"]),
-]
+TABLE = mappings.table()
+TORCH = [row for row in TABLE if row["engine"] == "torch"]
+DEEPSPEED = [row for row in TABLE if row["engine"] != "torch"]
+FLOAT32, BF16 = [*TORCH[::3], *DEEPSPEED], TORCH[1::3]
+
+
+def found(prepared: Path, row: Row, precision: str, reference: str) -> parity.Differences:
+    mapped = run_ranks(world(row), parity.curve, load(prepared, [*overrides(row), precision]), timeout=300)
+    return parity.differences(mapped, alone(prepared, (*mappings.model_of(row), reference)))
+
+
+def test_every_two_features_meet_or_are_refused() -> None:
+    """All levels of all columns, pair by pair. What the table leaves out, the config checks refuse."""
+    assert len(TABLE) >= 40
+    assert {world(row) for row in TABLE} == {1, 2, 4, 8}
+    met = {frozenset(pair) for row in TABLE for pair in pairs(row)}
+    excluded = {frozenset(pair) for pair in (*EXCLUDED, *ELSEWHERE)}
+    assert not met & excluded
+    for one, other in itertools.combinations(COLUMNS, 2):
+        for pair in itertools.product(((one, a) for a in COLUMNS[one]), ((other, b) for b in COLUMNS[other])):
+            assert frozenset(pair) in met | excluded, f"{pair} meet in no line"
+
+
+@pytest.mark.parametrize("pair", EXCLUDED, ids=lambda pair: " ".join(":".join(part) for part in pair))
+def test_what_cannot_meet_is_refused(pair: tuple[tuple[str, str], tuple[str, str]]) -> None:
+    row = {name: next(iter(levels)) for name, levels in COLUMNS.items()} | {"micro": "4"} | dict(pair)
+    if row["etp"] == "2" or row["ep"] != "-":
+        row["dp"] = "shard"
+    with pytest.raises(ConfigError):
+        load_config([*BASE, *overrides(row)], check=lambda cfg: check_mapping(cfg, world(row)))
+
+
+@pytest.mark.parametrize("row", TORCH, ids=name_of)
+def test_float64(prepared: Path, row: Row) -> None:
+    assert found(prepared, row, "train.precision=float64", "train.precision=float64").within(1e-9)
+
+
+@pytest.mark.parametrize("row", FLOAT32, ids=name_of)
+def test_float32(prepared: Path, row: Row) -> None:
+    reference = "float32" if row["engine"] == "torch" else "float64"
+    assert found(prepared, row, "train.precision=float32", f"train.precision={reference}").within(1e-5)
+
+
+@pytest.mark.parametrize("row", BF16, ids=name_of)
+def test_bf16(prepared: Path, row: Row) -> None:
+    """A token whose two best experts are as good as equal may go to another one, so loads are not compared."""
+    differences = found(prepared, row, "train.precision=bf16", "train.precision=bf16")
+    assert differences.loss_rel < parity.TOLERANCE["bf16"], differences
+
+
+SEED = int(os.environ.get("MOETRAIN_SEED", random.SystemRandom().randrange(10**6)))
+DRAWS = 30
+
+
+def draw(rng: random.Random) -> tuple[int, list[str]]:
+    """(world, settings): sizes, features and a small model at random; perhaps nothing that may run."""
+    row = {name: rng.choice(list(levels)) for name, levels in COLUMNS.items()} | {"engine": "torch"}
+    pick = rng.choice
+    row |= {name: "-" for name in ("pp", "cp") if rng.random() < 0.4}
+    free = [name for name in COLUMNS if name not in ("dp", "tp", "ep", "etp", "micro", "experts")]
+    settings = list(itertools.chain.from_iterable(COLUMNS[name][row[name]] for name in free))
+    sizes = {"tp": pick([1, 1, 1, 2, 3, 4]), "dp_replicate": pick([1, 1, 1, 2, 3])}
+    stage = math.prod([*sizes.values(), pick([1, 1, 2, 3]), 1 if row["cp"] == "-" else 2])
+    size = stage if row["pp"] == "-" else 2 * stage
+    sizes["etp"] = pick([1, 1, *divisors(stage)])
+    sizes["ep"] = pick([1, *divisors(stage // sizes["etp"])])
+    experts = pick([4, 6, 8, 12, 16])
+    model = {
+        "model.dim": pick([24, 36, 48]),
+        "model.n_layers": pick([2, 4, 5, 6]),
+        "model.attention.n_heads": pick([4, 6, 8, 12]),
+        "model.vocab_size": pick([300, 312]),
+        "model.dense_dim": pick([24, 48]),
+        "model.moe.num_experts": experts,
+        "model.moe.top_k": pick([1, 2, min(4, experts)]),
+        "model.moe.expert_dim": pick([12, 16, 24]),
+        "model.moe.first_dense": pick([0, 1]),
+        "train.seq_len": pick([12, 16, 24]),
+        "train.micro_batch": pick([1, 2, 3]),
+        "train.global_batch": pick([8, 12, 16]),
+        "optim.lr": 0.003,
+    }
+    if row["shared"] == "yes":
+        model["model.moe.shared_dim"] = pick([12, 24])
+    return size, [*settings, *(f"parallel.{n}={v}" for n, v in sizes.items()), *(f"{k}={v}" for k, v in model.items())]
+
+
+def legal_draws() -> list[tuple[str, int, list[str]]]:
+    """The first draws that the config checks let pass; all others they refuse with a ConfigError, in one line."""
+    rng, found = random.Random(SEED), []
+    while len(found) < DRAWS:
+        size, settings = draw(rng)
+        if size > 8:
+            continue
+        try:
+            load_config([*BASE, *settings], check=lambda cfg, size=size: check_mapping(cfg, size))
+        except ConfigError as error:
+            assert "\n" not in str(error)
+            continue
+        found.append((f"seed {SEED}, {len(found)}", size, settings))
+    return found
 
 
 @pytest.fixture(scope="module")
-def reference(prepared: Path) -> Callable[[tuple[str, ...]], dict[str, Any]]:
-    """The one-process run of a config, made once."""
-
-    @functools.cache
-    def make(common: tuple[str, ...]) -> dict[str, Any]:
-        cfg = load(prepared, [*common, "experts.backend=loop", "train.micro_batch=8"])
-        return run_ranks(1, train, cfg, prepared)[0]
-
-    return make
+def draws() -> list[tuple[str, int, list[str]]]:
+    return legal_draws()
 
 
-Case = tuple[str, int, list[str]]
-Reference = Callable[[tuple[str, ...]], dict[str, Any]]
+@pytest.mark.parametrize("number", range(DRAWS))
+def test_random(prepared: Path, draws: list[tuple[str, int, list[str]]], number: int) -> None:
+    """Drawn from all mappings and small models, legal or not: what the checks let pass runs, and in parity.
 
-
-def compare(prepared: Path, reference: Reference, common: list[str], case: Case, tolerance: float) -> None:
-    name, world, overrides = case
-    want_all = reference(tuple(common))
-    for result in run_ranks(world, train, load(prepared, [*common, *overrides]), prepared, timeout=120):
-        for step, (got, want) in enumerate(zip(result["rows"], want_all["rows"], strict=True)):
-            assert got["loads"] == want["loads"], f"{name}: loads differ at step {step}"
-            for key in want.keys() - {"loads"}:
-                assert got[key] == pytest.approx(want[key], rel=tolerance), f"{name}: {key} at step {step}"
-        assert result["val_loss"] == pytest.approx(want_all["val_loss"], rel=tolerance)
-
-
-def ids(cases: list[Case]) -> list[str]:
-    return [name for name, _, _ in cases]
-
-
-@pytest.mark.parametrize("router", [SOFTMAX, SIGMOID], ids=["softmax, step loss", "sigmoid, bias"])
-@pytest.mark.parametrize("case", MAPPINGS, ids=ids(MAPPINGS))
-def test_float64(prepared: Path, reference: Reference, case: Case, router: list[str]) -> None:
-    compare(prepared, reference, [*router, "train.precision=float64"], case, 1e-9)
-
-
-@pytest.mark.parametrize("case", MAPPINGS[3:9:2], ids=ids(MAPPINGS[3:9:2]))
-def test_sequence_loss_and_muon(prepared: Path, reference: Reference, case: Case) -> None:
-    compare(prepared, reference, [*SEQUENCE, "train.precision=float64", "optim=muon"], case, 1e-9)
-
-
-@pytest.mark.parametrize("case", MAPPINGS[::3], ids=ids(MAPPINGS[::3]))
-def test_float32(prepared: Path, reference: Reference, case: Case) -> None:
-    compare(prepared, reference, [*SOFTMAX, "train.precision=float32"], case, 1e-5)
+    The seed is in the message of a failure; MOETRAIN_SEED=... draws the same again.
+    """
+    name, size, settings = draws[number]
+    cfg: Config = load(prepared, [*settings, "train.precision=float64", "train.steps=6"])
+    mapped = run_ranks(size, parity.curve, cfg, timeout=300)
+    [one] = run_ranks(1, parity.curve, parity.one_process(cfg, size), timeout=300)
+    differences = parity.differences(mapped, one)
+    assert differences.within(1e-9), f"{name}: world {size}, {' '.join(settings)}: {differences}"

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from moetrain_launch.fork import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moetrain import config
 from moetrain.config.check import check_mapping
 from moetrain.train.trainer import Trainer
-from tests.distributed.harness import run_ranks
 from tests.distributed.toy_run import SOFTMAX, load
 
 ACCUMULATION = {1: "train.micro_batch=4", 4: "train.micro_batch=1"}

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from moetrain_launch.fork import run_ranks
 
 from moetrain import config
 from moetrain.config.check import resolve_sizes
 from moetrain.train.trainer import Trainer
-from tests.distributed.harness import run_ranks
 from tests.distributed.toy_run import SIGMOID, SOFTMAX, load, one_step
 
 HALF = 5

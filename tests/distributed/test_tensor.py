@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from moetrain_launch.fork import run_ranks
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -24,7 +25,6 @@ from moetrain.parallel import tensor
 from moetrain.parallel.apply import initialize
 from moetrain.parallel.fsdp import shard
 from moetrain.train.step import clip_gradients
-from tests.distributed.harness import run_ranks
 
 B, N = 4, 16
 BALANCE = {"z_loss": {"coef": 0.1}}

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
+from moetrain_launch.fork import run_ranks
 
 from moetrain import config
-from moetrain.config.check import resolve_sizes
+from moetrain.data.toy import toy_data
+from moetrain.train import parity
+from moetrain.train.parity import Curve
 from moetrain.train.trainer import Trainer
 
 STEPS = 20
 BASE = [
     "model.vocab_size=300",
     "model.dim=24",
-    "model.n_layers=2",
+    "model.n_layers=4",
     "model.attention.n_heads=4",
     "model.attention.n_kv_heads=2",
     "model.attention.head_dim=8",
@@ -24,6 +27,7 @@ BASE = [
     "model.moe.top_k=2",
     "model.moe.expert_dim=16",
     "model.moe.shared_dim=16",
+    "model.moe.first_dense=1",
     "model.dense_dim=32",
     "model.init_std=0.1",
     f"train.steps={STEPS}",
@@ -33,9 +37,9 @@ BASE = [
     "log.tensorboard=false",
     "log.progress=false",
     "optim.lr=0.003",
+    "schedule.warmup_steps=2",
 ]
 SOFTMAX = ["model/router=softmax_topk", "balance=[aux_loss,z_loss]", "balance.aux_loss.scope=step"]
-SEQUENCE = ["model/router=softmax_topk", "balance=[aux_loss]", "balance.aux_loss.scope=sequence"]
 SIGMOID = [
     "model/router=sigmoid_group",
     "model.router.n_groups=4",
@@ -46,18 +50,19 @@ SIGMOID = [
 
 
 def load(folder: Path, overrides: list[str]) -> config.Config:
-    sources = [f"data.sources.{name}={{paths:['{folder / name}.txt']}}" for name in ("letters", "digits")]
-    data = ["data=own", "data.name=toy", f"data.dir={folder / 'prepared'}", "data.tokenizer.vocab_size=300", *sources]
-    return config.load([*BASE, *data, f"run_dir={folder / 'run'}", *overrides])
+    """The toy run with ``overrides``, on the prepared text in ``folder``."""
+    cfg = config.load([*BASE, f"run_dir={folder / 'run'}", *overrides])
+    cfg.data = toy_data(folder, cfg.data.document_mask)
+    return cfg
 
 
 def one_step(trainer: Trainer) -> dict[str, Any]:
     """Losses, gradient norm and loads of the next step."""
-    numbers = {k: v for k, v in trainer.train_step().items() if k == "grad_norm" or "loss" in k}
-    return numbers | {"loads": [counts.tolist() for counts in trainer.last_loads.counts.values()]}
+    row, loads = parity.one_step(trainer)
+    return {**row, "loads": loads}
 
 
-def train(cfg: config.Config, folder: Path) -> dict[str, Any]:
-    """Curves of a run on this rank: what every rank reports must be the same."""
-    trainer = Trainer(cfg, resolve_sizes(cfg.parallel, dist.get_world_size()), folder / "run")
-    return {"rows": [one_step(trainer) for _ in range(STEPS)], "val_loss": trainer.evaluate().loss}
+@functools.cache
+def alone(folder: Path, overrides: tuple[str, ...]) -> Curve:
+    """The curve of one process, with the oracles: made once for each choice of settings."""
+    return run_ranks(1, parity.curve, parity.one_process(load(folder, list(overrides)), 1), timeout=300)[0]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from moetrain_launch.fork import run_ranks
 from torch import Tensor, nn
 
 from moetrain.config.errors import ConfigError
 from moetrain.optim import build_optimizer
 from moetrain.optim.optimizers.adamw import AdamWOptions
-from tests.distributed.harness import run_ranks
 from tests.optim.toy import loss_and_gradients, toy, train, values
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from moetrain_launch.fork import run_ranks
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -13,7 +14,6 @@ from moetrain.optim import build_optimizer
 from moetrain.optim.groups import role_of
 from moetrain.optim.optimizers.muon import MuonOptions
 from moetrain.optim.orthogonal import newton_schulz
-from tests.distributed.harness import run_ranks
 from tests.optim.toy import loss_and_gradients, toy, train, values
 
 MATRICES = {"wq.weight", "wo.weight", "experts.w13", "experts.w2"}

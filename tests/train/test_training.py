@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from moetrain_launch.fork import run_ranks
 
 from moetrain import config
 from moetrain.config.check import resolve_sizes
 from moetrain.data.prepare import prepare
 from moetrain.train.generate import generate
 from moetrain.train.trainer import Trainer
-from tests.distributed.harness import run_ranks
 
 TINY = [
     "experiment=demo",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moetrain.config.errors import ConfigError
 from moetrain.config.schema import ModelConfig
 from moetrain.model.attention.kernels import Core, attend
 from moetrain.model.norm import RMSNorm
@@ -26,11 +25,6 @@ class MultiHeadLatentAttention(nn.Module):
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         a = cfg.attention
-        for name in ("qkv_bias", "out_bias", "sinks"):
-            if getattr(a, name):
-                raise ConfigError(f"model.attention.{name} is for kind=gqa; mla has none")
-        if a.qk_norm != "none" or a.clip_qkv is not None:
-            raise ConfigError("model.attention.qk_norm and clip_qkv are for kind=gqa; mla normalises its latents")
         self.n_heads = a.n_heads
         self.nope_dim, self.rope_dim, self.v_dim = a.qk_nope_head_dim, a.qk_rope_head_dim, a.v_head_dim
         self.kv_rank = a.kv_lora_rank

@@ -1,4 +1,4 @@
-"""Run a function on several gloo ranks of this machine, forked from the test process.
+"""Run a function on several gloo ranks of this machine, forked from this process.
 
 Forking after the imports makes a world start in a tenth of a second, so every case gets a fresh one; a case that fails
 or hangs its ranks harms no other.
@@ -60,7 +60,7 @@ def _run_one(folder: Path, rank: int, world: int, fn: Callable[..., Any], args: 
         torch.set_num_threads(1)
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
         store = dist.FileStore(str(folder / "store"), world)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=30))
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=120))
         result = pickle.dumps(fn(*args))
         dist.barrier()  # nobody leaves while another still needs its answers
         (folder / f"result-{rank}").write_bytes(result)

@@ -7,8 +7,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-
-from tests.distributed.harness import run_ranks
+from moetrain_launch.fork import run_ranks
 
 
 def _sum_of_ranks(offset: int) -> tuple[int, torch.Tensor]:

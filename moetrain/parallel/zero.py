@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ def import_deepspeed(device: torch.device) -> Any:
 
     # It tells of every group that it makes, and warns of any optimizer that is not its own.
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)
     # On CPU it would compile an all-reduce through shared memory for minutes; gloo does as well.
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False, verbose=False)

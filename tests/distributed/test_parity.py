@@ -24,7 +24,7 @@ from moetrain.config.sizes import divisors
 from moetrain.train import parity
 from tests.distributed import mappings
 from tests.distributed.mappings import COLUMNS, ELSEWHERE, EXCLUDED, Row, name_of, overrides, pairs, world
-from tests.distributed.toy_run import BASE, alone, load
+from tests.distributed.toy_run import BASE, alone, check_float32, load
 
 TABLE = mappings.table()
 TORCH = [row for row in TABLE if row["engine"] == "torch"]
@@ -32,9 +32,11 @@ DEEPSPEED = [row for row in TABLE if row["engine"] != "torch"]
 FLOAT32, BF16 = [*TORCH[::3], *DEEPSPEED], TORCH[1::3]
 
 
-def found(prepared: Path, row: Row, precision: str, reference: str) -> parity.Differences:
-    mapped = run_ranks(world(row), parity.curve, load(prepared, [*overrides(row), precision]), timeout=300)
-    return parity.differences(mapped, alone(prepared, (*mappings.model_of(row), reference)))
+def curves(prepared: Path, row: Row, precision: str, reference: str) -> tuple[list[parity.Curve], parity.Curve]:
+    """(of all ranks, of one process)."""
+    cfg = load(prepared, [*overrides(row), f"train.precision={precision}"])
+    one = alone(prepared, (*mappings.model_of(row), f"train.precision={reference}"))
+    return run_ranks(world(row), parity.curve, cfg, timeout=300), one
 
 
 def test_every_two_features_meet_or_are_refused() -> None:
@@ -60,19 +62,20 @@ def test_what_cannot_meet_is_refused(pair: tuple[tuple[str, str], tuple[str, str
 
 @pytest.mark.parametrize("row", TORCH, ids=name_of)
 def test_float64(prepared: Path, row: Row) -> None:
-    assert found(prepared, row, "train.precision=float64", "train.precision=float64").within(1e-9)
+    differences = parity.differences(*curves(prepared, row, "float64", "float64"))
+    assert differences.within(1e-9), differences
 
 
 @pytest.mark.parametrize("row", FLOAT32, ids=name_of)
 def test_float32(prepared: Path, row: Row) -> None:
     reference = "float32" if row["engine"] == "torch" else "float64"
-    assert found(prepared, row, "train.precision=float32", f"train.precision={reference}").within(1e-5)
+    check_float32(*curves(prepared, row, "float32", reference))
 
 
 @pytest.mark.parametrize("row", BF16, ids=name_of)
 def test_bf16(prepared: Path, row: Row) -> None:
     """A token whose two best experts are as good as equal may go to another one, so loads are not compared."""
-    differences = found(prepared, row, "train.precision=bf16", "train.precision=bf16")
+    differences = parity.differences(*curves(prepared, row, "bf16", "bf16"))
     assert differences.loss_rel < parity.TOLERANCE["bf16"], differences
 
 

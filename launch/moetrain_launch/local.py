@@ -78,6 +78,13 @@ def record_error(message: str, code: int) -> None:
             json.dump({"message": message, "timestamp": str(int(time.time())), "code": code}, file)
 
 
+def show_error(line: str, code: int) -> None:
+    """Show ``line``, or leave it, with the exit code, for the process that started this rank and shows it for all."""
+    record_error(line, code)
+    if not reports_for_me():
+        print(f"moetrain: error: {line}", file=sys.stderr, flush=True)
+
+
 def end_with_parent() -> None:
     """Called by a rank at its start: let the system end it when the process that started it is gone, however that ends.
 

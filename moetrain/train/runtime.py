@@ -34,7 +34,10 @@ def pick_device(name: str) -> torch.device:
 
 @contextmanager
 def process_group(device: torch.device, timeout_s: int) -> Iterator[None]:
-    """The default process group: from the launcher's environment, or of this one process when there is no launcher."""
+    """The default process group: from the launcher's environment, or of this one process when there is no launcher.
+
+    After an error of one of several ranks it is left as it is: to destroy it could wait for ranks that are gone.
+    """
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
     if "WORLD_SIZE" in os.environ:
@@ -43,8 +46,11 @@ def process_group(device: torch.device, timeout_s: int) -> Iterator[None]:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     try:
         yield
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        if dist.get_world_size() == 1:
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def set_up_torch(cfg: Config, ranks_here: int) -> None:

@@ -23,8 +23,8 @@ def run(cfg: Config, resume: bool = False) -> None:
     """Train ``cfg`` on this rank, in the process group of the launcher's environment, or alone where there is none.
 
     resume: continue the run in ``cfg.run_dir`` from its newest whole checkpoint.
-    Raises a UserError (config, data, checkpoint, training), mostly one that every rank sees alike; LostRank when another
-    rank died, hangs or failed by itself.
+    Raises a UserError (config, data, checkpoint, training), which most often every rank sees alike; LostRank when
+    another rank died, hangs or failed by itself.
     """
     device = runtime.pick_device(cfg.device)
     runtime.set_up_torch(cfg, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from moetrain_launch import local
@@ -30,7 +31,7 @@ from moetrain.config.errors import TrainError
 BEAT_S = 1.0
 SILENT_S = 3.0  # once a collective has failed, a rank without a sign of life for so long is the one that is lost
 NOBODY_S = 8.0  # once a collective has failed, how long all ranks must give signs of life to be believed
-GRACE_S = 2.0  # once there is a verdict, how long the main thread may take to meet it by itself
+GRACE_S = 1.0  # once there is a verdict, how long the main thread may take to meet it by itself
 LEAVE_S = 10.0  # how long the rank that hosts the store stays for the others to read the verdict
 SHOWN = 4
 VERDICT, INSPECTORS = "verdict", "inspectors"
@@ -94,6 +95,8 @@ class Watch:
         self._asked_s: float | None = None  # since when a verdict is wanted
         self._inspects: bool | None = None  # whether finding one is up to this rank
         self._looked_s = 0.0
+        self._turned_s, self._turns = 0.0, 0
+        self._trust_s = 0.0  # from when on other ranks' silence means something
         self._wake = threading.Event()
         self._known = threading.Event()  # there is a verdict
         self._may_go = threading.Event()  # nobody needs this process any more
@@ -104,8 +107,9 @@ class Watch:
     def start(self) -> None:
         """Begin. Collective."""
         # A clone, for no other thread may use this connection: operations of one connection wait for each other.
-        self._store = dist.PrefixStore("moetrain/watch", dist.distributed_c10d._get_default_store().clone())
-        self._began = self._answered = time.monotonic()
+        default: Any = dist.distributed_c10d._get_default_store()
+        self._store = dist.PrefixStore("moetrain/watch", default.clone())
+        self._began = time.monotonic()
         self._beat()  # from here on all ranks have one
         Ranks().gather(None)
         self._began = time.monotonic()  # about the same moment on every rank, so that times can be compared
@@ -160,6 +164,10 @@ class Watch:
             self._wake.clear()
 
     def _turn(self) -> None:
+        now_s = self._now()
+        if now_s > self._turned_s + SILENT_S:  # this rank stood still itself, maybe all did: Slurm suspends whole jobs
+            self._trust_s = now_s + SILENT_S
+        self._turned_s = now_s
         self._beat()
         if self._own_error:
             me = Beat(0, 0, socket.gethostname(), os.getpid())
@@ -167,14 +175,16 @@ class Watch:
         if self._store.check([VERDICT]):
             self._decide(self._store.get(VERDICT).decode())
             self._store.set(f"read/{self._rank}", "")
+        elif now_s < self._trust_s:
+            pass
         elif self._asked_s is not None:
             self._inspect(self._asked_s)
-        elif self._now() > self._looked_s + self._patience_s / 4:
-            self._looked_s = self._now()
+        elif now_s > self._looked_s + self._patience_s / 4:
+            self._looked_s = now_s
             if self._silence((self._rank + 1) % self._world) > self._patience_s:
-                self._asked_s = self._now()
+                self._asked_s = now_s
                 self._wake.set()
-        self._answered = time.monotonic()
+        self._turns += 1
 
     def _beat(self) -> None:
         beat = Beat(self._now(), self.step(), socket.gethostname(), os.getpid())
@@ -226,13 +236,15 @@ class Watch:
     # The thread that ends the process
 
     def _guard(self) -> None:
+        before, waits = 0, 0
         while not self._known.wait(BEAT_S):
             if self._ended.is_set():
                 return
-            silent_s = time.monotonic() - self._answered
-            if silent_s > self._patience_s:
+            # Counted, not timed: this process may have stood still itself
+            before, waits = self._turns, waits + 1 if self._turns == before else 0
+            if waits * BEAT_S >= self._patience_s:
                 what = f"{self._host_of_store}, host of the ranks' store, hangs"
-                self._decide(self._line(what, f"no answer for {silent_s:.0f} s"))
+                self._decide(self._line(what, f"no answer for {waits * BEAT_S:.0f} s"))
                 self._may_go.set()
         if self._leaving.wait(GRACE_S):
             time.sleep(2 * LEAVE_S)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,7 +31,7 @@ from moetrain.config.errors import TrainError
 
 BEAT_S = 1.0
 SILENT_S = 3.0  # once a collective has failed, a rank without a sign of life for so long is the one that is lost
-NOBODY_S = 8.0  # once a collective has failed, how long all ranks must give signs of life to be believed
+NOBODY_S = 6.0  # once a collective has failed, how long all ranks must give signs of life to be believed
 GRACE_S = 1.0  # once there is a verdict, how long the main thread may take to meet it by itself
 LEAVE_S = 10.0  # how long the rank that hosts the store stays for the others to read the verdict
 SHOWN = 4
@@ -43,12 +44,15 @@ class LostRank(TrainError):
 
 @dataclass(frozen=True)
 class Beat:
-    """A rank's sign of life. at_s: when, in seconds since the watch began; step: optimizer steps done."""
+    """A rank's sign of life. at_s: when, in seconds since the watch began; step: optimizer steps done; at: where in our
+    code the main thread is; waits: whether that may be a wait for other ranks."""
 
     at_s: float
     step: int
     host: str
     pid: int
+    at: str = ""
+    waits: bool = False
 
 
 @contextmanager
@@ -187,7 +191,7 @@ class Watch:
         self._turns += 1
 
     def _beat(self) -> None:
-        beat = Beat(self._now(), self.step(), socket.gethostname(), os.getpid())
+        beat = Beat(self._now(), self.step(), socket.gethostname(), os.getpid(), *_place())
         self._store.set(f"beat/{self._rank}", json.dumps(asdict(beat)))
 
     def _beat_of(self, rank: int) -> Beat:
@@ -222,7 +226,7 @@ class Watch:
             seconds = max(silence[rank] for rank in lost)
             self._propose(self._line(", ".join(states + more), f"no sign of life for {seconds:.0f} s"))
         elif self._now() > since_s + NOBODY_S:
-            self._propose(self._line("a collective failed or took too long", _behind(beats)))
+            self._propose(self._line("a collective failed or took too long", behind(beats)))
 
     def _stay(self) -> None:
         """On the store's host: return when all other ranks have read the verdict or are lost themselves."""
@@ -275,10 +279,25 @@ def _state(beat: Beat) -> str:
     return "has died" if gone else "hangs"
 
 
-def _behind(beats: dict[int, Beat]) -> str:
-    """Which ranks the others may be waiting for."""
-    first = min(beat.step for beat in beats.values())
-    behind = [rank for rank, beat in beats.items() if beat.step == first]
-    if len(behind) == len(beats):
-        return "all ranks give signs of life and are in the same step"
-    return f"all ranks give signs of life; behind: {', '.join(_name(rank, beats[rank]) for rank in behind[:SHOWN])}"
+def _place() -> tuple[str, bool]:
+    """Where in our code the main thread is, and whether it may be waiting for other ranks there."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    file = frame.f_code.co_filename if frame else ""
+    waits = any(part in file for part in ("torch/distributed/", "torch/autograd/", "torch/_ops.py"))
+    while frame and not frame.f_globals.get("__name__", "").startswith("moetrain."):
+        frame = frame.f_back
+    if frame is None:
+        return "", waits
+    module = frame.f_globals["__name__"]
+    return f"{module}:{frame.f_lineno}", waits or module == __name__  # here it waits for a verdict
+
+
+def behind(beats: dict[int, Beat]) -> str:
+    """Which ranks the others may be waiting for, all of them being alive."""
+    least = min(beat.step for beat in beats.values())
+    found = [rank for rank, beat in beats.items() if not beat.waits]
+    found = found or [rank for rank, beat in beats.items() if beat.step == least]
+    alive = "all ranks give signs of life"
+    if len(found) == len(beats):
+        return alive
+    return f"{alive}; behind: {', '.join(f'{_name(rank, beats[rank])} at {beats[rank].at}' for rank in found[:SHOWN])}"

@@ -173,8 +173,8 @@ def straight(prepared: Path) -> list[str]:
 def test_under_a_launcher_that_leaves_the_other_ranks_alone(
     how: str, lost: int, prepared: Path, straight: list[str]
 ) -> None:
-    """Rank 0 hosts the store through which the others would hear of it. Rank 2 dies while a checkpoint is written in the
-    background, which the others must not finish without it. Rank 3 reads its own copy of the data, which goes bad."""
+    """Rank 0 hosts the store through which the others would hear of it. Rank 2 dies while a checkpoint is written in
+    the background, which the others must not finish without it. Rank 3 has its own copy of the data, which goes bad."""
     run_dir, own = prepared / how.replace(" ", "-"), prepared / "own"
     shutil.copytree(prepared / "prepared", own / "prepared", dirs_exist_ok=True)
     world = World(prepared, [*straight, f"run_dir={run_dir}"], {3: own})

@@ -53,6 +53,13 @@ def process_group(device: torch.device, timeout_s: int) -> Iterator[None]:
     dist.destroy_process_group()
 
 
+def limit_waits(timeout_s: int) -> None:
+    """Let collectives of all groups that exist so far give up after ``timeout_s``: torch gives new groups a timeout of
+    its own (30 minutes with gloo), whatever that of the default group is."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
+
+
 def set_up_torch(cfg: Config, ranks_here: int) -> None:
     """Threads, seeds and determinism. ``ranks_here``: processes that share this machine's cores."""
     if pick_device(cfg.device).type == "cpu":

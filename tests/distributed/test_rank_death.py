@@ -22,11 +22,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
 import moetrain.train  # noqa: F401 ranks are forked with everything imported
 from moetrain import cli
 from moetrain.checkpoint import layout, newest
 from moetrain.checkpoint.layout import DamagedError
+from moetrain.train.runtime import limit_waits
+from tests.distributed.harness import run_ranks
 from tests.distributed.toy_run import BASE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -237,6 +241,25 @@ def test_with_ranks_that_moetrain_started_itself(prepared: Path, straight: list[
     assert_checkpoints_are_whole(prepared / "own-ranks")
     run(prepared, ["--resume", "own-ranks"])
     assert curve(prepared / "own-ranks") == curve(prepared / "straight")
+
+
+def test_groups_made_by_others_give_up_as_soon_as_the_default_one() -> None:
+    """Those of a mesh, say, with which a rank would wait half an hour."""
+
+    def wait_for_one_that_does_not_come() -> None:
+        store = dist.distributed_c10d._get_default_store()
+        group = dist.new_group()
+        limit_waits(1)
+        if dist.get_rank() == 0:
+            with pytest.raises(RuntimeError, match=r"(?i)timed out|timeout"):
+                dist.recv(torch.zeros(1), 1, group=group)
+            limit_waits(30)
+            store.set("given up", "")
+        else:
+            limit_waits(30)
+            store.wait(["given up"])
+
+    run_ranks(2, wait_for_one_that_does_not_come)
 
 
 def rank_of(parent: int, rank: int) -> int:

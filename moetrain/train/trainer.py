@@ -40,7 +40,6 @@ class Trainer:
         self.data = TokenData.open(cfg.data.dir, vocab_size=cfg.model.vocab_size)
         self.loader = self._loader()
         self.engine = build_engine(cfg, self.dims, self.device)
-        runtime.limit_waits(cfg.parallel.timeout_s)  # not those of checkpoints, which wait for slow disks
         self.peak_lr: float = cfg.optim.lr
         self.checkpointer = Checkpointer(run_dir / "checkpoints", cfg.checkpoint.keep, cfg.checkpoint.asynchronous)
         self.parameters = count_parameters(cfg.model)

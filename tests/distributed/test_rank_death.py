@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ import moetrain.train  # noqa: F401 ranks are forked with everything imported
 from moetrain import cli
 from moetrain.checkpoint import layout, newest
 from moetrain.checkpoint.layout import DamagedError
-from moetrain.train.runtime import limit_waits
+from moetrain.train.runtime import timeout_of_new_groups
 from tests.distributed.harness import run_ranks
 from tests.distributed.toy_run import BASE
 
@@ -243,23 +244,21 @@ def test_with_ranks_that_moetrain_started_itself(prepared: Path, straight: list[
     assert curve(prepared / "own-ranks") == curve(prepared / "straight")
 
 
-def test_groups_made_by_others_give_up_as_soon_as_the_default_one() -> None:
-    """Those of a mesh, say, with which a rank would wait half an hour."""
+def test_groups_that_others_make_give_up_as_soon_as_the_default_one() -> None:
+    """Those of a mesh, say, in which a pipeline would wait half an hour for a stage that does not send."""
 
-    def wait_for_one_that_does_not_come() -> None:
+    def wait_for_one_that_does_not_send() -> None:
         store = dist.distributed_c10d._get_default_store()
-        group = dist.new_group()
-        limit_waits(1)
+        with timeout_of_new_groups(timedelta(seconds=1)):
+            group = dist.new_group()
         if dist.get_rank() == 0:
             with pytest.raises(RuntimeError, match=r"(?i)timed out|timeout"):
                 dist.recv(torch.zeros(1), 1, group=group)
-            limit_waits(30)
             store.set("given up", "")
         else:
-            limit_waits(30)
             store.wait(["given up"])
 
-    run_ranks(2, wait_for_one_that_does_not_come)
+    run_ranks(2, wait_for_one_that_does_not_send)
 
 
 def rank_of(parent: int, rank: int) -> int:

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,9 +204,7 @@ def report(error: Exception) -> int:
     """Show ``error`` as one line, or leave it for the process that started this rank; return the exit code."""
     line = " ".join(str(error).split())
     code = error.exit_code if isinstance(error, UserError) else 1
-    local.record_error(line, code)
-    if not local.reports_for_me():
-        print(f"moetrain: error: {line}", file=sys.stderr)
+    local.show_error(line, code)
     return code
 
 
@@ -260,7 +259,7 @@ def get_ready(cfg: Config, resume: bool) -> None:
     preflight(cfg)
 
 
-def start_ranks(cfg: Config, resume: Path | None, traceback: bool) -> int:
+def start_ranks(cfg: Config, resume: Path | None, show_traceback: bool) -> int:
     """Run ``cfg`` on ``cfg.launch.ranks`` processes of this machine. Raises TrainError with the first rank's error."""
     ranks = cfg.launch.ranks
     given = os.environ.get("OMP_NUM_THREADS", "")
@@ -270,10 +269,11 @@ def start_ranks(cfg: Config, resume: Path | None, traceback: bool) -> int:
         save(cfg, config)
         command = [sys.executable, "-m", "moetrain.cli", "train", "--config", str(config)]
         command += ["--resume", str(resume)] if resume else []
-        command += ["--traceback"] if traceback else []
+        command += ["--traceback"] if show_traceback else []
         outcome = local.run_ranks(command, ranks, {"OMP_NUM_THREADS": str(threads)})
     if outcome.message:
-        again = f"; to go on: moetrain train --resume {cfg.run_dir}" if outcome.code > 128 else ""
+        killed = outcome.code > 128 and "--resume" not in outcome.message
+        again = f"; to go on: moetrain train --resume {cfg.run_dir}" if killed else ""
         print(f"moetrain: error: {outcome.message}{again}", file=sys.stderr)
     return outcome.code
 
@@ -375,7 +375,13 @@ def show_help(parser: Parser, command: str, only: Sequence[str]) -> int:
 
 def entry() -> NoReturn:
     """The console command."""
-    code = main()
+    try:
+        code = main()
+    except Exception:
+        if "RANK" not in os.environ:
+            raise
+        traceback.print_exc()
+        code = 1
     if code and "RANK" in os.environ:
         # A rank that fails may leave collectives and their threads behind, on which the usual exit would abort.
         sys.stdout.flush()

@@ -36,6 +36,7 @@ KNOW_THE_RANK = {
     "moetrain/train/finish.py",
     "moetrain/train/runtime.py",
     "moetrain/train/sinks.py",
+    "moetrain/train/watch.py",
 }
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 # Set for the ranks: whoever started them reports the first error of all ranks, once, so they do not print their own.
 REPORTED = "MOETRAIN_ERRORS_REPORTED"
+STOPPED_LATE_S = 10  # the agent waits 30 s before it kills a rank that does not heed SIGTERM
 NO_FILE = "<N/A>"  # what the agent says of a rank that left no message
 
 
@@ -78,6 +79,13 @@ def record_error(message: str, code: int) -> None:
             json.dump({"message": message, "timestamp": str(int(time.time())), "code": code}, file)
 
 
+def show_error(line: str, code: int) -> None:
+    """Show ``line``, or leave it, with the exit code, for the process that started this rank and shows it for all."""
+    record_error(line, code)
+    if not reports_for_me():
+        print(f"moetrain: error: {line}", file=sys.stderr, flush=True)
+
+
 def end_with_parent() -> None:
     """Called by a rank at its start: let the system end it when the process that started it is gone, however that ends.
 
@@ -98,13 +106,16 @@ def reports_for_me() -> bool:
 
 def _first_cause(failures: Mapping[int, Any]) -> Outcome:
     """The failure to report. A rank that was killed without a word takes its peers down with it, so it comes first;
-    then one that left a message; then any other; those that the agent stopped with SIGTERM for it come last."""
+    then one that left a message; then any other; those that the agent stopped for it, with SIGTERM or long after with
+    SIGKILL, come last."""
+    first = min(failure.timestamp for failure in failures.values())
 
     def order(item: tuple[int, Any]) -> tuple[int, int]:
         rank, failure = item
         if failure.error_file != NO_FILE:
             return 1, rank
-        if failure.exitcode == -signal.SIGTERM:
+        stopped_late = failure.exitcode == -signal.SIGKILL and failure.timestamp > first + STOPPED_LATE_S
+        if failure.exitcode == -signal.SIGTERM or stopped_late:
             return 3, rank
         return (0 if failure.exitcode < 0 else 2), rank
 

@@ -21,7 +21,7 @@ from moetrain.checkpoint.layout import FileHash
 from moetrain.checkpoint.load import newest
 from moetrain.checkpoint.state import to_cpu
 from moetrain.checkpoint.writer import HashingWriter
-from moetrain.comm.ranks import RankError, Ranks, one_line
+from moetrain.comm.ranks import RankError, Ranks, lost_connection, one_line
 from moetrain.config.errors import CheckpointError
 
 # One process without a group is a normal case here.
@@ -96,7 +96,8 @@ class Checkpointer:
             self._whole = ranks.first(lambda: layout.commit(self.folder, step))
         except Exception as error:
             self.failed.append(step)
-            why = f"{one_line(error)}; training goes on, last good checkpoint: {self.last_good()}"
+            goes_on = "" if lost_connection(error) else "training goes on, "
+            why = f"{one_line(error)}; {goes_on}last good checkpoint: {self.last_good()}"
             ranks.say(logging.ERROR, f"checkpoint of step {step} was not saved: {why}")
             with suppress(Exception):  # when a rank is gone, nobody can be waited for
                 ranks.first(lambda: shutil.rmtree(temporary, ignore_errors=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -93,3 +94,16 @@ def one_line(error: BaseException) -> str:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     text = " ".join(str(error).split())
     return text[:300] if text else type(error).__name__
+
+
+_LOST = re.compile(r"gloo|nccl|connection (was )?(closed|reset|refused)|broken pipe|timed? ?out", re.IGNORECASE)
+
+
+def lost_connection(error: BaseException) -> bool:
+    """Whether ``error`` looks like a collective that failed because another rank is gone or does not answer."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, dist.DistError) or (_LOST.search(str(seen)) and not isinstance(seen, OSError)):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False

@@ -16,23 +16,27 @@ from moetrain.train.finish import finish, stopped
 from moetrain.train.preflight import preflight
 from moetrain.train.rundir import claim
 from moetrain.train.trainer import Trainer
+from moetrain.train.watch import watched
 
 
 def run(cfg: Config, resume: bool = False) -> None:
     """Train ``cfg`` on this rank, in the process group of the launcher's environment, or alone where there is none.
 
     resume: continue the run in ``cfg.run_dir`` from its newest whole checkpoint.
-    Raises a UserError (config, data, checkpoint, training) that every rank sees alike.
+    Raises a UserError (config, data, checkpoint, training), which most often every rank sees alike; LostRank when
+    another rank died, hangs or failed by itself.
     """
     device = runtime.pick_device(cfg.device)
     runtime.set_up_torch(cfg, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    with runtime.process_group(device, cfg.parallel.timeout_s):
+    timeout_s = cfg.parallel.timeout_s
+    with runtime.process_group(device, timeout_s), watched(timeout_s, cfg.run_dir) as watch:
         sizes = resolve_sizes(cfg.parallel, dist.get_world_size())
         run_dir = claim(cfg, resume)
         runtime.set_up_log(run_dir, dist.get_rank())
         prepare_once(cfg.data)
         preflight(cfg)
         trainer = Trainer(cfg, sizes, run_dir)
+        watch.step, watch.last_good = lambda: trainer.step, trainer.checkpointer.last_good
         if resume:
             trainer.resume()
         announce(trainer)

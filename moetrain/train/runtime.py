@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,8 +34,28 @@ def pick_device(name: str) -> torch.device:
 
 
 @contextmanager
+def timeout_of_new_groups(timeout: timedelta) -> Iterator[None]:
+    """Give this timeout to all process groups that are made meanwhile and name none, as those of a mesh.
+
+    torch's own is 30 minutes with gloo, whatever that of the default group is, and a group that has been made cannot be
+    changed altogether: receiving in a pipeline would keep the first timeout.
+    """
+    c10d: Any = dist.distributed_c10d
+    before = c10d.default_pg_timeout, c10d.default_pg_nccl_timeout
+    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
+    try:
+        yield
+    finally:
+        c10d.default_pg_timeout, c10d.default_pg_nccl_timeout = before
+
+
+@contextmanager
 def process_group(device: torch.device, timeout_s: int) -> Iterator[None]:
-    """The default process group: from the launcher's environment, or of this one process when there is no launcher."""
+    """The default process group: from the launcher's environment, or of this one process when there is no launcher.
+    All groups that are made in it have its timeout.
+
+    After an error of one of several ranks it is left as it is: to destroy it could wait for ranks that are gone.
+    """
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
     if "WORLD_SIZE" in os.environ:
@@ -42,9 +63,13 @@ def process_group(device: torch.device, timeout_s: int) -> Iterator[None]:
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     try:
-        yield
-    finally:
-        dist.destroy_process_group()
+        with timeout_of_new_groups(timeout):
+            yield
+    except BaseException:
+        if dist.get_world_size() == 1:
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def set_up_torch(cfg: Config, ranks_here: int) -> None:

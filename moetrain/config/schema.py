@@ -172,7 +172,7 @@ class ParallelConfig:
     etp: int = Field(default=1, description="tensor parallel ranks inside an expert")
     context: Literal["all_gather", "ring", "all_to_all"] = Field(
         default="all_gather",
-        description="how attention crosses cp ranks: gather keys and values, pass them round, or trade heads (Ulysses)",
+        description="how attention crosses cp ranks: gather all keys and values, take a rank's at a time, or trade heads (Ulysses)",
     )
     schedule: Literal[
         "gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv_zero_bubble", "dualpipev"
@@ -279,7 +279,7 @@ class TrainConfig:
     )
     recompute: Literal["none", "selective", "full"] = Field(
         default="none",
-        description="what backward recomputes: nothing, the experts and MLPs (no communication), or whole blocks",
+        description="what backward recomputes: nothing, inside experts and MLPs (no dispatch again), or whole blocks",
     )
     compile: bool = Field(default=False, description="torch.compile the dense parts of each block")
     deterministic: bool = Field(default=True, description="deterministic algorithms only")

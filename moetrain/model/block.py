@@ -24,7 +24,8 @@ class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)). Dense layers have ``mlp``, MoE layers ``moe``; the other is None.
 
     ``recompute`` says what backward computes again: nothing, the inner activations of experts and MLPs ("selective": no
-    communication is repeated), or the whole block. Routing is never decided twice: the memo outlives the first pass.
+    row is dispatched again; tensor parallelism gathers an MLP's tokens again), or the whole block. Routing is never
+    decided twice: the memo outlives the first pass.
     """
 
     def __init__(self, cfg: ModelConfig, layer: int, balance: dict, experts: ExpertsConfig) -> None:

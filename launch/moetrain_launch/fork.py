@@ -6,6 +6,7 @@ or hangs its ranks harms no other.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -38,8 +39,10 @@ def run_ranks(world: int, fn: Callable[..., T], *args: Any, timeout: float = 60)
     """
     with tempfile.TemporaryDirectory() as folder:
         ranks = [_fork.Process(target=_run_one, args=(Path(folder), rank, world, fn, args)) for rank in range(world)]
+        gc.freeze()  # what a rank's garbage collector does not touch stays shared with this process
         for process in ranks:
             process.start()
+        gc.unfreeze()
         try:
             finished = _wait(ranks, timeout)
         finally:

@@ -172,7 +172,7 @@ class ParallelConfig:
     etp: int = Field(default=1, description="tensor parallel ranks inside an expert")
     context: Literal["all_gather", "ring", "all_to_all"] = Field(
         default="all_gather",
-        description="how attention crosses cp ranks: gather all keys and values, take a rank's at a time, or trade heads (Ulysses)",
+        description="how attention crosses cp ranks: gather all keys, take them rank by rank, or trade heads (Ulysses)",
     )
     schedule: Literal[
         "gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv_zero_bubble", "dualpipev"

@@ -16,7 +16,8 @@ def grouped_mm_obstacle(device: torch.device, dtype: torch.dtype, dim: int, expe
     """
     if not hasattr(F, "grouped_mm") and not hasattr(torch, "_grouped_mm"):
         return f"torch {torch.__version__} has no grouped_mm"
-    takes = {"cpu": (torch.float32, torch.bfloat16, torch.float16), "cuda": (torch.bfloat16,)}.get(device.type, ())
+    wide = (torch.float32, torch.bfloat16, torch.float16)
+    takes = {"cpu": wide, "cuda": (torch.bfloat16,), "meta": wide}.get(device.type, ())
     if dtype not in takes:
         return f"torch's grouped_mm does not take {str(dtype).removeprefix('torch.')} on {device.type}"
     multiple = 16 // dtype.itemsize

@@ -65,12 +65,9 @@ def shard(
     if offload:
         settings["offload_policy"] = CPUOffloadPolicy(pin_memory=device_type == "cuda")
     blocks: list[nn.Module] = list(model.layers.values())
-    alone: set[nn.Parameter] = set()
+    alone = left_alone(model, expert_mesh.size(), offload)
     for experts in (module for module in model.modules() if isinstance(module, Experts)):
-        if expert_mesh.size() == 1 and not offload:
-            # Experts that no other rank holds have nothing to gather or to reduce. FSDP would still copy every weight
-            # and gradient twice a step; the kernels take float32 weights under bfloat16 rows as they are.
-            alone.update(experts.parameters())
+        if alone.issuperset(experts.parameters()):
             continue
         place = expert_placement(expert_mesh.size())
         fully_shard(experts, mesh=expert_mesh, reshard_after_forward=reshard, shard_placement_fn=place, **settings)
@@ -84,6 +81,17 @@ def shard(
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     _prefetch(blocks, prefetch)
+
+
+def left_alone(model: nn.Module, edp: int, offload: bool) -> set[nn.Parameter]:
+    """Parameters that ``shard`` leaves to themselves: experts that no other rank holds.
+
+    They have nothing to gather or to reduce. FSDP would still copy every weight and gradient twice a step; the kernels
+    take float32 weights under bfloat16 rows as they are.
+    """
+    if edp > 1 or offload:
+        return set()
+    return {p for module in model.modules() if isinstance(module, Experts) for p in module.parameters()}
 
 
 def _prefetch(blocks: list[nn.Module], ahead: int) -> None:

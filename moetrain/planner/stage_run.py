@@ -1,0 +1,135 @@
+"""One micro-batch through one pipeline stage on the meta device, forward and backward: what it keeps and what it sends.
+
+The modules are those of a run, made parallel but for FSDP, which changes neither; weights are in the dtype in which a
+run computes with them. Nothing is estimated: what autograd saves is looked at, and so is every collective.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from moe_kernels import choose_backend
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from moetrain.config.schema import Config
+from moetrain.moe.experts import Experts
+from moetrain.parallel.apply import build_stage, spread, weight_dtype
+from moetrain.parallel.fsdp import left_alone
+from moetrain.parallel.mesh import ParallelDims
+from moetrain.parallel.pipeline import StagePart
+from moetrain.parallel.stages import Stage
+from moetrain.planner.attention import FusedAttention
+from moetrain.planner.balanced import Balancer
+from moetrain.planner.groups import DryGroup, Traffic
+
+# Groups whose collectives the modules themselves call.
+WITHIN = ("ep", "etp", "tp", "cp", "sequence", "stage")
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """Of one micro-batch. kept: bytes of activations that live from its forward to its backward. passed: bytes of what
+    the stage hands on (its gradient comes back as large); 0 for the last. traffic: by group, forward and backward."""
+
+    kept: int
+    passed: int
+    traffic: dict[str, Traffic]
+
+
+def compute_dtype(cfg: Config) -> torch.dtype:
+    """The dtype of activations."""
+    return torch.bfloat16 if cfg.train.precision == "bf16" else weight_dtype(cfg)
+
+
+def run_stage(cfg: Config, dims: ParallelDims, stage: Stage, balancer: Balancer, device: str) -> StageRun:
+    """Run ``stage`` as it would run on ``device`` ("cuda" or "cpu")."""
+    part = build_stage(cfg, stage)
+    spread(part, cfg, dims)
+    _in_compute_dtype(part, cfg, dims)
+    for experts in part.modules():
+        if isinstance(experts, Experts):
+            _, _, inner, dim = experts.w13.shape
+            experts.backend = choose_backend(cfg.experts.backend, device, compute_dtype(cfg), dim, inner)[0]
+    groups = {name: dims.sequence_group if name == "sequence" else dims.stage_group if name == "stage" else
+              dims.group(name) for name in WITHIN}  # fmt: skip
+    for group in groups.values():
+        traffic_of(group).__init__()  # type: ignore[misc]
+    balancer.install(part, lambda name, planned: traffic_of(groups[name]).merge(planned))
+    inputs, arguments = _inputs(cfg, dims, stage, part)
+    kept = _Kept(part)
+    with FusedAttention(device), torch.autograd.set_multithreading_enabled(False):
+        with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda x: x):
+            outputs = part(*inputs, **arguments)
+        if dims.sizes.pp > 1:  # a pipeline holds on to both
+            for x in (*inputs, *outputs):
+                kept.pack(x)
+        torch.autograd.backward(outputs, [torch.empty_like(x) for x in outputs])
+    traffic = {name: traffic_of(group) for name, group in groups.items()}
+    return StageRun(kept.bytes(), 0 if stage.last else sum(x.nbytes for x in outputs), traffic)
+
+
+def traffic_of(group: dist.ProcessGroup) -> Traffic:
+    """What the rank sent over ``group``."""
+    assert isinstance(group, DryGroup)
+    return group.traffic
+
+
+def _in_compute_dtype(part: StagePart, cfg: Config, dims: ParallelDims) -> None:
+    """What FSDP's mixed precision makes of the parameters, but those that it leaves alone."""
+    alone = left_alone(part, dims.sizes.edp, cfg.parallel.offload == "all")
+    dtype = compute_dtype(cfg)
+    for module in part.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            if p not in alone and p.dtype != dtype:
+                module.register_parameter(name, nn.Parameter(p.detach().to(dtype)))
+
+
+def _inputs(cfg: Config, dims: ParallelDims, stage: Stage, part: StagePart) -> tuple[list[Tensor], dict[str, Any]]:
+    """What a pipeline gives to the stage."""
+    t, s = cfg.train, dims.sizes
+    B, S = t.micro_batch, t.seq_len // s.cp
+
+    def integers(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int64, device="meta")
+
+    def received(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+
+    arguments: dict[str, Any] = {"seq_len": t.seq_len, "targets_BS": integers(B, S) if stage.last else None}
+    if cfg.data.document_mask:
+        arguments["document_BN"] = integers(B, t.seq_len)
+    if stage.first:
+        return [integers(B, S)], arguments
+    dtype = compute_dtype(cfg)
+    inputs = [received(B, S // s.tp, cfg.model.dim, dtype=dtype)]
+    if part.aux_names:
+        inputs.append(received(len(part.aux_names), dtype=torch.promote_types(dtype, torch.float32)))
+    return inputs, arguments
+
+
+class _Kept:
+    """The memory that saved tensors hold on to, each piece once; parameters' and buffers' left out."""
+
+    def __init__(self, part: StagePart) -> None:
+        self.owned = {_storage(x)._cdata for x in (*part.parameters(), *part.buffers())}
+        self.seen: dict[int, Any] = {}
+
+    def pack(self, x: Tensor) -> Tensor:
+        storage = _storage(x)
+        if storage._cdata not in self.owned:
+            self.seen[storage._cdata] = storage  # held, so that no other gets its address
+        return x
+
+    def bytes(self) -> int:
+        return sum(storage.nbytes() for storage in self.seen.values())
+
+
+def _storage(x: Tensor) -> Any:
+    return (x.to_local() if isinstance(x, DTensor) else x).untyped_storage()
+
+
+__all__ = ["StageRun", "compute_dtype", "run_stage", "traffic_of"]

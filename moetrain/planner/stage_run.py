@@ -32,11 +32,10 @@ WITHIN = ("ep", "etp", "tp", "cp", "sequence", "stage")
 
 @dataclass(frozen=True)
 class StageRun:
-    """Of one micro-batch. kept: bytes of activations that live from its forward to its backward. passed: bytes of what
-    the stage hands on (its gradient comes back as large); 0 for the last. traffic: by group, forward and backward."""
+    """Of one micro-batch. kept: bytes of activations that live from its forward to its backward. traffic: by group,
+    forward and backward."""
 
     kept: int
-    passed: int
     traffic: dict[str, Traffic]
 
 
@@ -69,7 +68,7 @@ def run_stage(cfg: Config, dims: ParallelDims, stage: Stage, balancer: Balancer,
                 kept.pack(x)
         torch.autograd.backward(outputs, [torch.empty_like(x) for x in outputs])
     traffic = {name: traffic_of(group) for name, group in groups.items()}
-    return StageRun(kept.bytes(), 0 if stage.last else sum(x.nbytes for x in outputs), traffic)
+    return StageRun(kept.bytes(), traffic)
 
 
 def traffic_of(group: dist.ProcessGroup) -> Traffic:
@@ -130,6 +129,3 @@ class _Kept:
 
 def _storage(x: Tensor) -> Any:
     return (x.to_local() if isinstance(x, DTensor) else x).untyped_storage()
-
-
-__all__ = ["StageRun", "compute_dtype", "run_stage", "traffic_of"]

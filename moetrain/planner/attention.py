@@ -32,7 +32,8 @@ class FusedAttention(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and args[0].is_meta:
-            return fused(*args, kwargs.get("attn_mask"), self.device)
+            q, k, v = args
+            return fused(q, k, v, kwargs.get("attn_mask"), self.device)
         return func(*args, **kwargs)
 
 

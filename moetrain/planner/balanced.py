@@ -79,7 +79,7 @@ class Balancer:
             return dispatcher.layout(routing(case)), *groups
 
         with ThreadPoolExecutor(ep * etp) as pool:
-            layout, of_ep, of_etp = list(pool.map(plan, range(ep * etp)))[0]
+            layout, of_ep, of_etp = next(iter(list(pool.map(plan, range(ep * etp)))))
         return Laid(_on_meta(layout), of_ep.traffic, of_etp.traffic)
 
 

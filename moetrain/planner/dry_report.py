@@ -19,7 +19,7 @@ NOTES = (
     "weights, gradients, optimizer: this rank's shards. activations: of all micro-batches under way. gathered: whole "
     "weights that FSDP holds at a time. unreduced: whole gradients that wait for the end of the step. host: what of "
     "these is in host memory. total: the rest, at most.",
-    "Assumed: balanced routing, fused attention; the first rank of each group. Not counted: allocator, kernels' buffers.",
+    "Assumed: balanced routing, fused attention; first ranks of groups. Not counted: allocator, kernels. buffers.",
 )
 
 

@@ -26,10 +26,10 @@ from moetrain.parallel.mesh import ParallelDims
 from moetrain.parallel.pipeline import Held
 from moetrain.parallel.stages import Stage, all_stages
 from moetrain.planner.balanced import Balancer
-from moetrain.planner.groups import Traffic, dry_world
+from moetrain.planner.groups import Meter, Traffic, dry_world
 from moetrain.planner.order import actions, most_kept
-from moetrain.planner.sharded import Gathers, Shards, local_of, reductions, shard_stage, whole_gradients
-from moetrain.planner.stage_run import StageRun, compute_dtype, run_stage, traffic_of
+from moetrain.planner.sharded import Gathers, local_of, reductions, shard_stage, whole_gradients
+from moetrain.planner.stage_run import StageRun, compute_dtype, run_stage
 
 
 @dataclass(frozen=True)
@@ -80,18 +80,18 @@ def dry_run(cfg: Config, sizes: Sizes) -> list[RankFigures]:
     device = "cpu" if cfg.device == "cpu" else "cuda"
     with dry_world(sizes.world):
         dims = ParallelDims.build(sizes, "cpu")
-        balancer = Balancer(cfg, sizes)
+        balancer, meter = Balancer(cfg, sizes), Meter(dims)
         stages = all_stages(cfg, sizes)
         found = []
         for rank in range(sizes.pp):
             mine = [stages[i] for i in sizes.stages_of_rank(rank, cfg.parallel.schedule)]
-            runs = {stage.index: run_stage(cfg, dims, stage, balancer, device) for stage in mine}
-            found.append(_rank(cfg, dims, rank, mine, runs, device))
+            runs = {stage.index: run_stage(cfg, dims, meter, stage, balancer, device) for stage in mine}
+            found.append(_rank(cfg, dims, meter, rank, mine, runs, device))
         return found
 
 
 def _rank(
-    cfg: Config, dims: ParallelDims, rank: int, mine: list[Stage], runs: dict[int, StageRun], device: str
+    cfg: Config, dims: ParallelDims, meter: Meter, rank: int, mine: list[Stage], runs: dict[int, StageRun], device: str
 ) -> RankFigures:
     sizes = dims.sizes
     shards = {stage.index: shard_stage(cfg, dims, stage) for stage in mine}
@@ -114,7 +114,7 @@ def _rank(
         for name, sent in found.items():
             add(name, sent)
     add("pp", _passed(cfg, sizes, rank, mine, n))
-    state, at_update = _update(cfg, dims, held)
+    state, at_update = _update(cfg, dims, meter, held)
     for found in (at_update, _end_of_step(cfg, sizes, held, device)):
         for name, sent in found.items():
             add(name, sent)
@@ -155,19 +155,17 @@ def _passed(cfg: Config, sizes: Sizes, rank: int, mine: list[Stage], n: int) -> 
     return sent
 
 
-def _update(cfg: Config, dims: ParallelDims, held: nn.Module) -> tuple[int, dict[str, Traffic]]:
+def _update(cfg: Config, dims: ParallelDims, meter: Meter, held: nn.Module) -> tuple[int, dict[str, Traffic]]:
     """(bytes of the optimizer's state, what its step and the sum of copies before it send): by running both."""
     for p in held.parameters():
         p.grad = torch.empty_like(p)
-    groups = {name: dims.group(name) for name in ("tp", "edp", "ep")} | {"fsdp": dims.weights["fsdp"].get_group()}
-    for group in groups.values():
-        traffic_of(group).__init__()  # type: ignore[misc]
-    if dims.sizes.tp > 1:
-        tensor.sum_copies(tensor.copies(held), groups["tp"])
     optimizer = build_optimizer(cfg.optim, held)
-    optimizer.step()
+    with meter.measure() as traffic:
+        if dims.sizes.tp > 1:
+            tensor.sum_copies(tensor.copies(held), dims.group("tp"))
+        optimizer.step()
     state = [v for values in optimizer.state.values() for v in values.values() if isinstance(v, torch.Tensor)]
-    return _bytes(state), {name: traffic_of(group) for name, group in groups.items()}
+    return _bytes(state), traffic
 
 
 def _end_of_step(cfg: Config, sizes: Sizes, held: nn.Module, device: str) -> dict[str, Traffic]:

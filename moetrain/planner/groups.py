@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moetrain.parallel.mesh import ParallelDims
+
 BACKEND = "moetrain_dry"
 
 
@@ -42,7 +44,7 @@ class DryGroup(dist.ProcessGroup):
     """A group that counts. What it "receives" on the meta device is as good as anything."""
 
     def __init__(self, rank: int, size: int) -> None:
-        super().__init__(rank, size)
+        super().__init__(rank, size)  # type: ignore[call-arg]
         self.place, self.members = rank, size
         self.traffic = Traffic()
 
@@ -139,6 +141,31 @@ def _leaving(x: Tensor, splits: Sequence[int], place: int, size: int) -> int:
     row = x.nbytes // max(len(x), 1)
     own = splits[place] if splits else len(x) // size
     return (len(x) - own) * row
+
+
+class Meter:
+    """The groups of ``dims`` by name, and what they send. One name may stand for groups of several meshes."""
+
+    def __init__(self, dims: ParallelDims) -> None:
+        named: list[tuple[str, Any]] = [
+            ("data", dims.data_group),
+            ("sequence", dims.sequence_group),
+            ("stage", dims.stage_group),
+            ("world", dist.group.WORLD),
+        ]
+        for mesh in (dims.dense, dims.weights, dims.experts):
+            named += [(name, mesh[name].get_group()) for name in mesh.mesh_dim_names or ()]
+        self.groups = named
+
+    @contextmanager
+    def measure(self) -> Iterator[dict[str, Traffic]]:
+        """What is sent in the meantime, by name of the group."""
+        found = {name: Traffic() for name, _ in self.groups}
+        for name, group in self.groups:
+            group.traffic = found[name]
+        yield found
+        for _, group in self.groups:
+            group.traffic = Traffic()
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from moe_kernels import choose_backend
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -24,10 +23,7 @@ from moetrain.parallel.pipeline import StagePart
 from moetrain.parallel.stages import Stage
 from moetrain.planner.attention import FusedAttention
 from moetrain.planner.balanced import Balancer
-from moetrain.planner.groups import DryGroup, Traffic
-
-# Groups whose collectives the modules themselves call.
-WITHIN = ("ep", "etp", "tp", "cp", "sequence", "stage")
+from moetrain.planner.groups import Meter, Traffic
 
 
 @dataclass(frozen=True)
@@ -44,7 +40,7 @@ def compute_dtype(cfg: Config) -> torch.dtype:
     return torch.bfloat16 if cfg.train.precision == "bf16" else weight_dtype(cfg)
 
 
-def run_stage(cfg: Config, dims: ParallelDims, stage: Stage, balancer: Balancer, device: str) -> StageRun:
+def run_stage(cfg: Config, dims: ParallelDims, meter: Meter, stage: Stage, balancer: Balancer, device: str) -> StageRun:
     """Run ``stage`` as it would run on ``device`` ("cuda" or "cpu")."""
     part = build_stage(cfg, stage)
     spread(part, cfg, dims)
@@ -53,28 +49,17 @@ def run_stage(cfg: Config, dims: ParallelDims, stage: Stage, balancer: Balancer,
         if isinstance(experts, Experts):
             _, _, inner, dim = experts.w13.shape
             experts.backend = choose_backend(cfg.experts.backend, device, compute_dtype(cfg), dim, inner)[0]
-    groups = {name: dims.sequence_group if name == "sequence" else dims.stage_group if name == "stage" else
-              dims.group(name) for name in WITHIN}  # fmt: skip
-    for group in groups.values():
-        traffic_of(group).__init__()  # type: ignore[misc]
-    balancer.install(part, lambda name, planned: traffic_of(groups[name]).merge(planned))
     inputs, arguments = _inputs(cfg, dims, stage, part)
     kept = _Kept(part)
-    with FusedAttention(device), torch.autograd.set_multithreading_enabled(False):
+    with meter.measure() as traffic, FusedAttention(device), torch.autograd.set_multithreading_enabled(False):
+        balancer.install(part, lambda name, planned: traffic[name].merge(planned))
         with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda x: x):
             outputs = part(*inputs, **arguments)
         if dims.sizes.pp > 1:  # a pipeline holds on to both
             for x in (*inputs, *outputs):
                 kept.pack(x)
         torch.autograd.backward(outputs, [torch.empty_like(x) for x in outputs])
-    traffic = {name: traffic_of(group) for name, group in groups.items()}
     return StageRun(kept.bytes(), traffic)
-
-
-def traffic_of(group: dist.ProcessGroup) -> Traffic:
-    """What the rank sent over ``group``."""
-    assert isinstance(group, DryGroup)
-    return group.traffic
 
 
 def _in_compute_dtype(part: StagePart, cfg: Config, dims: ParallelDims) -> None:

@@ -104,5 +104,7 @@ def _prefetch(blocks: list[nn.Module], ahead: int) -> None:
         assert isinstance(block, FSDPModule)
         own = modules(block)[1:]
         block.set_modules_to_forward_prefetch([*own, *(m for b in blocks[i + 1 : i + 1 + ahead] for m in modules(b))])
+        # Without the block's own experts: this runs again when the gradient of the block's carry
+        # arrives, after the experts' backward, and would gather them for nothing.
         before = blocks[max(0, i - ahead) : i][::-1]
-        block.set_modules_to_backward_prefetch([*own, *(m for b in before for m in modules(b))])
+        block.set_modules_to_backward_prefetch([m for b in before for m in modules(b)])

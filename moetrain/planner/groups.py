@@ -171,6 +171,7 @@ class Meter:
 @contextmanager
 def dry_world(size: int) -> Iterator[None]:
     """A default process group in which this process is rank 0 of ``size``; no other process exists."""
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if BACKEND.upper() not in dist.Backend.backend_type_map and BACKEND not in dist.Backend.backend_list:
@@ -182,3 +183,4 @@ def dry_world(size: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+        _clear_sharding_prop_cache()  # it remembers meshes, which are equal to those of the next world of this size

@@ -7,34 +7,29 @@ not fused and run as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 
-class FusedAttention(TorchFunctionMode):
-    """While active, ``scaled_dot_product_attention`` is that of ``device`` ("cuda" or "cpu") on meta tensors."""
+@contextmanager
+def fused_attention(device: str) -> Iterator[None]:
+    """In the meantime torch's ``scaled_dot_product_attention`` is ``fused`` for meta tensors, also where backward
+    computes a block again (which is why this is no TorchFunctionMode: those do not reach into backward)."""
+    original = F.scaled_dot_product_attention
 
-    def __init__(self, device: str) -> None:
-        super().__init__()
-        self.device = device
+    def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **more: Any) -> Tensor:
+        return fused(q, k, v, attn_mask, device) if q.is_meta else original(q, k, v, attn_mask, **more)
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and args[0].is_meta:
-            q, k, v = args
-            return fused(q, k, v, kwargs.get("attn_mask"), self.device)
-        return func(*args, **kwargs)
+    F.scaled_dot_product_attention = attention  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = original
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, device: str) -> Tensor:

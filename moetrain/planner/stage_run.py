@@ -21,7 +21,7 @@ from moetrain.parallel.fsdp import left_alone
 from moetrain.parallel.mesh import ParallelDims
 from moetrain.parallel.pipeline import StagePart
 from moetrain.parallel.stages import Stage
-from moetrain.planner.attention import FusedAttention
+from moetrain.planner.attention import fused_attention
 from moetrain.planner.balanced import Balancer
 from moetrain.planner.groups import Meter, Traffic
 
@@ -51,7 +51,7 @@ def run_stage(cfg: Config, dims: ParallelDims, meter: Meter, stage: Stage, balan
             experts.backend = choose_backend(cfg.experts.backend, device, compute_dtype(cfg), dim, inner)[0]
     inputs, arguments = _inputs(cfg, dims, stage, part)
     kept = _Kept(part)
-    with meter.measure() as traffic, FusedAttention(device), torch.autograd.set_multithreading_enabled(False):
+    with meter.measure() as traffic, fused_attention(device), torch.autograd.set_multithreading_enabled(False):
         balancer.install(part, lambda name, planned: traffic[name].merge(planned))
         with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda x: x):
             outputs = part(*inputs, **arguments)

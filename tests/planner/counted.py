@@ -10,12 +10,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.pipelining import schedules
+from torch.distributed.tensor import DTensor
 
 import moetrain.comm.even
 from moetrain.config import Config
 from moetrain.config.check import resolve_sizes
 from moetrain.data.loader import Batch
+from moetrain.parallel.apply import build_stage, initialize, parallelize
 from moetrain.parallel.mesh import ParallelDims
+from moetrain.parallel.run import Inputs, local_inputs
+from moetrain.parallel.stages import Stage, all_stages
 from moetrain.train.engine import TorchEngine
 
 # (ranks of the group, kind) -> [calls, bytes sent]
@@ -137,3 +141,43 @@ def by_ranks(traffic: dict[str, Any], ranks: dict[str, tuple[int, ...]]) -> Coun
             calls[ranks[name], kind] += n
             size[ranks[name], kind] += of_group.sent[kind]
     return {key: [calls[key], size[key]] for key in calls if len(key[0]) > 1}
+
+
+def real_kept(cfg: Config) -> list[int]:
+    """Bytes that autograd keeps of one real micro-batch, of every stage; those of parameters left out."""
+    dims = ParallelDims.build(resolve_sizes(cfg.parallel, dist.get_world_size()), "cpu")
+    return [_kept(cfg, dims, stage) for stage in all_stages(cfg, dims.sizes)]
+
+
+def _kept(cfg: Config, dims: ParallelDims, stage: Stage) -> int:
+    part = build_stage(cfg, stage)
+    parallelize(part, cfg, dims)
+    part.to_empty(device="cpu")
+    initialize(part, cfg.model, cfg.seed)
+    t = cfg.train
+    tokens = torch.randint(cfg.model.vocab_size, (t.micro_batch, t.seq_len))
+    documents = torch.zeros(t.micro_batch, t.seq_len, dtype=torch.int64) if cfg.data.document_mask else None
+    mine, arguments = local_inputs(part, Inputs(tokens, tokens, documents))
+    inputs: list[torch.Tensor] = [mine]
+    if not stage.first:
+        dtype = torch.bfloat16 if t.precision == "bf16" else torch.float32
+        shape = (t.micro_batch, mine.shape[1] // dims.sizes.tp, cfg.model.dim)
+        inputs = [torch.randn(shape, dtype=dtype, requires_grad=True), torch.zeros(len(part.aux_names))]
+        inputs = inputs[: 1 + bool(part.aux_names)]
+    storages: dict[int, Any] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        def storage(y: torch.Tensor) -> Any:
+            return (y.to_local() if isinstance(y, DTensor) else y).untyped_storage()
+
+        # Now, for FSDP swaps parameters.
+        if storage(x).data_ptr() not in {storage(p).data_ptr() for p in (*part.parameters(), *part.buffers())}:
+            storages[storage(x).data_ptr()] = storage(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        outputs = part(*inputs, **arguments)
+    if dims.sizes.pp > 1:  # a pipeline keeps both
+        for x in (*inputs, *outputs):
+            pack(x)
+    return sum(s.nbytes() for s in storages.values())

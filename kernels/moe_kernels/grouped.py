@@ -12,12 +12,12 @@ from moe_kernels.reference import activate, loop_expert_mlp
 def grouped_mm_obstacle(device: torch.device, dtype: torch.dtype, dim: int, expert_dim: int) -> str | None:
     """Why torch's grouped product cannot run these experts, or None where it can.
 
-    Row strides must be multiples of 16 bytes; the CPU kernel takes float32, bfloat16 and float16, CUDA's bfloat16.
+    Row strides must be multiples of 16 bytes; the CPU kernel takes float32, bfloat16 and float16, CUDA's (and meta's) bfloat16.
     """
     if not hasattr(F, "grouped_mm") and not hasattr(torch, "_grouped_mm"):
         return f"torch {torch.__version__} has no grouped_mm"
-    wide = (torch.float32, torch.bfloat16, torch.float16)
-    takes = {"cpu": wide, "cuda": (torch.bfloat16,), "meta": wide}.get(device.type, ())
+    half = (torch.bfloat16,)
+    takes = {"cpu": (torch.float32, *half, torch.float16), "cuda": half, "meta": half}.get(device.type, ())
     if dtype not in takes:
         return f"torch's grouped_mm does not take {str(dtype).removeprefix('torch.')} on {device.type}"
     multiple = 16 // dtype.itemsize

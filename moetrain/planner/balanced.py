@@ -40,7 +40,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Laid:
-    """The layout of rank 0 on the meta device, and what planning it sent over the groups of ep and etp."""
+    """The layout of rank 0, and what planning it sent over the groups of ep and etp."""
 
     layout: Any
     ep: Traffic
@@ -80,7 +80,7 @@ class Balancer:
 
         with ThreadPoolExecutor(ep * etp) as pool:
             layout, of_ep, of_etp = next(iter(list(pool.map(plan, range(ep * etp)))))
-        return Laid(_on_meta(layout), of_ep.traffic, of_etp.traffic)
+        return Laid(layout, of_ep.traffic, of_etp.traffic)
 
 
 class _Balanced:
@@ -105,7 +105,7 @@ class _Balanced:
         laid = self.balancer.lay(self.make(tokens))
         self.credit("ep", laid.ep)
         self.credit("etp", laid.etp)
-        return laid.layout
+        return _on_meta(laid.layout)
 
 
 def balanced_ids(case: Case) -> Tensor:
@@ -142,7 +142,7 @@ def _keep(make: Callable[..., Case], expert_A: Tensor, weight_A: Tensor, step: i
 
 
 def _on_meta(value: Any) -> Any:
-    """A layout with its tensors on the meta device."""
+    """A layout with its tensors on the meta device, new ones for every layer."""
     if isinstance(value, Tensor):
         return value.to("meta")
     if isinstance(value, list):

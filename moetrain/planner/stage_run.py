@@ -14,6 +14,7 @@ from moe_kernels import choose_backend
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from moetrain.config.errors import ConfigError
 from moetrain.config.schema import Config
 from moetrain.moe.experts import Experts
 from moetrain.parallel.apply import build_stage, spread, weight_dtype
@@ -47,8 +48,7 @@ def run_stage(cfg: Config, dims: ParallelDims, meter: Meter, stage: Stage, balan
     _in_compute_dtype(part, cfg, dims)
     for experts in part.modules():
         if isinstance(experts, Experts):
-            _, _, inner, dim = experts.w13.shape
-            experts.backend = choose_backend(cfg.experts.backend, device, compute_dtype(cfg), dim, inner)[0]
+            experts.backend = _kernels(cfg, device, experts)
     inputs, arguments = _inputs(cfg, dims, stage, part)
     kept = _Kept(part)
     with meter.measure() as traffic, fused_attention(device), torch.autograd.set_multithreading_enabled(False):
@@ -60,6 +60,16 @@ def run_stage(cfg: Config, dims: ParallelDims, meter: Meter, stage: Stage, balan
                 kept.pack(x)
         torch.autograd.backward(outputs, [torch.empty_like(x) for x in outputs])
     return StageRun(kept.bytes(), traffic)
+
+
+def _kernels(cfg: Config, device: str, experts: Experts) -> str:
+    """The expert kernels of a run. Raises ConfigError where there are none."""
+    (_, _, inner, dim), asked, dtype = experts.w13.shape, cfg.experts.backend, compute_dtype(cfg)
+    try:
+        name, _ = choose_backend(asked, device, dtype, dim, inner)
+        return choose_backend(name, "meta", dtype, dim, inner)[0]
+    except ValueError as error:
+        raise ConfigError(f"experts.backend={asked}, in a dry run for device {device}: {error}") from None
 
 
 def _in_compute_dtype(part: StagePart, cfg: Config, dims: ParallelDims) -> None:

@@ -12,7 +12,7 @@ from moe_kernels.reference import activate, loop_expert_mlp
 def grouped_mm_obstacle(device: torch.device, dtype: torch.dtype, dim: int, expert_dim: int) -> str | None:
     """Why torch's grouped product cannot run these experts, or None where it can.
 
-    Row strides must be multiples of 16 bytes; the CPU kernel takes float32, bfloat16 and float16, CUDA's (and meta's) bfloat16.
+    Row strides must be multiples of 16 bytes; the CPU kernel takes float32, bfloat16 and float16, CUDA's bfloat16.
     """
     if not hasattr(F, "grouped_mm") and not hasattr(torch, "_grouped_mm"):
         return f"torch {torch.__version__} has no grouped_mm"

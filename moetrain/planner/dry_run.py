@@ -8,15 +8,17 @@ the CUDA context.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moetrain.config.errors import ConfigError
-from moetrain.config.schema import Config
+from moetrain.config.schema import Config, ModelConfig
 from moetrain.config.sizes import Sizes
+from moetrain.model.attention import window_of
 from moetrain.moe.balance import aux_names
 from moetrain.moe.layer import MoELayer
 from moetrain.optim import build_optimizer
@@ -28,7 +30,7 @@ from moetrain.parallel.stages import Stage, all_stages
 from moetrain.planner.balanced import Balancer
 from moetrain.planner.groups import Meter, Traffic, dry_world
 from moetrain.planner.order import actions, most_kept
-from moetrain.planner.sharded import Gathers, local_of, reductions, shard_stage, whole_gradients
+from moetrain.planner.sharded import Gathers, Shards, local_of, reductions, shard_stage, whole_gradients
 from moetrain.planner.stage_run import StageRun, compute_dtype, run_stage
 
 
@@ -77,66 +79,105 @@ def refuse(cfg: Config) -> None:
 def dry_run(cfg: Config, sizes: Sizes) -> list[RankFigures]:
     """The figures of every pipeline rank. Raises ConfigError for what cannot be covered."""
     refuse(cfg)
-    device = "cpu" if cfg.device == "cpu" else "cuda"
+    # A weight that two meshes split is gathered in two steps, which torch would rather have in one.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     with dry_world(sizes.world):
         dims = ParallelDims.build(sizes, "cpu")
-        balancer, meter = Balancer(cfg, sizes), Meter(dims)
-        stages = all_stages(cfg, sizes)
-        found = []
-        for rank in range(sizes.pp):
-            mine = [stages[i] for i in sizes.stages_of_rank(rank, cfg.parallel.schedule)]
-            runs = {stage.index: run_stage(cfg, dims, meter, stage, balancer, device) for stage in mine}
-            found.append(_rank(cfg, dims, meter, rank, mine, runs, device))
-        return found
+        dry = _Dry(cfg, dims, Meter(dims), Balancer(cfg, sizes), "cpu" if cfg.device == "cpu" else "cuda")
+        return [dry.figures(rank) for rank in range(sizes.pp)]
 
 
-def _rank(
-    cfg: Config, dims: ParallelDims, meter: Meter, rank: int, mine: list[Stage], runs: dict[int, StageRun], device: str
-) -> RankFigures:
-    sizes = dims.sizes
-    shards = {stage.index: shard_stage(cfg, dims, stage) for stage in mine}
-    held = Held([s.part for s in shards.values()])
-    units = [unit for s in shards.values() for unit in s.units]
-    order = actions(cfg, sizes, rank)
-    gathers = Gathers(cfg, sizes, shards)
-    gathers.run(order)
-    weights = _bytes(list(held.parameters()))
-    traffic: dict[str, Traffic] = {}
+@dataclass(frozen=True)
+class _Held:
+    """A rank's stages under FSDP. parameters: of the whole stages. sent: by the optimizer's step and the sum of
+    copies before it. loads: MoE layers' numbers of experts."""
 
-    def add(name: str, more: Traffic, times: int = 1) -> None:
-        traffic.setdefault(name, Traffic()).merge(more, times)
-
-    n = sizes.micro_batches(cfg)
-    for run in runs.values():
-        for name, sent in run.traffic.items():
-            add(name, sent, n)
-    for found in (gathers.traffic(), reductions(cfg, sizes, units)):
-        for name, sent in found.items():
-            add(name, sent)
-    add("pp", _passed(cfg, sizes, rank, mine, n))
-    state, at_update = _update(cfg, dims, meter, held)
-    for found in (at_update, _end_of_step(cfg, sizes, held, device)):
-        for name, sent in found.items():
-            add(name, sent)
-    offload = cfg.parallel.offload
-    host = {"none": 0, "optimizer": state, "all": 2 * weights + state}[offload]
-    return RankFigures(
-        pp_rank=rank,
-        stages=[stage.index for stage in mine],
-        layers=[layer for stage in mine for layer in stage.layers],
-        parameters=sum(p.numel() for p in held.parameters()),
-        weights=weights,
-        gradients=weights,
-        optimizer=state,
-        activations=most_kept(order, {i: run.kept for i, run in runs.items()}),
-        gathered=gathers.most,
-        unreduced=whole_gradients(sizes, n, units),
-        host=host,
-        traffic={name: sent for name, sent in traffic.items() if sent.calls},
-    )
+    shards: list[Shards]
+    parameters: int
+    weights: int
+    state: int
+    sent: dict[str, Traffic]
+    loads: list[int]
 
 
-def _passed(cfg: Config, sizes: Sizes, rank: int, mine: list[Stage], n: int) -> Traffic:
+class _Dry:
+    """A dry run under way. Stages that are alike are run and built once."""
+
+    def __init__(self, cfg: Config, dims: ParallelDims, meter: Meter, balancer: Balancer, device: str) -> None:
+        self.cfg, self.dims, self.meter, self.balancer, self.device = cfg, dims, meter, balancer, device
+        self.stages = all_stages(cfg, dims.sizes)
+        self.runs: dict[Any, StageRun] = {}
+        self.held: dict[Any, _Held] = {}
+
+    def figures(self, rank: int) -> RankFigures:
+        """Of pipeline rank ``rank``."""
+        cfg, sizes = self.cfg, self.dims.sizes
+        mine = [self.stages[i] for i in sizes.stages_of_rank(rank, cfg.parallel.schedule)]
+        runs = {stage.index: self._run(stage) for stage in mine}
+        held = self._hold(mine)
+        units = [unit for shards in held.shards for unit in shards.units]
+        order = actions(cfg, sizes, rank)
+        gathers = Gathers(cfg, sizes, {stage.index: s for stage, s in zip(mine, held.shards, strict=True)})
+        gathers.run(order)
+        n = sizes.micro_batches(cfg)
+        traffic: dict[str, Traffic] = {}
+        within = [(run.traffic, n) for run in runs.values()]
+        at_end = [
+            gathers.traffic(),
+            reductions(cfg, sizes, units),
+            held.sent,
+            end_of_step(cfg, sizes, held.loads, self.device),
+        ]
+        for found, times in (*within, ({"pp": passed(cfg, sizes, rank, mine, n)}, 1), *((t, 1) for t in at_end)):
+            for name, sent in found.items():
+                traffic.setdefault(name, Traffic()).merge(sent, times)
+        return RankFigures(
+            pp_rank=rank,
+            stages=[stage.index for stage in mine],
+            layers=[layer for stage in mine for layer in stage.layers],
+            parameters=held.parameters,
+            weights=held.weights,
+            gradients=held.weights,
+            optimizer=held.state,
+            activations=most_kept(order, {i: run.kept for i, run in runs.items()}),
+            gathered=gathers.most,
+            unreduced=whole_gradients(sizes, n, units),
+            host={"none": 0, "optimizer": held.state, "all": 2 * held.weights + held.state}[cfg.parallel.offload],
+            traffic={name: sent for name, sent in traffic.items() if sent.calls},
+        )
+
+    def _run(self, stage: Stage) -> StageRun:
+        key = kind_of(self.cfg.model, stage)
+        if key not in self.runs:
+            self.runs[key] = run_stage(self.cfg, self.dims, self.meter, stage, self.balancer, self.device)
+        return self.runs[key]
+
+    def _hold(self, mine: list[Stage]) -> _Held:
+        key = tuple(kind_of(self.cfg.model, stage) for stage in mine)
+        if key not in self.held:
+            shards = [shard_stage(self.cfg, self.dims, stage) for stage in mine]
+            model = Held([s.part for s in shards])
+            weights = [local_of(p) for p in model.parameters()]
+            state, sent = _update(self.cfg, self.dims, self.meter, model)
+            self.held[key] = _Held(
+                shards,
+                parameters=sum(p.numel() for p in model.parameters()),
+                weights=sum(w.nbytes for w in weights),
+                state=sum(local_of(v).nbytes for v in state),
+                sent=sent,
+                loads=[layer.router.n_experts for layer in model.modules() if isinstance(layer, MoELayer)],  # type: ignore[misc]
+            )
+        return self.held[key]
+
+
+def kind_of(model: ModelConfig, stage: Stage) -> Any:
+    """Equal for stages that differ in their names only."""
+    per_layer = [value for value in vars(model.moe).values() if isinstance(value, list)]
+    layers = [(window_of(model, i), model.is_moe(i), *(value[i] for value in per_layer)) for i in stage.layers]
+    return stage.first, stage.last, tuple(layers)
+
+
+def passed(cfg: Config, sizes: Sizes, rank: int, mine: list[Stage], n: int) -> Traffic:
     """What a pipeline rank sends to others: outputs of its stages, gradients of their inputs, and a tied table."""
     t, dtype = cfg.train, compute_dtype(cfg)
     terms = len(aux_names(cfg.balance))
@@ -155,37 +196,32 @@ def _passed(cfg: Config, sizes: Sizes, rank: int, mine: list[Stage], n: int) -> 
     return sent
 
 
-def _update(cfg: Config, dims: ParallelDims, meter: Meter, held: nn.Module) -> tuple[int, dict[str, Traffic]]:
-    """(bytes of the optimizer's state, what its step and the sum of copies before it send): by running both."""
-    for p in held.parameters():
+def _update(cfg: Config, dims: ParallelDims, meter: Meter, model: nn.Module) -> tuple[list[Tensor], dict[str, Traffic]]:
+    """(the optimizer's state, what its step and the sum of copies before it send): by running both."""
+    for p in model.parameters():
         p.grad = torch.empty_like(p)
-    optimizer = build_optimizer(cfg.optim, held)
+    optimizer = build_optimizer(cfg.optim, model)
     with meter.measure() as traffic:
         if dims.sizes.tp > 1:
-            tensor.sum_copies(tensor.copies(held), dims.group("tp"))
+            tensor.sum_copies(tensor.copies(model), dims.group("tp"))
         optimizer.step()
-    state = [v for values in optimizer.state.values() for v in values.values() if isinstance(v, torch.Tensor)]
-    return _bytes(state), traffic
+    return [v for values in optimizer.state.values() for v in values.values() if isinstance(v, Tensor)], traffic
 
 
-def _end_of_step(cfg: Config, sizes: Sizes, held: nn.Module, device: str) -> dict[str, Traffic]:
-    """The small all-reduces of ``train.step``: token counts, loss and norm, and the loads of all experts."""
+def end_of_step(cfg: Config, sizes: Sizes, loads: list[int], device: str) -> dict[str, Traffic]:
+    """The small all-reduces of ``train.step``: token counts, loss and norm, and the loads of all experts (int64; one
+    number more for each layer, of the dropped). loads: experts of the MoE layers here."""
     wide = 8 if device == "cpu" else 4  # bytes of a sum; see ``parallel.run.sum_dtype``
-    loads = {i: 8 * (cfg.model.layer_value("num_experts", i) + 1) for i in cfg.model.moe_layers()}
-    own = [8 * (layer.router.n_experts + 1) for layer in held.modules() if isinstance(layer, MoELayer)]  # type: ignore[operator, union-attr]
+    everywhere = [cfg.model.layer_value("num_experts", i) for i in cfg.model.moe_layers()]
     tensors = [
         ("data", sizes.data, 16),
         ("world", sizes.world, wide * (1 + len(aux_names(cfg.balance)))),
         ("world", sizes.world, wide),
-        ("stage", sizes.world // sizes.pp, sum(own)),
-        ("pp", sizes.pp, sum(loads.values())),
+        ("stage", sizes.world // sizes.pp, sum(8 * (n + 1) for n in loads)),
+        ("pp", sizes.pp, sum(8 * (n + 1) for n in everywhere)),
     ]
     found: dict[str, Traffic] = {}
     for name, ranks, size in tensors:
         if ranks > 1 and size:
             found.setdefault(name, Traffic()).add("all_reduce", 2 * size * (ranks - 1) / ranks)
     return found
-
-
-def _bytes(tensors: list[Any]) -> int:
-    return sum(local_of(t).nbytes for t in tensors)

@@ -14,12 +14,13 @@ from moetrain.config.sizes import Sizes
 from moetrain.planner.dry_run import RankFigures
 from moetrain.planner.mapping import KINDS as GROUPS
 
-MEMORY = ("weights", "gradients", "optimizer", "activations", "gathered", "unreduced", "host", "total")
+MEMORY = ("weights", "gradients", "optimizer", "activations", "working", "gathered", "unreduced", "host", "total")
 NOTES = (
-    "weights, gradients, optimizer: this rank's shards. activations: of all micro-batches under way. gathered: whole "
-    "weights that FSDP holds at a time. unreduced: whole gradients that wait for the end of the step. host: what of "
-    "these is in host memory. total: the rest, at most.",
-    "Assumed: balanced routing, fused attention; first ranks of groups. Not counted: allocator, kernels. buffers.",
+    "weights, gradients, optimizer: own shards. activations: kept for backward, of all micro-batches under way. "
+    "working: beside them, at the worst moment of one micro-batch. gathered: whole weights that FSDP holds at a time. "
+    "unreduced: whole gradients that wait for the end of the step. host: what of these is in host memory. total: the "
+    "rest, at most.",
+    "Assumed: balanced routing, fused attention; first ranks of groups. Not counted: allocator, kernels' buffers.",
 )
 
 

@@ -39,8 +39,9 @@ class RankFigures:
     """Of the ranks at one place of the pipeline; the first of each group, which never holds less than another.
 
     parameters: of the whole stages. Bytes on this rank: weights, gradients and optimizer (its shards); activations (the
-    most at a time, of the micro-batches under way); gathered (weights that FSDP has whole at a time, in the compute
-    dtype); unreduced (whole gradients that wait for the end of the step). host: those of them in host memory.
+    most at a time, of the micro-batches under way); working (beside them, while one of these is computed); gathered
+    (weights that FSDP has whole at a time, in the compute dtype); unreduced (whole gradients that wait for the end of
+    the step). host: those of them in host memory.
     traffic: group -> kind -> (calls, bytes sent) per step.
     """
 
@@ -52,6 +53,7 @@ class RankFigures:
     gradients: int
     optimizer: int
     activations: int
+    working: int
     gathered: int
     unreduced: int
     host: int
@@ -60,8 +62,8 @@ class RankFigures:
     @property
     def total(self) -> int:
         """Bytes on the device at most: not all peaks need come at the same time."""
-        parts = self.weights, self.gradients, self.optimizer, self.activations, self.gathered, self.unreduced
-        return sum(parts) - self.host
+        state = self.weights + self.gradients + self.optimizer - self.host
+        return state + self.activations + self.working + self.gathered + self.unreduced
 
 
 def refuse(cfg: Config) -> None:
@@ -140,6 +142,7 @@ class _Dry:
             gradients=held.weights,
             optimizer=held.state,
             activations=most_kept(order, {i: run.kept for i, run in runs.items()}),
+            working=max(run.working for run in runs.values()),
             gathered=gathers.most,
             unreduced=whole_gradients(sizes, n, units),
             host={"none": 0, "optimizer": held.state, "all": 2 * held.weights + held.state}[cfg.parallel.offload],

@@ -6,6 +6,7 @@ run computes with them. Nothing is estimated: what autograd saves is looked at, 
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 from moe_kernels import choose_backend
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from moetrain.config.errors import ConfigError
 from moetrain.config.schema import Config
@@ -29,10 +32,12 @@ from moetrain.planner.groups import Meter, Traffic
 
 @dataclass(frozen=True)
 class StageRun:
-    """Of one micro-batch. kept: bytes of activations that live from its forward to its backward. traffic: by group,
-    forward and backward."""
+    """Of one micro-batch. kept: bytes of activations that live from its forward to its backward. working: bytes beside
+    these at the worst moment, as of a block that is computed again; gradients of parameters left out. traffic: by
+    group, forward and backward."""
 
     kept: int
+    working: int
     traffic: dict[str, Traffic]
 
 
@@ -49,17 +54,60 @@ def run_stage(cfg: Config, dims: ParallelDims, meter: Meter, stage: Stage, balan
     for experts in part.modules():
         if isinstance(experts, Experts):
             experts.backend = _kernels(cfg, device, experts)
-    inputs, arguments = _inputs(cfg, dims, stage, part)
-    kept = _Kept(part)
-    with meter.measure() as traffic, fused_attention(device), torch.autograd.set_multithreading_enabled(False):
+    kept, live = _Kept(part), Live(part)
+    for p in part.parameters():
+        p.register_post_accumulate_grad_hook(_forget)
+    with (
+        meter.measure() as traffic,
+        fused_attention(device),
+        torch.autograd.set_multithreading_enabled(False),
+        live,
+    ):
         balancer.install(part, lambda name, planned: traffic[name].merge(planned))
+        inputs, arguments = _inputs(cfg, dims, stage, part)
         with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda x: x):
             outputs = part(*inputs, **arguments)
         if dims.sizes.pp > 1:  # a pipeline holds on to both
             for x in (*inputs, *outputs):
                 kept.pack(x)
+        size = kept.bytes()
+        kept.seen.clear()
         torch.autograd.backward(outputs, [torch.empty_like(x) for x in outputs])
-    return StageRun(kept.bytes(), traffic)
+    return StageRun(size, max(0, live.most - size), traffic)
+
+
+def _forget(p: Tensor) -> None:
+    """Of a parameter whose gradient has come: in a run it is FSDP's now."""
+    p.grad = None
+
+
+class Live(TorchDispatchMode):
+    """While active, keeps count of the bytes of all tensors that there are, but parameters and buffers of ``part``.
+    most: at the worst moment."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.known = _owned(part)
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for x in tree_leaves(made):
+            if isinstance(x, Tensor):
+                self._see(_storage(x))
+        return made
+
+    def _see(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known.add(key)
+            weakref.finalize(storage, self._gone, key, size)
+            self.now += size
+            self.most = max(self.most, self.now)
+
+    def _gone(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
 
 
 def _kernels(cfg: Config, device: str, experts: Experts) -> str:
@@ -109,7 +157,7 @@ class _Kept:
     """The memory that saved tensors hold on to, each piece once; parameters' and buffers' left out."""
 
     def __init__(self, part: StagePart) -> None:
-        self.owned = {_storage(x)._cdata for x in (*part.parameters(), *part.buffers())}
+        self.owned = _owned(part)
         self.seen: dict[int, Any] = {}
 
     def pack(self, x: Tensor) -> Tensor:
@@ -120,6 +168,10 @@ class _Kept:
 
     def bytes(self) -> int:
         return sum(storage.nbytes() for storage in self.seen.values())
+
+
+def _owned(part: nn.Module) -> set[int]:
+    return {_storage(x)._cdata for x in (*part.parameters(), *part.buffers())}
 
 
 def _storage(x: Tensor) -> Any:

@@ -1,13 +1,14 @@
 """``moetrain train ... dry_run=true``: memory and communication of every pipeline rank, from one process on a CPU.
 
 The modules of each stage are built, made parallel and run on the meta device, as rank 0 of each group would; no memory
-is taken and nothing is sent. Assumed: balanced routing (``planner.balanced``), fused attention (``planner.attention``),
-and for ``device=auto`` a GPU. Not counted: the allocator's waste, buffers inside a kernel or a collective library, and
-the CUDA context.
+is taken and nothing is sent. Assumed: balanced routing (``planner.balanced``), fused attention and norms
+(``planner.fused``), no torch.compile, and for ``device=auto`` a GPU. Not counted: the allocator's waste, buffers inside
+a kernel or a collective library, and the CUDA context.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -81,6 +82,8 @@ def refuse(cfg: Config) -> None:
 def dry_run(cfg: Config, sizes: Sizes) -> list[RankFigures]:
     """The figures of every pipeline rank. Raises ConfigError for what cannot be covered."""
     refuse(cfg)
+    cfg = copy.deepcopy(cfg)
+    cfg.train.compile = False
     # A weight that two meshes split is gathered in two steps, which torch would rather have in one.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     with dry_world(sizes.world):

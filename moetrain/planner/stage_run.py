@@ -25,8 +25,8 @@ from moetrain.parallel.fsdp import left_alone
 from moetrain.parallel.mesh import ParallelDims
 from moetrain.parallel.pipeline import StagePart
 from moetrain.parallel.stages import Stage
-from moetrain.planner.attention import fused_attention
 from moetrain.planner.balanced import Balancer
+from moetrain.planner.fused import fused_kernels
 from moetrain.planner.groups import Meter, Traffic
 
 
@@ -59,7 +59,7 @@ def run_stage(cfg: Config, dims: ParallelDims, meter: Meter, stage: Stage, balan
         p.register_post_accumulate_grad_hook(_forget)
     with (
         meter.measure() as traffic,
-        fused_attention(device),
+        fused_kernels(device),
         torch.autograd.set_multithreading_enabled(False),
         live,
     ):

@@ -2,8 +2,9 @@
 
 Every expert gets as many rows as the others. In each stretch of E/K tokens every expert is chosen once, in random
 order, so that a token's experts lie on as many ranks as chance has it; a router that is forced to balance hands them
-out in turn, as it does in a run. All ranks route alike. What dispatchers plan from it is computed by their own code,
-for all ranks of the expert group, as threads that exchange the integers for real.
+out in turn, as it does in a run. All ranks route alike. What dispatchers plan from it is computed by their own code:
+for one rank whose peers send what it sends, or, where what a rank sends depends on its place, for all ranks of the
+expert group, as threads that exchange the integers.
 """
 
 from __future__ import annotations
@@ -22,9 +23,16 @@ from moetrain.config.sizes import Sizes
 from moetrain.model.decoder import Decoder
 from moetrain.moe.capacity import capacity, within_capacity
 from moetrain.moe.dispatch import Dispatcher, Plan, build_dispatcher
+from moetrain.moe.dispatch.all_gather import AllGatherOptions
+from moetrain.moe.dispatch.all_to_all import AllToAllOptions
+from moetrain.moe.dispatch.auto import AutoOptions
+from moetrain.moe.dispatch.local import LocalOptions
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.routing import Memo, Routing, Rows
-from moetrain.planner.groups import SeatedGroup, Table, Traffic
+from moetrain.planner.groups import MirrorGroup, SeatedGroup, Table, Traffic
+
+# Dispatchers with which ranks that route alike send alike.
+SAME_EVERYWHERE = (AutoOptions, LocalOptions, AllToAllOptions, AllGatherOptions)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +75,13 @@ class Balancer:
                 layer.dispatcher = _Balanced(layer.dispatcher, make, self, credit)  # type: ignore[assignment]
 
     def _lay(self, case: Case) -> Laid:
-        """Every rank of the expert group plans its layout; threads, since each waits for the others."""
+        """The layout of the first rank of the expert group."""
         ep, etp = self.sizes.ep, self.sizes.etp
+        if isinstance(self.cfg.dispatch, SAME_EVERYWHERE):
+            groups = MirrorGroup(0, ep), MirrorGroup(0, etp)
+            dispatcher = build_dispatcher(self.cfg.dispatch, case.experts, *groups)
+            return Laid(dispatcher.layout(routing(case)), groups[0].traffic, groups[1].traffic)
+        # Every rank plans its own; threads, since each waits for the others.
         across = [Table(ep) for _ in range(etp)]
         beside = [Table(etp) for _ in range(ep)]
 

@@ -97,6 +97,19 @@ class DryGroup(dist.ProcessGroup):
     _reduce_scatter_base = reduce_scatter_single  # type: ignore[assignment]
 
 
+class MirrorGroup(DryGroup):
+    """A group whose other ranks all send what this one sends, which exchanges (small CPU tensors) for real."""
+
+    def all_to_all_single(self, out: Tensor, x: Tensor, out_splits: Any, in_splits: Any, opts: Any = None) -> Any:
+        """This rank's share, from every rank."""
+        super().all_to_all_single(out, x, out_splits, in_splits)
+        pieces = x.split(list(in_splits)) if in_splits else x.chunk(self.members)
+        out.copy_(torch.cat([pieces[self.place]] * self.members))
+        return _Done()
+
+    alltoall_base = all_to_all_single  # type: ignore[assignment]
+
+
 class SeatedGroup(DryGroup):
     """One of ``size`` ranks that are threads of this process and really exchange (small CPU tensors)."""
 

@@ -26,7 +26,7 @@ def check_deepspeed(cfg: Config, sizes: Sizes) -> None:
         return
     _check_sizes(sizes)
     _check_offload(cfg)
-    optimizer = OPTIMIZERS.entry_of(cfg.optim).name
+    optimizer = cfg.optim["kind"] if isinstance(cfg.optim, dict) else OPTIMIZERS.entry_of(cfg.optim).name
     if optimizer != "adamw":
         raise ConfigError(
             f"optim={optimizer}: parallel.engine=deepspeed updates flat shards of the weights, which suits adamw only; "

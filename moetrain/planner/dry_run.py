@@ -21,6 +21,7 @@ from moetrain.config.schema import Config, ModelConfig
 from moetrain.config.sizes import Sizes
 from moetrain.model.attention import window_of
 from moetrain.moe.balance import aux_names
+from moetrain.moe.dispatch.deep_ep import DeepEPOptions
 from moetrain.moe.layer import MoELayer
 from moetrain.optim import build_optimizer
 from moetrain.parallel import tensor
@@ -74,8 +75,7 @@ def refuse(cfg: Config) -> None:
             f"dry_run covers parallel.engine=torch, not {cfg.parallel.engine}, whose memory is not moetrain's; "
             "take out dry_run or set parallel.engine=torch"
         )
-    kind = cfg.dispatch.get("kind") if isinstance(cfg.dispatch, dict) else getattr(cfg.dispatch, "kind", None)
-    if kind == "deep_ep":
+    if isinstance(cfg.dispatch, DeepEPOptions):
         raise ConfigError("dry_run does not cover dispatch=deep_ep, whose kernels need a GPU; use dispatch=two_step")
 
 
@@ -163,12 +163,13 @@ class _Dry:
         if key not in self.held:
             shards = [shard_stage(self.cfg, self.dims, stage) for stage in mine]
             model = Held([s.part for s in shards])
-            weights = [local_of(p) for p in model.parameters()]
+            # Those of the parts: the last stage's copy of a tied table is no parameter to the optimizer.
+            weights = {p for s in shards for p in s.part.parameters()}
             state, sent = _update(self.cfg, self.dims, self.meter, model)
             self.held[key] = _Held(
                 shards,
                 parameters=sum(p.numel() for p in model.parameters()),
-                weights=sum(w.nbytes for w in weights),
+                weights=sum(local_of(w).nbytes for w in weights),
                 state=sum(local_of(v).nbytes for v in state),
                 sent=sent,
                 loads=[layer.router.n_experts for layer in model.modules() if isinstance(layer, MoELayer)],  # type: ignore[misc]

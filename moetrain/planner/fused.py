@@ -1,8 +1,9 @@
 """Fused kernels on the meta device, where torch would spell them out: what they keep for backward, and no more.
 
 Attention, assumed of every fused kernel (flash, memory-efficient, cuDNN): queries, keys, values, the output, one
-float32 log-sum of exponentials per head and query, and the mask where there is one. RMSNorm on CUDA: the input and one
-float32 factor per row. The oracle ``backend=math`` and ring attention are not fused and run as they are.
+float32 log-sum of exponentials per head and query, and where there is a mask, the mask in the queries' dtype. RMSNorm
+on CUDA: the input and one float32 factor per row. The oracle ``backend=math`` and ring attention are not fused and run
+as they are.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, device
         v = F.pad(v, (0, q.shape[-1] - width))
     if device == "cuda" and mask is not None and q.shape[1] != k.shape[1]:
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+    if mask is not None:  # torch adds it to the scores, so it makes numbers of it first
+        mask = torch.empty_like(mask, dtype=q.dtype)
     return _Attention.apply(q, k, v, mask)[..., :width]
 
 

@@ -16,10 +16,11 @@ import moetrain.comm.even
 from moetrain.config import Config
 from moetrain.config.check import resolve_sizes
 from moetrain.data.loader import Batch
-from moetrain.parallel.apply import build_stage, initialize, parallelize
+from moetrain.parallel.apply import build_stage, initialize, parallelize, spread
 from moetrain.parallel.mesh import ParallelDims
 from moetrain.parallel.run import Inputs, local_inputs
 from moetrain.parallel.stages import Stage, all_stages
+from moetrain.planner.stage_run import Live
 from moetrain.train.engine import TorchEngine
 
 # (ranks of the group, kind) -> [calls, bytes sent]
@@ -112,8 +113,7 @@ def real_step(cfg: Config, names: list[str]) -> dict[str, Any]:
     return {
         "counts": counts,
         "ranks": {name: ranks_of(dims, name) for name in names},
-        "weights": size_of(engine.model.parameters()),
-        "parameters": sum(p.numel() for p in engine.model.parameters()),
+        "weights": size_of({p for part in getattr(engine.runner, "parts", [engine.model]) for p in part.parameters()}),
         "optimizer": size_of(
             v for s in engine.optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)
         ),
@@ -143,15 +143,17 @@ def by_ranks(traffic: dict[str, Any], ranks: dict[str, tuple[int, ...]]) -> Coun
     return {key: [calls[key], size[key]] for key in calls if len(key[0]) > 1}
 
 
-def real_kept(cfg: Config) -> list[int]:
-    """Bytes that autograd keeps of one real micro-batch, of every stage; those of parameters left out."""
+def real_kept(cfg: Config) -> list[tuple[int, int]]:
+    """Of one real micro-batch, forward and backward, for every stage: (bytes that autograd keeps under FSDP, bytes of
+    all tensors at the worst moment without it); parameters and their gradients left out."""
     dims = ParallelDims.build(resolve_sizes(cfg.parallel, dist.get_world_size()), "cpu")
-    return [_kept(cfg, dims, stage) for stage in all_stages(cfg, dims.sizes)]
+    stages = all_stages(cfg, dims.sizes)
+    return [(_micro_batch(cfg, dims, stage, True)[0], _micro_batch(cfg, dims, stage, False)[1]) for stage in stages]
 
 
-def _kept(cfg: Config, dims: ParallelDims, stage: Stage) -> int:
+def _micro_batch(cfg: Config, dims: ParallelDims, stage: Stage, fsdp: bool) -> tuple[int, int]:
     part = build_stage(cfg, stage)
-    parallelize(part, cfg, dims)
+    (parallelize if fsdp else spread)(part, cfg, dims)
     part.to_empty(device="cpu")
     initialize(part, cfg.model, cfg.seed)
     t = cfg.train
@@ -175,9 +177,17 @@ def _kept(cfg: Config, dims: ParallelDims, stage: Stage) -> int:
             storages[storage(x).data_ptr()] = storage(x)
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        outputs = part(*inputs, **arguments)
-    if dims.sizes.pp > 1:  # a pipeline keeps both
-        for x in (*inputs, *outputs):
-            pack(x)
-    return sum(s.nbytes() for s in storages.values())
+    if not fsdp:
+        for p in part.parameters():
+            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    live = Live(part)
+    with live, torch.autograd.set_multithreading_enabled(False):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            outputs = part(*inputs, **arguments)
+        if dims.sizes.pp > 1:  # a pipeline keeps both
+            for x in (*inputs, *outputs):
+                pack(x)
+        kept = sum(s.nbytes() for s in storages.values())
+        storages.clear()
+        torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
+    return kept, live.most

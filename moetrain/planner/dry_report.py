@@ -61,10 +61,10 @@ def as_tables(cfg: Config, sizes: Sizes, figures: Sequence[RankFigures]) -> Rend
     sent = Table(title="bytes that a rank sends per step, by group", title_justify="left")
     for name, justify in (("group", "left"), ("size", "right"), ("collective", "left")):
         sent.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    for name in ("pp", "calls", "GB"):
+    for name in ("pp", "calls", "sent"):
         sent.add_column(name, justify="right", no_wrap=True)
     for group, kind, pp_ranks, calls, size in _traffic(figures):
-        sent.add_row(group, str(_size(group, sizes)), kind, _ranges(pp_ranks), f"{calls:,}", f"{size / 1e9:,.6g}")
+        sent.add_row(group, str(_size(group, sizes)), kind, _ranges(pp_ranks), f"{calls:,}", _bytes(size))
     return Group(memory, sent, *NOTES)
 
 
@@ -87,6 +87,14 @@ def _size(group: str, sizes: Sizes) -> int:
     for name in along:
         size *= getattr(sizes, name)
     return size
+
+
+def _bytes(n: int) -> str:
+    """Bytes as people write them: 710.28 GB, 223.59 kB, 24 B."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n >= size:
+            return f"{n / size:.2f} {unit}"
+    return f"{n} B"
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -84,16 +84,11 @@ class Balancer:
         # Every rank plans its own; threads, since each waits for the others.
         across = [Table(ep) for _ in range(etp)]
         beside = [Table(etp) for _ in range(ep)]
-
-        def plan(seat: int) -> tuple[Any, SeatedGroup, SeatedGroup]:
-            e, t = divmod(seat, etp)
-            groups = SeatedGroup(e, ep, across[t]), SeatedGroup(t, etp, beside[e])
-            dispatcher = build_dispatcher(self.cfg.dispatch, case.experts, *groups)
-            return dispatcher.layout(routing(case)), *groups
-
-        with ThreadPoolExecutor(ep * etp) as pool:
-            layout, of_ep, of_etp = next(iter(list(pool.map(plan, range(ep * etp)))))
-        return Laid(layout, of_ep.traffic, of_etp.traffic)
+        seats = [(SeatedGroup(e, ep, across[t]), SeatedGroup(t, etp, beside[e])) for e in range(ep) for t in range(etp)]
+        dispatchers = [build_dispatcher(self.cfg.dispatch, case.experts, *groups) for groups in seats]
+        with ThreadPoolExecutor(len(seats)) as pool:
+            layouts = list(pool.map(lambda dispatcher: dispatcher.layout(routing(case)), dispatchers))
+        return Laid(layouts[0], seats[0][0].traffic, seats[0][1].traffic)
 
 
 class _Balanced:

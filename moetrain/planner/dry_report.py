@@ -48,15 +48,16 @@ def as_json(cfg: Config, sizes: Sizes, figures: Sequence[RankFigures]) -> str:
 def as_tables(cfg: Config, sizes: Sizes, figures: Sequence[RankFigures]) -> RenderableType:
     """Memory and communication per rank of each pipeline rank."""
     parameters = sum(f.parameters for f in figures)
+    micro_batches = sizes.micro_batches(cfg)
     title = (
-        f"{cfg.model.name}: {parameters:,} parameters on {sizes.world} ranks, {sizes.micro_batches(cfg)} micro-batches "
-        "a step; GiB per rank"
+        f"{cfg.model.name}: {parameters:,} parameters on {sizes.world} rank{'s' * (sizes.world > 1)}, {micro_batches} "
+        f"micro-batch{'es' * (micro_batches > 1)} a step; GiB per rank"
     )
     memory = Table(title=title, title_justify="left")
     for name in ("pp", "stages", "layers", "parameters", *MEMORY):
         memory.add_column(name, justify="right", no_wrap=True)
     for f in figures:
-        numbers = [f"{getattr(f, name) / 2**30:.2f}" for name in MEMORY]
+        numbers = [_gib(getattr(f, name)) for name in MEMORY]
         memory.add_row(str(f.pp_rank), _ranges(f.stages), _ranges(f.layers), f"{f.parameters:,}", *numbers)
     sent = Table(title="bytes that a rank sends per step, by group", title_justify="left")
     for name, justify in (("group", "left"), ("size", "right"), ("collective", "left")):
@@ -87,6 +88,12 @@ def _size(group: str, sizes: Sizes) -> int:
     for name in along:
         size *= getattr(sizes, name)
     return size
+
+
+def _gib(n: int) -> str:
+    """Bytes in GiB; of less than a tenth, two digits."""
+    gib = n / 2**30
+    return "0" if n == 0 else f"{gib:.2f}" if gib >= 0.1 else f"{gib:.2g}"
 
 
 def _bytes(n: int) -> str:

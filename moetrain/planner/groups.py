@@ -132,7 +132,7 @@ class Table:
 
     def __init__(self, size: int) -> None:
         self.pieces: list[Any] = [None] * size
-        self.barrier = threading.Barrier(size)
+        self.barrier = threading.Barrier(size, timeout=300)  # seconds: who waits for a thread that failed, fails
 
     def trade(self, place: int, pieces: Any) -> list[Tensor]:
         """Give ``pieces[r]`` to each rank r; what each gave to ``place``."""
@@ -184,7 +184,7 @@ class Meter:
 @contextmanager
 def dry_world(size: int) -> Iterator[None]:
     """A default process group in which this process is rank 0 of ``size``; no other process exists."""
-    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+    from torch.distributed.tensor import debug
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if BACKEND.upper() not in dist.Backend.backend_type_map and BACKEND not in dist.Backend.backend_list:
@@ -196,4 +196,5 @@ def dry_world(size: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-        _clear_sharding_prop_cache()  # it remembers meshes, which are equal to those of the next world of this size
+        # DTensor remembers meshes, which are equal to those of the next world of this size but for their groups.
+        getattr(debug, "_clear_sharding_prop_cache", lambda: None)()

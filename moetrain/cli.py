@@ -70,6 +70,8 @@ def train(argv: Sequence[str]) -> int:
         config_dirs=args.config_dir,
         check=lambda cfg: check_mapping(cfg, int(os.environ["WORLD_SIZE"]) if started else cfg.launch.ranks),
     )
+    if cfg.dry_run:
+        return show_dry_run(cfg)
     if args.resume:
         cfg.run_dir = str(args.resume)
     if local.reports_for_me():
@@ -208,6 +210,20 @@ def report(error: Exception) -> int:
     return code
 
 
+def show_dry_run(cfg: Config) -> int:
+    """Print what every rank of ``cfg`` would hold and send, then all numbers as one line of JSON."""
+    if "WORLD_SIZE" in os.environ:
+        raise ConfigError("dry_run=true is one process for any launch.ranks; start it without a launcher")
+    from moetrain.planner.dry_report import as_json, as_tables
+    from moetrain.planner.dry_run import dry_run
+
+    sizes = check_mapping(cfg, cfg.launch.ranks)
+    figures = dry_run(cfg, sizes)
+    wide_console().print(as_tables(cfg, sizes, figures))
+    print(as_json(cfg, sizes, figures))
+    return 0
+
+
 def refuse_no_run(folder: Path) -> None:
     """Raise ConfigError unless ``folder`` is a run directory."""
     if not folder.is_dir():
@@ -297,6 +313,8 @@ def sweep(overrides: Sequence[str], config_dirs: Sequence[str]) -> int:
     jobs = []
     for number, words in enumerate(expand_sweep(overrides, config_dirs)):
         cfg = load(words, config_dirs=config_dirs, check=lambda cfg: check_mapping(cfg, cfg.launch.ranks))
+        if cfg.dry_run:
+            raise ConfigError("dry_run=true shows one mapping at a time; take out -m")
         jobs.append(Job(f"{number:03d}", words, cfg))
     asked = asks("run_dir", overrides)
     if not asked:

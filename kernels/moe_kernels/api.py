@@ -34,7 +34,7 @@ def choose_backend(
     obstacle = grouped_mm_obstacle(device, dtype, dim, expert_dim)
     if backend == "grouped_mm" and obstacle is not None:
         raise ValueError(f"expert backend 'grouped_mm' cannot run: {obstacle}; use 'auto' or 'loop'")
-    if backend == "cpu" and device.type != "cpu":
+    if backend == "cpu" and device.type not in ("cpu", "meta"):  # on meta: its shapes, for a dry run
         raise ValueError(f"expert backend 'cpu' cannot run on {device.type}; use 'auto' or 'loop'")
     if backend != "auto":
         return backend, "asked for"

@@ -16,7 +16,8 @@ def grouped_mm_obstacle(device: torch.device, dtype: torch.dtype, dim: int, expe
     """
     if not hasattr(F, "grouped_mm") and not hasattr(torch, "_grouped_mm"):
         return f"torch {torch.__version__} has no grouped_mm"
-    takes = {"cpu": (torch.float32, torch.bfloat16, torch.float16), "cuda": (torch.bfloat16,)}.get(device.type, ())
+    half = (torch.bfloat16,)
+    takes = {"cpu": (torch.float32, *half, torch.float16), "cuda": half, "meta": half}.get(device.type, ())
     if dtype not in takes:
         return f"torch's grouped_mm does not take {str(dtype).removeprefix('torch.')} on {device.type}"
     multiple = 16 // dtype.itemsize
@@ -46,7 +47,7 @@ def grouped_expert_mlp(
     product = F.grouped_mm if hasattr(F, "grouped_mm") else torch._grouped_mm
     gate_up = product(rows_RD, w13.flatten(1, 2).transpose(-2, -1), offs=offsets_e)
     if b13 is not None:
-        gate_up = gate_up + _per_row(b13.flatten(1, 2), counts_e)
+        gate_up = gate_up + _per_row(b13.flatten(1, 2), counts_e, len(rows_RD))
     gate, up = gate_up.chunk(2, dim=-1)
     a_RF = activate(gate, up, activation)
     y_RD = product(a_RF.contiguous(), w2.transpose(-2, -1), offs=offsets_e)
@@ -54,9 +55,9 @@ def grouped_expert_mlp(
         # grouped_mm's backward refuses expanded gradients, such as that of y.sum().
         y_RD.register_hook(Tensor.contiguous)
     if b2 is not None:
-        y_RD = y_RD + _per_row(b2, counts_e)
+        y_RD = y_RD + _per_row(b2, counts_e, len(rows_RD))
     return y_RD if weight_R is None else (y_RD * weight_R[:, None]).to(y_RD.dtype)
 
 
-def _per_row(bias: Tensor, counts_e: Tensor) -> Tensor:
-    return bias.repeat_interleave(counts_e, dim=0)
+def _per_row(bias: Tensor, counts_e: Tensor, rows: int) -> Tensor:
+    return bias.repeat_interleave(counts_e, dim=0, output_size=rows)

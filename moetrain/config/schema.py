@@ -351,6 +351,10 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="accelerator; auto: cuda where there is one"
     )
+    dry_run: bool = Field(
+        default=False,
+        description="only print memory and communication per rank, from one process, for any launch.ranks",
+    )
     model: ModelConfig = Field(default_factory=ModelConfig, description="the model")
     balance: dict[str, Kind] = Field(
         default_factory=dict,

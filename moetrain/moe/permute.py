@@ -52,6 +52,8 @@ def inverse(permutation: Tensor) -> Tensor:
 
 def count(ids: Tensor, n: int) -> Tensor:
     """How often each of 0..n-1 occurs in ``ids`` (any shape): int64 (n,)."""
+    if ids.is_meta:  # a dry run; bincount has no kernel there
+        return ids.new_empty(n)
     return torch.bincount(ids.reshape(-1), minlength=n)
 
 

@@ -54,22 +54,42 @@ def stages_here(cfg: Config, dims: ParallelDims) -> list[Stage]:
 
 def build_parts(cfg: Config, dims: ParallelDims) -> list[Decoder]:
     """This rank's part of the model on the meta device, made parallel: the whole decoder, or its pipeline stages."""
-    dtype = torch.float64 if cfg.train.precision == "float64" else torch.float32
-    parts: list[Decoder] = []
-    with torch.device("meta"):
-        if dims.sizes.pp == 1:
-            parts.append(Decoder(cfg.model, cfg.balance, cfg.experts).to(dtype))
-        else:
-            for s in stages_here(cfg, dims):
-                stage = StagePart(cfg.model, cfg.balance, cfg.experts, s.layers, s.first, s.last)
-                parts.append(stage.to(dtype))
+    parts: list[Decoder]
+    if dims.sizes.pp == 1:
+        with torch.device("meta"):
+            parts = [Decoder(cfg.model, cfg.balance, cfg.experts).to(weight_dtype(cfg))]
+    else:
+        parts = [build_stage(cfg, stage) for stage in stages_here(cfg, dims)]
     for part in parts:
         parallelize(part, cfg, dims)
     return parts
 
 
+def build_stage(cfg: Config, stage: Stage) -> StagePart:
+    """The whole of ``stage``, on the meta device, not parallel yet."""
+    with torch.device("meta"):
+        part = StagePart(cfg.model, cfg.balance, cfg.experts, stage.layers, stage.first, stage.last)
+        return part.to(weight_dtype(cfg))
+
+
+def weight_dtype(cfg: Config) -> torch.dtype:
+    """In which weights are kept."""
+    return torch.float64 if cfg.train.precision == "float64" else torch.float32
+
+
 def parallelize(model: Decoder, cfg: Config, dims: ParallelDims) -> None:
     """Make ``model`` (on the meta device) parallel in place."""
+    spread(model, cfg, dims)
+    # 6. FSDP last: it takes the parameters over, whatever they have become.
+    options = cfg.parallel
+    shard(
+        model, dims.fsdp_mesh, dims.experts["edp"], cfg.train.precision,
+        reshard=dims.sizes.reshards(options), prefetch=options.prefetch, offload=options.offload == "all",
+    )  # fmt: skip
+
+
+def spread(model: Decoder, cfg: Config, dims: ParallelDims) -> None:
+    """All that makes ``model`` parallel before FSDP: each rank has its part of the computation."""
     sizes = dims.sizes
     # 1. Tensor parallelism, because all that follows must see the final shapes of the parameters.
     if sizes.tp > 1:
@@ -93,12 +113,6 @@ def parallelize(model: Decoder, cfg: Config, dims: ParallelDims) -> None:
         # 5. Compile: attention and norms only; the routed part has data-dependent shapes.
         if cfg.train.compile:
             block.compile_dense()
-    # 6. FSDP last: it takes the parameters over, whatever they have become.
-    options = cfg.parallel
-    shard(
-        model, dims.fsdp_mesh, dims.experts["edp"], cfg.train.precision,
-        reshard=sizes.reshards(options), prefetch=options.prefetch, offload=options.offload == "all",
-    )  # fmt: skip
 
 
 def _split_experts(layer: MoELayer, cfg: Config, dims: ParallelDims, dispatchers: dict[int, Dispatcher[Any]]) -> None:

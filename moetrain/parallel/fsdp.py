@@ -65,12 +65,9 @@ def shard(
     if offload:
         settings["offload_policy"] = CPUOffloadPolicy(pin_memory=device_type == "cuda")
     blocks: list[nn.Module] = list(model.layers.values())
-    alone: set[nn.Parameter] = set()
+    alone = left_alone(model, expert_mesh.size(), offload)
     for experts in (module for module in model.modules() if isinstance(module, Experts)):
-        if expert_mesh.size() == 1 and not offload:
-            # Experts that no other rank holds have nothing to gather or to reduce. FSDP would still copy every weight
-            # and gradient twice a step; the kernels take float32 weights under bfloat16 rows as they are.
-            alone.update(experts.parameters())
+        if alone.issuperset(experts.parameters()):
             continue
         place = expert_placement(expert_mesh.size())
         fully_shard(experts, mesh=expert_mesh, reshard_after_forward=reshard, shard_placement_fn=place, **settings)
@@ -86,6 +83,17 @@ def shard(
     _prefetch(blocks, prefetch)
 
 
+def left_alone(model: nn.Module, edp: int, offload: bool) -> set[nn.Parameter]:
+    """Parameters that ``shard`` leaves to themselves: experts that no other rank holds.
+
+    They have nothing to gather or to reduce. FSDP would still copy every weight and gradient twice a step; the kernels
+    take float32 weights under bfloat16 rows as they are.
+    """
+    if edp > 1 or offload:
+        return set()
+    return {p for module in model.modules() if isinstance(module, Experts) for p in module.parameters()}
+
+
 def _prefetch(blocks: list[nn.Module], ahead: int) -> None:
     """While a block computes, gather the parameters of its experts and of the ``ahead`` blocks that run after it."""
 
@@ -96,5 +104,7 @@ def _prefetch(blocks: list[nn.Module], ahead: int) -> None:
         assert isinstance(block, FSDPModule)
         own = modules(block)[1:]
         block.set_modules_to_forward_prefetch([*own, *(m for b in blocks[i + 1 : i + 1 + ahead] for m in modules(b))])
+        # Without the block's own experts: this runs again when the gradient of the block's carry
+        # arrives, after the experts' backward, and would gather them for nothing.
         before = blocks[max(0, i - ahead) : i][::-1]
-        block.set_modules_to_backward_prefetch([*own, *(m for b in before for m in modules(b))])
+        block.set_modules_to_backward_prefetch([m for b in before for m in modules(b)])

@@ -1,0 +1,79 @@
+"""Fused kernels on the meta device, where torch would spell them out: what they keep for backward, and no more.
+
+Attention, assumed of every fused kernel (flash, memory-efficient, cuDNN): queries, keys, values, the output, one
+float32 log-sum of exponentials per head and query, and where there is a mask, the mask in the queries' dtype. RMSNorm
+on CUDA: the input and one float32 factor per row. The oracle ``backend=math`` and ring attention are not fused and run
+as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@contextmanager
+def fused_kernels(device: str) -> Iterator[None]:
+    """In the meantime torch's ``scaled_dot_product_attention`` and ``rms_norm`` are those of ``device`` ("cuda" or
+    "cpu") for meta tensors, also where backward computes a block again (no TorchFunctionMode reaches into backward)."""
+    attend, norm = F.scaled_dot_product_attention, F.rms_norm
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **more: Any) -> Tensor:
+        return fused_attention(q, k, v, attn_mask, device) if q.is_meta else attend(q, k, v, attn_mask, **more)
+
+    def rms_norm(x: Tensor, shape: list[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+        # With a weight of another dtype CUDA spells it out as well.
+        fuses = x.is_meta and device == "cuda" and weight is not None and weight.dtype == x.dtype
+        return _Norm.apply(x, weight) if fuses else norm(x, shape, weight, eps)
+
+    F.scaled_dot_product_attention = attention  # type: ignore[assignment]
+    F.rms_norm = rms_norm  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention, F.rms_norm = attend, norm
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, device: str) -> Tensor:
+    """q (B, H, S, d), k (B, G, N, d), v (B, G, N, v) -> (B, H, S, v)."""
+    width = v.shape[-1]
+    if device == "cpu" and width < q.shape[-1]:  # as model.attention.kernels does it
+        v = F.pad(v, (0, q.shape[-1] - width))
+    if device == "cuda" and mask is not None and q.shape[1] != k.shape[1]:
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+    if mask is not None:  # torch adds it to the scores, so it makes numbers of it first
+        mask = torch.empty_like(mask, dtype=q.dtype)
+    return _Attention.apply(q, k, v, mask)[..., :width]
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        B, H, S, _ = q.shape
+        # (B, S, H, v) in memory, as the fused kernels write it
+        out = q.new_empty(B, S, H, v.shape[-1]).transpose(1, 2)
+        lse = q.new_empty(B, H, S, dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, mask, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, *_ = ctx.saved_tensors
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)

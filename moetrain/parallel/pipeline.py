@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.tensor import DTensor
 
@@ -59,6 +60,25 @@ class StagePart(Decoder):
             x = x if targets_BS is None else torch.stack([x])
         # A copy: zero-bubble schedules detach a stage's outputs in place, which an input handed on as it is forbids.
         return (x, carry.aux_A.clone()) if self.aux_names else (x,)
+
+
+class EvenStage(PipelineStage):
+    """A stage whose gradients all have the dtype of reductions when they are reduced.
+
+    A zero-bubble schedule with one micro-batch leaves torch with float32 gradients of what half a backward had ready,
+    and bfloat16 ones of the rest, which it refuses to reduce together.
+    """
+
+    def perform_reduce_grad(self, grad_scale_factor: int) -> None:
+        """Called by the schedule after the last backward of this stage."""
+        for module in self.submod.modules():
+            state: Any = module._get_fsdp_state() if isinstance(module, FSDPModule) else None
+            # torch 2.11 has one group of parameters in a module
+            for group in getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]:
+                for p in group.fsdp_params if group is not None else ():
+                    if hasattr(p, "_unsharded_param") and p.unsharded_accumulated_grad is None:
+                        p.to_accumulated_grad_if_needed()
+        super().perform_reduce_grad(grad_scale_factor)
 
 
 class Held(nn.Module):
@@ -145,7 +165,7 @@ class Pipeline:
             if theirs is not None and received is not None and received is not _local(theirs):
                 _local(theirs).copy_(received)
 
-    def _stage(self, part: StagePart, stage: Stage, shape: tuple[int, int]) -> PipelineStage:
+    def _stage(self, part: StagePart, stage: Stage, shape: tuple[int, int]) -> EvenStage:
         batch, tokens = shape
 
         def passed(grad: bool) -> tuple[Tensor, ...]:
@@ -153,7 +173,7 @@ class Pipeline:
             return (x, *self._sums_like(part, "meta", grad))
 
         loss = torch.empty(1, dtype=torch.promote_types(self.dtype, torch.float32), device="meta")
-        return PipelineStage(
+        return EvenStage(
             part,
             stage.index,
             stage.total,

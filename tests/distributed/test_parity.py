@@ -29,7 +29,8 @@ from tests.distributed.toy_run import BASE, alone, check_float32, load
 TABLE = mappings.table()
 TORCH = [row for row in TABLE if row["engine"] == "torch"]
 DEEPSPEED = [row for row in TABLE if row["engine"] != "torch"]
-FLOAT32, BF16 = [*TORCH[::3], *DEEPSPEED], TORCH[1::3]
+SMALL = TORCH[: len(TORCH) * 2 // 3]  # the table is sorted by ranks
+FLOAT32, BF16 = [*SMALL[1::2], *DEEPSPEED], SMALL[::2]
 
 
 def curves(prepared: Path, row: Row, precision: str, reference: str) -> tuple[list[parity.Curve], parity.Curve]:
@@ -144,7 +145,7 @@ def test_random(prepared: Path, draws: list[tuple[str, int, list[str]]], number:
     The seed is in the message of a failure; MOETRAIN_SEED=... draws the same again.
     """
     name, size, settings = draws[number]
-    cfg: Config = load(prepared, [*settings, "train.precision=float64", "train.steps=6"])
+    cfg: Config = load(prepared, [*settings, "train.precision=float64", "train.steps=4"])
     mapped = run_ranks(size, parity.curve, cfg, timeout=300)
     [one] = run_ranks(1, parity.curve, parity.one_process(cfg, size), timeout=300)
     differences = parity.differences(mapped, one)

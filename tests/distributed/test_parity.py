@@ -134,7 +134,8 @@ def legal_draws() -> list[tuple[str, int, list[str]]]:
 
 
 @pytest.fixture(scope="module")
-def draws() -> list[tuple[str, int, list[str]]]:
+def draws(request: pytest.FixtureRequest) -> list[tuple[str, int, list[str]]]:
+    request.config.pluginmanager.get_plugin("terminalreporter").write_line(f"\nrandom mappings: MOETRAIN_SEED={SEED}")
     return legal_draws()
 
 

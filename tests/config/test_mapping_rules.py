@@ -18,8 +18,8 @@ from moetrain.config.check import Sizes, check_config, check_mapping
 from moetrain.config.errors import ConfigError
 from moetrain.config.schema import AttentionConfig, Config, ModelConfig, MoEConfig, ParallelConfig, TrainConfig
 from moetrain.config.sizes import STAGES_PER_RANK, ZERO_BUBBLE, divisors
+from moetrain.parallel.pipeline import SCHEDULES
 
-SCHEDULES = tuple(STAGES_PER_RANK)
 few = st.sampled_from([1, 1, 1, 1, 2, 2, 3, 4])
 mostly_none = st.sampled_from([*[None] * 9, 1, 2, 3])
 
@@ -53,7 +53,7 @@ def mappings(draw: st.DrawFn) -> tuple[Config, int]:
         ep=pick(-1, 3, *divisors(max(1, world // pp // etp)) * 2),
         etp=etp,
         context=pick("all_gather", "ring", "all_to_all"),
-        schedule=pick(*SCHEDULES),
+        schedule=pick(*STAGES_PER_RANK),
         stages_per_rank=draw(mostly_none),
         layout=layout,
         reshard_after_forward=pick(None, None, False, True),
@@ -104,15 +104,14 @@ def holds(cfg: Config, world: int) -> bool:
         cfg.dispatch["kind"] != "local" or ep == p.etp == 1,
     ]
     for width in widths if edp > 1 else []:
-        if p.etp > 1:
-            legal.append(m.dim % edp == 0 and not m.moe.bias)
-        else:
-            legal.append(m.dim % edp == 0 or (width % edp == 0 and not m.moe.bias))
-            legal.append(not m.moe.bias or width % edp == 0 or edp == 2)
+        inner = width // p.etp  # as etp leaves it
+        legal.append(m.dim % edp == 0 or inner % edp == 0)
+        legal.append(not m.moe.bias or inner % edp == 0 or edp == 2)
+        legal.append(not m.moe.bias or m.dim // p.etp % edp == 0)
     per_rank = p.stages_per_rank or (2 if p.pp > 1 and p.schedule not in ("1f1b", "gpipe") else 1)
     stages = p.pp * per_rank
     legal.append(stages <= m.n_layers)
-    legal.append(p.layout is None or (len(p.layout) == stages and sum(p.layout) == m.n_layers and 0 not in p.layout))
+    legal.append(p.layout is None or (len(p.layout) == stages and sum(p.layout) == m.n_layers and min(p.layout) > 0))
     if p.pp == 1:
         return all(legal) and per_rank == 1
     if p.schedule in ("gpipe", "1f1b"):
@@ -204,19 +203,9 @@ def test_refusals_name_the_rule_the_sizes_and_the_nearest_legal_choices() -> Non
             train__global_batch=3)  # fmt: skip
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", STAGES_PER_RANK)
 def test_the_schedules_demands_are_torch_own(schedule: str) -> None:
     """torch's constructors, which lay out all actions of all ranks, accept exactly the sizes that the rules accept."""
-    from torch.distributed.pipelining import schedules
-
-    classes = {
-        "gpipe": schedules.ScheduleGPipe,
-        "1f1b": schedules.Schedule1F1B,
-        "interleaved_1f1b": schedules.ScheduleInterleaved1F1B,
-        "interleaved_zero_bubble": schedules.ScheduleInterleavedZeroBubble,
-        "zbv_zero_bubble": schedules.ScheduleZBVZeroBubble,
-        "dualpipev": schedules.ScheduleDualPipeV,
-    }
     for pp in (2, 3, 4):
         for per_rank in (1, 2, 3):
             for n in range(1, 14):
@@ -227,7 +216,7 @@ def test_the_schedules_demands_are_torch_own(schedule: str) -> None:
                 )
                 message = complaint(cfg, pp)
                 try:
-                    build(classes[schedule], Sizes(pp=pp, stages_per_rank=per_rank), schedule, n)
+                    build(SCHEDULES[schedule], Sizes(pp=pp, stages_per_rank=per_rank), schedule, n)
                     accepted = True
                 except ValueError:
                     accepted = False

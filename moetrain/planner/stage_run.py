@@ -72,7 +72,8 @@ def run_stage(cfg: Config, dims: ParallelDims, meter: Meter, stage: Stage, balan
                 kept.pack(x)
         size = kept.bytes()
         kept.seen.clear()
-        torch.autograd.backward(outputs, [torch.empty_like(x) for x in outputs])
+        ends = [x for x in outputs if x.requires_grad]  # a first stage of dense layers adds nothing to the carry
+        torch.autograd.backward(ends, [torch.empty_like(x) for x in ends])
     return StageRun(size, max(0, live.most - size), traffic)
 
 

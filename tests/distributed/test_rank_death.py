@@ -25,13 +25,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from moetrain_launch.fork import run_ranks
 
 import moetrain.train  # noqa: F401 ranks are forked with everything imported
 from moetrain import cli
 from moetrain.checkpoint import layout, newest
 from moetrain.checkpoint.layout import DamagedError
 from moetrain.train.runtime import timeout_of_new_groups
-from tests.distributed.harness import run_ranks
 from tests.distributed.toy_run import BASE
 
 ROOT = Path(__file__).resolve().parents[2]

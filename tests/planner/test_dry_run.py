@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from moetrain_launch.fork import run_ranks
 
 from moetrain.cli import main
 from moetrain.config import Config
@@ -20,7 +21,6 @@ from moetrain.planner.balanced import Balancer
 from moetrain.planner.dry_run import RankFigures, dry_run
 from moetrain.planner.groups import Meter, dry_world
 from moetrain.planner.stage_run import run_stage
-from tests.distributed.harness import run_ranks
 from tests.distributed.toy_run import load
 from tests.planner.counted import by_ranks, real_kept, real_step
 

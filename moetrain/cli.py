@@ -139,8 +139,9 @@ def parity(argv: Sequence[str]) -> int:
     if args.help:
         return show_help(parser, "parity", args.overrides or ["parallel"])
     numbers, overrides = take_numbers(args.overrides, ("world", "steps"))
-    world = numbers.get("world", 1)
-    cfg = load(overrides, config_dirs=args.config_dir, check=lambda cfg: check_mapping(cfg, world))
+    ranks = lambda cfg: numbers.get("world", cfg.launch.ranks)  # noqa: E731
+    cfg = load(overrides, config_dirs=args.config_dir, check=lambda cfg: check_mapping(cfg, ranks(cfg)))
+    world = ranks(cfg)
     from moetrain.config.shrink import shrink, shrunken
     from moetrain.train import parity
 

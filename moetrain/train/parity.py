@@ -176,11 +176,11 @@ def as_table(mapped: Curve, alone: Curve) -> Table:
 
 
 def summary(found: Differences, cfg: Config, world: int) -> dict[str, Any]:
-    """``found`` for the last line of ``moetrain parity``."""
+    """``found`` for the last line of ``moetrain parity``; null where a figure is no number, which is never within."""
     tolerance = TOLERANCE[cfg.train.precision]
     ok = found.within(tolerance, exact=cfg.train.precision != "bf16")
     return {
-        **asdict(found),
+        **{name: value if math.isfinite(value) else None for name, value in asdict(found).items()},
         "tolerance": tolerance,
         "precision": cfg.train.precision,
         "steps": cfg.train.steps,

@@ -113,7 +113,6 @@ EXCLUDED: dict[tuple[tuple[str, str], tuple[str, str]], str] = {
     **{(("engine", z), ("offload", "all")): DEEPSPEED for z in ("zero1", "zero2")},
     **{(("pp", s), ("micro", "1")): FEW for s in ("1f1b", "dualpipev")},
     **{(("pp", s), ("reshard", "yes")): RESHARD for s in BUBBLE},
-    (("ep", "-"), ("dispatch", "two_step")): "one rank has no second node",
 }
 # pairs that could meet on more data ranks than the table has
 ELSEWHERE = {(("engine", z), ("ep", "4")): "test_deepspeed.py, zero 3 on 4 data ranks" for z in ZERO}

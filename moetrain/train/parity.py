@@ -37,7 +37,7 @@ TOLERANCE = {"float64": 1e-9, "float32": 1e-5, "bf16": 2e-2}
 @dataclass(frozen=True)
 class Curve:
     """One run. rows: figures of each step by name, "grad_norm" and all that have "loss" in their name. loads: rows of
-    each expert, by step and MoE layer. weights: whole, after the last step, by name."""
+    each expert, by step and MoE layer. weights: whole, after the last step, by name, on the first rank."""
 
     rows: list[dict[str, float]]
     loads: list[list[list[int]]]
@@ -112,7 +112,7 @@ def curve(cfg: Config) -> Curve:
         loads.append(counts)
     val_loss = trainer.evaluate().loss
     weights = dict(whole_weights(trainer.engine, trainer.dims))
-    return Curve(rows, loads, val_loss, weights if dist.get_rank() == 0 else {})
+    return Curve(rows, loads, val_loss, weights)
 
 
 def one_step(trainer: Trainer) -> tuple[dict[str, float], list[list[int]]]:

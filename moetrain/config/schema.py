@@ -213,8 +213,9 @@ class SourceConfig:
     )
     licence: str = Field(default="", description="licence tag of the text")
     delimiter: str | None = Field(
-        default=None, description="regular expression between documents of a file; null: one file, one document"
+        default=None, description="regular expression between documents of a text file; null: one file, one document"
     )
+    field: str = Field(default="text", description="field or column that holds the text of JSON lines and parquet")
 
 
 @dataclass(config=STRICT)
@@ -243,7 +244,10 @@ class DataConfig:
     val_fraction: float = Field(
         default=0.05, gt=0, lt=1, description="share of each domain's documents (by bytes) held out"
     )
-    max_line_mb: Positive = Field(default=64, description="longest line that prepare accepts, in MB")
+    max_line_mb: Positive = Field(default=64, description="longest line or parquet row that prepare accepts, in MB")
+    invalid_utf8: Literal["refuse", "replace"] = Field(
+        default="refuse", description="bytes that are not UTF-8: refuse the file, or replace them with U+FFFD and count"
+    )
     workers: NonNegative = Field(default=1, description="background batches that are loaded ahead of the step")
 
 

@@ -28,11 +28,13 @@ class SplitInfo:
 
 @dataclass(frozen=True)
 class DomainInfo:
-    """One domain: its licence tag and its training and held-out shards."""
+    """One domain: its licence tag, its training and held-out shards, and how many invalid UTF-8 sequences of its text
+    were replaced."""
 
     licence: str
     train: SplitInfo
     val: SplitInfo
+    replaced: int = 0
 
     def split(self, name: str) -> SplitInfo:
         """The shard called 'train' or 'val'."""
@@ -63,6 +65,8 @@ class Manifest:
         """Write manifest.json into ``folder``."""
         content = {"format": FORMAT, "version": VERSION, **asdict(self)}
         for name, domain in self.domains.items():
+            if not domain.replaced:
+                del content["domains"][name]["replaced"]
             content["domains"][name]["bytes_per_token"] = round(domain.bytes_per_token, 4)
         (folder / FILE).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -97,8 +101,15 @@ class Manifest:
                 f"{name:<16}{d.train.documents + d.val.documents:>11,}{d.train.tokens:>13,}{d.val.tokens:>11,}"
                 f"{(d.train.bytes + d.val.bytes) / 1e6:>9.2f}{d.bytes_per_token:>13.2f}  {d.licence}".rstrip()
             )
+        rows += [
+            f"{name}: {d.replaced:,} invalid UTF-8 sequences were replaced"
+            for name, d in self.domains.items()
+            if d.replaced
+        ]
         return "\n".join(rows)
 
 
 def _domain(content: dict[str, Any]) -> DomainInfo:
-    return DomainInfo(content["licence"], SplitInfo(**content["train"]), SplitInfo(**content["val"]))
+    return DomainInfo(
+        content["licence"], SplitInfo(**content["train"]), SplitInfo(**content["val"]), content.get("replaced", 0)
+    )

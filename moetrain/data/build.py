@@ -1,0 +1,174 @@
+"""The pass that makes a prepared data set: read and check all text, choose what is held out, tokenise, write."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from moetrain.config.errors import DataError
+from moetrain.config.schema import DataConfig
+from moetrain.data.manifest import SPLITS, TOKENIZER_FILE, DomainInfo, Manifest, SplitInfo
+from moetrain.data.read import Reader, ReadOptions, check_packages
+from moetrain.data.shards import ShardWriter, dtype_for, shard_prefix
+from moetrain.data.sources import SourceFile, compile_delimiter
+from moetrain.data.split import DocumentKey, HeldOut, choose_held_out, cut_tail
+from moetrain.data.tokenizer import LoadedTokenizer, describe_tokenizer, load_tokenizer, train_tokenizer
+
+logger = logging.getLogger("moetrain")
+
+SOURCES_FILE = "sources.json"  # sizes, times and hashes of the files: shows quickly that nothing changed
+BATCH_CHARS = 1_000_000  # text handed to the tokenizer at once
+
+
+def fingerprint(recipe: str, digests: dict[str, list[str]]) -> str:
+    """Hash of settings and text: the same for the same shards."""
+    return hashlib.sha256(json.dumps([recipe, digests]).encode()).hexdigest()
+
+
+@dataclass
+class Build:
+    """One data set in the making. ``run`` reads all files twice (three times when a tokenizer is trained), so that no
+    text has to be kept; what is kept is a hash and a size per document."""
+
+    cfg: DataConfig
+    files: dict[str, list[SourceFile]]
+    out: Path
+    recipe: str
+    progress: bool
+    digests: dict[str, list[str]] = field(default_factory=dict)
+    held_out: dict[str, HeldOut] = field(default_factory=dict)
+    replaced: dict[str, int] = field(default_factory=dict)
+
+    def run(self) -> Manifest:
+        """Fill ``out``; the manifest comes last."""
+        for file in (file for found in self.files.values() for file in found):
+            check_packages(file.path)
+        with self._bar("read") as bar:
+            for domain in self.files:
+                self._survey(domain, bar)
+        tokenizer = self._tokenizer()
+        tokenizer.save(self.out / TOKENIZER_FILE)
+        with self._bar("prepare") as bar:
+            domains = {domain: self._write(domain, tokenizer, bar) for domain in self.files}
+        manifest = Manifest(
+            name=self.cfg.name,
+            recipe=self.recipe,
+            fingerprint=fingerprint(self.recipe, self.digests),
+            vocab_size=tokenizer.vocab_size,
+            eos=tokenizer.eos,
+            eos_id=tokenizer.eos_id,
+            tokenizer_sha256=hashlib.sha256((self.out / TOKENIZER_FILE).read_bytes()).hexdigest(),
+            domains=domains,
+        )
+        known = {
+            str(file.path): [file.size, file.mtime_ns, digest]
+            for domain, found in self.files.items()
+            for file, digest in zip(found, self.digests[domain], strict=True)
+        }
+        (self.out / SOURCES_FILE).write_text(json.dumps(known, indent=0, ensure_ascii=False), encoding="utf-8")
+        manifest.save(self.out)
+        return manifest
+
+    def _bar(self, what: str) -> tqdm:
+        """A progress bar over the bytes of all files, on a terminal."""
+        size = sum(file.size for found in self.files.values() for file in found)
+        return tqdm(total=size, unit="B", unit_scale=True, desc=what, disable=None if self.progress else True)
+
+    def _reader(self, domain: str, file: SourceFile) -> Reader:
+        source, cfg = self.cfg.sources[domain], self.cfg
+        options = ReadOptions(
+            domain, source.field, compile_delimiter(domain, source), cfg.max_line_mb, cfg.invalid_utf8 == "replace"
+        )
+        return Reader(file, options)
+
+    def _survey(self, domain: str, bar: tqdm) -> None:
+        """First reading: check every file and choose the held-out documents."""
+        keys: list[DocumentKey] = []
+        empty = 0
+        self.digests[domain], self.replaced[domain] = [], 0
+        for file in self.files[domain]:
+            reader, before, at = self._reader(domain, file), len(keys), 0
+            for text in reader:
+                keys.append(DocumentKey.of(text))
+                bar.update(reader.position - at)
+                at = reader.position
+            self.digests[domain].append(reader.digest)
+            self.replaced[domain] += reader.replaced
+            empty += len(keys) == before
+        if not keys:
+            raise DataError(
+                f"domain '{domain}' has no text: its {empty} files are empty; correct "
+                f"data.sources.{domain}.paths or remove the domain"
+            )
+        if empty:
+            logger.info(
+                "domain '%s': %d of %d files are empty and were left out", domain, empty, len(self.files[domain])
+            )
+        self.held_out[domain] = choose_held_out(keys, self.cfg.val_fraction)
+
+    def _tokenizer(self) -> LoadedTokenizer:
+        """The tokenizer asked for, or one trained on the training documents alone."""
+        if self.cfg.tokenizer.path is not None:
+            return load_tokenizer(self.cfg.tokenizer.path)
+        texts = (text for domain in self.files for split, text, _ in self._documents(domain) if split == "train")
+        return describe_tokenizer(train_tokenizer(texts, self.cfg.tokenizer.vocab_size), "the trained tokenizer")
+
+    def _documents(self, domain: str) -> Iterator[tuple[str, str, int]]:
+        """(split, text, source bytes read for it) of every document, in order."""
+        held, number = self.held_out[domain], 0
+        for file, digest in zip(self.files[domain], self.digests[domain], strict=True):
+            reader, at = self._reader(domain, file), 0
+            for text in reader:
+                done, at = reader.position - at, reader.position
+                if held.cut is not None and held.cut[0] == number:
+                    head, tail = cut_tail(text, held.cut[1])
+                    yield "train", head, 0
+                    yield "val", tail, done
+                else:
+                    yield ("val" if number in held.whole else "train"), text, done
+                number += 1
+            if reader.digest != digest:
+                raise DataError(f"'{file.path}' changed while it was read; run again when nothing writes to it")
+
+    def _batches(self, domain: str) -> Iterator[tuple[list[str], list[str], int]]:
+        """(splits, texts, source bytes done) of runs of documents with about BATCH_CHARS characters."""
+        splits: list[str] = []
+        texts: list[str] = []
+        chars = done = 0
+        for split, text, size in self._documents(domain):
+            if text:
+                splits.append(split)
+                texts.append(text)
+            chars, done = chars + len(text), done + size
+            if chars >= BATCH_CHARS:
+                yield splits, texts, done
+                splits, texts, chars, done = [], [], 0, 0
+        yield splits, texts, done
+
+    def _write(self, domain: str, tokenizer: LoadedTokenizer, bar: tqdm) -> DomainInfo:
+        """Second reading: tokenise in batches and write the domain's two shards."""
+        dtype = dtype_for(tokenizer.vocab_size)
+        writers = {split: ShardWriter(shard_prefix(self.out, domain, split), dtype) for split in SPLITS}
+        sizes = dict.fromkeys(SPLITS, 0)
+        for splits, texts, done in self._batches(domain):
+            for split, text, ids in zip(splits, texts, tokenizer.token_ids(texts), strict=True):
+                writers[split].add(np.asarray([*ids, tokenizer.eos_id], dtype=np.int64))
+                sizes[split] += len(text.encode("utf-8"))
+            bar.update(done)
+        for writer in writers.values():
+            writer.close()
+            if not writer.lengths:
+                raise DataError(
+                    f"domain '{domain}' has too little text for a training and a held-out part with "
+                    f"data.val_fraction={self.cfg.val_fraction}; give it more text or remove it"
+                )
+        info = {s: SplitInfo(len(w.lengths), sum(w.lengths), sizes[s], w.sha256) for s, w in writers.items()}
+        licence = self.cfg.sources[domain].licence
+        return DomainInfo(licence, info["train"], info["val"], self.replaced[domain])

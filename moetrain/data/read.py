@@ -1,7 +1,8 @@
 """One file's documents, read as a stream: text, JSON lines and parquet, plain or compressed.
 
-JSON lines and parquet are read block by block, so a file may be larger than memory. A text file is held in memory
-whole while it is read, since a delimiter is a regular expression that may span lines.
+JSON lines are read block by block and parquet row group by row group (pyarrow decodes one as a whole), so a file may be
+larger than memory. A text file is held in memory whole while it is read, since a delimiter is a regular expression that
+may span lines.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from moetrain.config.errors import DataError
 from moetrain.data.sources import SourceFile, compression_of, kind_of
 
 READ_BLOCK = 1_000_000
-COMPRESSED_BLOCK = 65_536  # what one block may grow to when it is decompressed is not known
-ROWS = 128  # parquet rows held at once
+COMPRESSED_BLOCK = 16_384  # small, because a block may grow a thousandfold when it is decompressed
+ROWS = 128  # parquet rows that are Python objects at once
 BOM = b"\xef\xbb\xbf"
 REPLACEMENT = "\ufffd"
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell them; UTF-8 cannot

@@ -248,6 +248,9 @@ class DataConfig:
     invalid_utf8: Literal["refuse", "replace"] = Field(
         default="refuse", description="bytes that are not UTF-8: refuse the file, or replace them with U+FFFD and count"
     )
+    deduplicate: bool = Field(
+        default=False, description="remove documents whose text came before, in any domain; the first domain keeps it"
+    )
     workers: NonNegative = Field(default=1, description="background batches that are loaded ahead of the step")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from moetrain.config.errors import DataError
 from moetrain.config.schema import DataConfig
-from moetrain.data.manifest import SPLITS, TOKENIZER_FILE, DomainInfo, Manifest, SplitInfo
+from moetrain.data.manifest import SPLITS, TOKENIZER_FILE, DomainInfo, Manifest, SplitInfo, removed_line
 from moetrain.data.read import Reader, ReadOptions, check_packages
 from moetrain.data.shards import ShardWriter, dtype_for, shard_prefix
 from moetrain.data.sources import SourceFile, compile_delimiter
@@ -35,7 +36,12 @@ def fingerprint(recipe: str, digests: dict[str, list[str]]) -> str:
 @dataclass
 class Build:
     """One data set in the making. ``run`` reads all files twice (three times when a tokenizer is trained), so that no
-    text has to be kept; what is kept is a hash and a size per document."""
+    text has to be kept in memory.
+
+    What is kept: a hash and a size of each document of a domain (0.3 GB per million while the hold-out is chosen), one
+    byte per document of all domains, and with ``data.deduplicate`` a set of the 16-byte digests of all different texts,
+    about 0.1 GB per million.
+    """
 
     cfg: DataConfig
     files: dict[str, list[SourceFile]]
@@ -45,6 +51,9 @@ class Build:
     digests: dict[str, list[str]] = field(default_factory=dict)
     held_out: dict[str, HeldOut] = field(default_factory=dict)
     replaced: dict[str, int] = field(default_factory=dict)
+    kept: dict[str, bytearray] = field(default_factory=dict)  # one byte a document: 1 where it is kept
+    removed: dict[str, Counter[str]] = field(default_factory=dict)  # documents by the reason why they are not
+    seen: set[bytes] = field(default_factory=set)  # digests of all texts that are kept, for the search of duplicates
 
     def run(self) -> Manifest:
         """Fill ``out``; the manifest comes last."""
@@ -89,29 +98,54 @@ class Build:
         return Reader(file, options)
 
     def _survey(self, domain: str, bar: tqdm) -> None:
-        """First reading: check every file and choose the held-out documents."""
+        """First reading: check every file, and choose the documents that are removed and those that are held out."""
         keys: list[DocumentKey] = []
-        empty = 0
+        kept, removed, empty = bytearray(), Counter[str](), 0
         self.digests[domain], self.replaced[domain] = [], 0
+        self.kept[domain], self.removed[domain] = kept, removed
         for file in self.files[domain]:
-            reader, before, at = self._reader(domain, file), len(keys), 0
+            reader, before, at = self._reader(domain, file), len(kept), 0
             for text in reader:
-                keys.append(DocumentKey.of(text))
+                key = DocumentKey.of(text)
+                why = self._why_removed(domain, text, key)
+                kept.append(why is None)
+                if why is None:
+                    keys.append(key)
+                else:
+                    removed[why] += 1
                 bar.update(reader.position - at)
                 at = reader.position
             self.digests[domain].append(reader.digest)
             self.replaced[domain] += reader.replaced
-            empty += len(keys) == before
-        if not keys:
+            empty += len(kept) == before
+        self._check_some_text(domain, empty)
+        self.held_out[domain] = choose_held_out(keys, self.cfg.val_fraction)
+
+    def _why_removed(self, domain: str, text: str, key: DocumentKey) -> str | None:
+        """Why a document is left out, None where it is kept. Two texts are the same when their BLAKE2b digests of 128
+        bits are."""
+        if self.cfg.deduplicate:
+            if key.digest in self.seen:
+                return "duplicate"
+            self.seen.add(key.digest)
+        return None
+
+    def _check_some_text(self, domain: str, empty: int) -> None:
+        """Raise DataError for a domain of which nothing is left; say how many of its files are ``empty``."""
+        if not self.kept[domain]:
             raise DataError(
                 f"domain '{domain}' has no text: its {empty} files are empty; correct "
                 f"data.sources.{domain}.paths or remove the domain"
+            )
+        if not any(self.kept[domain]):
+            raise DataError(
+                f"domain '{domain}' has no text left: all its {len(self.kept[domain]):,} documents were removed "
+                f"({removed_line(self.removed[domain])}); remove the domain, or change what removes them"
             )
         if empty:
             logger.info(
                 "domain '%s': %d of %d files are empty and were left out", domain, empty, len(self.files[domain])
             )
-        self.held_out[domain] = choose_held_out(keys, self.cfg.val_fraction)
 
     def _tokenizer(self) -> LoadedTokenizer:
         """The tokenizer asked for, or one trained on the training documents alone."""
@@ -121,11 +155,14 @@ class Build:
         return describe_tokenizer(train_tokenizer(texts, self.cfg.tokenizer.vocab_size), "the trained tokenizer")
 
     def _documents(self, domain: str) -> Iterator[tuple[str, str, int]]:
-        """(split, text, source bytes read for it) of every document, in order."""
+        """(split, text, source bytes read since the last one) of every document that is kept, in order."""
         held, number = self.held_out[domain], 0
+        kept = iter(self.kept[domain])
         for file, digest in zip(self.files[domain], self.digests[domain], strict=True):
             reader, at = self._reader(domain, file), 0
             for text in reader:
+                if not next(kept, 0):
+                    continue
                 done, at = reader.position - at, reader.position
                 if held.cut is not None and held.cut[0] == number:
                     head, tail = cut_tail(text, held.cut[1])
@@ -171,4 +208,5 @@ class Build:
                 )
         info = {s: SplitInfo(len(w.lengths), sum(w.lengths), sizes[s], w.sha256) for s, w in writers.items()}
         licence = self.cfg.sources[domain].licence
-        return DomainInfo(licence, info["train"], info["val"], self.replaced[domain])
+        removed = dict(sorted(self.removed[domain].items()))
+        return DomainInfo(licence, info["train"], info["val"], self.replaced[domain], removed)

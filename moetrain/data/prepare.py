@@ -141,7 +141,7 @@ def _recipe(cfg: DataConfig) -> str:
         loaded = load_tokenizer(cfg.tokenizer.path)
         tokenizer = hashlib.sha256(f"{loaded.eos}\n{loaded.tokenizer.to_str()}".encode()).hexdigest()
     sources = {name: [s.paths, s.licence, s.delimiter, *_changed(s, "field")] for name, s in cfg.sources.items()}
-    settings = [VERSION, sources, tokenizer, cfg.val_fraction, *_changed(cfg, "invalid_utf8")]
+    settings = [VERSION, sources, tokenizer, cfg.val_fraction, *_changed(cfg, "invalid_utf8", "deduplicate")]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 

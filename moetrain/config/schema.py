@@ -216,6 +216,9 @@ class SourceConfig:
         default=None, description="regular expression between documents of a text file; null: one file, one document"
     )
     field: str = Field(default="text", description="field or column that holds the text of JSON lines and parquet")
+    filter: Literal["none", "gopher"] = Field(
+        default="none", description="quality filter; gopher: rules for web pages in English, arXiv 2112.11446 A.1"
+    )
 
 
 @dataclass(config=STRICT)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from moetrain.config.errors import DataError
 from moetrain.config.schema import DataConfig
+from moetrain.data.filters import FILTERS
 from moetrain.data.manifest import SPLITS, TOKENIZER_FILE, DomainInfo, Manifest, SplitInfo, removed_line
 from moetrain.data.read import Reader, ReadOptions, check_packages
 from moetrain.data.shards import ShardWriter, dtype_for, shard_prefix
@@ -123,7 +124,10 @@ class Build:
 
     def _why_removed(self, domain: str, text: str, key: DocumentKey) -> str | None:
         """Why a document is left out, None where it is kept. Two texts are the same when their BLAKE2b digests of 128
-        bits are."""
+        bits are; a text that a filter removes from one domain may stay in another."""
+        name = self.cfg.sources[domain].filter
+        if rule := FILTERS[name](text):
+            return f"{name} {rule}"
         if self.cfg.deduplicate:
             if key.digest in self.seen:
                 return "duplicate"

@@ -140,7 +140,9 @@ def _recipe(cfg: DataConfig) -> str:
     if cfg.tokenizer.path is not None:
         loaded = load_tokenizer(cfg.tokenizer.path)
         tokenizer = hashlib.sha256(f"{loaded.eos}\n{loaded.tokenizer.to_str()}".encode()).hexdigest()
-    sources = {name: [s.paths, s.licence, s.delimiter, *_changed(s, "field")] for name, s in cfg.sources.items()}
+    sources = {
+        name: [s.paths, s.licence, s.delimiter, *_changed(s, "field", "filter")] for name, s in cfg.sources.items()
+    }
     settings = [VERSION, sources, tokenizer, cfg.val_fraction, *_changed(cfg, "invalid_utf8", "deduplicate")]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 

@@ -254,6 +254,9 @@ class DataConfig:
     deduplicate: bool = Field(
         default=False, description="remove documents whose text came before, in any domain; the first domain keeps it"
     )
+    licences: list[str] | None = Field(
+        default=None, description="licence tags that sources may have; others, and none, are refused; null: all"
+    )
     workers: NonNegative = Field(default=1, description="background batches that are loaded ahead of the step")
 
 

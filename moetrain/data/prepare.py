@@ -88,7 +88,26 @@ def _check(cfg: DataConfig) -> None:
     for name in cfg.sources:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise DataError(f"domain name '{name}' cannot be a file name; use letters, digits, '.', '_' and '-'")
+    _check_licences(cfg)
     check_weights({name: source.weight for name, source in cfg.sources.items()}, list(cfg.sources))
+
+
+def _check_licences(cfg: DataConfig) -> None:
+    """Raise DataError that names every source whose licence is not among ``cfg.licences``. Tags are compared without
+    regard to case, as SPDX does."""
+    if cfg.licences is None:
+        return
+    allowed = {licence.strip().casefold() for licence in cfg.licences}
+    refused = [
+        f"'{name}' ({source.licence.strip() or 'no licence'})"
+        for name, source in cfg.sources.items()
+        if not source.licence.strip() or source.licence.strip().casefold() not in allowed
+    ]
+    if refused:
+        raise DataError(
+            f"data.licences does not allow {', '.join(refused)}; allowed: {', '.join(cfg.licences) or 'none'}; remove "
+            f"the source, state its licence in data.sources.NAME.licence, or allow it"
+        )
 
 
 @contextmanager

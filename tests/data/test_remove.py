@@ -217,3 +217,21 @@ def test_a_filter_removes_from_its_own_domain_before_duplicates_are_sought(tmp_p
     for name, texts in (("web", good), ("chat", bad + own)):
         found = documents_of(data, name, "train") + documents_of(data, name, "val")
         assert sorted(found) == sorted(texts)
+
+
+def test_a_source_without_an_allowed_licence_is_refused_before_any_work(tmp_path: Path) -> None:
+    sources = write_corpus(tmp_path / "text")  # all CC0-1.0
+    cfg = config(tmp_path, sources, licences=["MIT", "cc0-1.0 "])
+    manifest = prepare(cfg, progress=False)
+    cfg.licences = None
+    assert prepare(cfg, progress=False).recipe == manifest.recipe  # no matter of tokens
+    sources["sea"].licence, sources["sea"].paths, sources["food"].licence = "GPL-3.0", ["nowhere"], ""
+    for allowed, message in [
+        (["MIT", "CC0-1.0"], r"does not allow 'sea' \(GPL-3.0\), 'food' \(no licence\); allowed: MIT, CC0-1.0; remove"),
+        ([], r"does not allow 'sea' \(GPL-3.0\), 'code' \(CC0-1.0\), 'food' \(no licence\); allowed: none"),
+        (["", "GPL-3.0", "CC0-1.0"], r"does not allow 'food' \(no licence\);"),
+    ]:
+        cfg.licences = allowed
+        with pytest.raises(DataError, match=message) as error:  # not that 'nowhere' does not exist
+            prepare(cfg, progress=False)
+        assert "\n" not in str(error.value)

@@ -257,6 +257,9 @@ class DataConfig:
     licences: list[str] | None = Field(
         default=None, description="licence tags that sources may have; others, and none, are refused; null: all"
     )
+    processes: Positive = Field(
+        default=1, description="processes that filter and tokenise in prepare; the result does not depend on it"
+    )
     workers: NonNegative = Field(default=1, description="background batches that are loaded ahead of the step")
 
 

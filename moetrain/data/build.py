@@ -6,8 +6,9 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,13 @@ from tqdm import tqdm
 
 from moetrain.config.errors import DataError
 from moetrain.config.schema import DataConfig
-from moetrain.data.filters import FILTERS
 from moetrain.data.manifest import SPLITS, TOKENIZER_FILE, DomainInfo, Manifest, SplitInfo, removed_line
 from moetrain.data.read import Reader, ReadOptions, check_packages
 from moetrain.data.shards import ShardWriter, dtype_for, shard_prefix
 from moetrain.data.sources import SourceFile, compile_delimiter
 from moetrain.data.split import DocumentKey, HeldOut, choose_held_out, cut_tail
 from moetrain.data.tokenizer import LoadedTokenizer, describe_tokenizer, load_tokenizer, train_tokenizer
+from moetrain.data.workers import Workers, look_at, tokenize
 
 logger = logging.getLogger("moetrain")
 
@@ -32,6 +33,31 @@ BATCH_CHARS = 1_000_000  # text handed to the tokenizer at once
 def fingerprint(recipe: str, digests: dict[str, list[str]]) -> str:
     """Hash of settings and text: the same for the same shards."""
     return hashlib.sha256(json.dumps([recipe, digests]).encode()).hexdigest()
+
+
+def batches(documents: Iterable[tuple[str, str, int]]) -> Iterator[tuple[tuple[list[tuple[str, int]], int], list[str]]]:
+    """Runs of documents, each (split, text, source bytes read for it), with about BATCH_CHARS characters: (((split,
+    UTF-8 bytes) of each, source bytes read for all), texts)."""
+    marks: list[tuple[str, int]] = []
+    texts: list[str] = []
+    chars = done = 0
+    for split, text, read in documents:
+        if text:
+            marks.append((split, len(text.encode("utf-8"))))
+            texts.append(text)
+        chars, done = chars + len(text), done + read
+        if chars >= BATCH_CHARS:
+            yield (marks, done), texts
+            marks, texts, chars, done = [], [], 0, 0
+    yield (marks, done), texts
+
+
+def _with_progress(reader: Reader) -> Iterator[tuple[str, str, int]]:
+    """The documents of a file before they have a split."""
+    at = 0
+    for text in reader:
+        done, at = reader.position - at, reader.position
+        yield "", text, done
 
 
 @dataclass
@@ -60,13 +86,14 @@ class Build:
         """Fill ``out``; the manifest comes last."""
         for file in (file for found in self.files.values() for file in found):
             check_packages(file.path)
-        with self._bar("read") as bar:
-            for domain in self.files:
-                self._survey(domain, bar)
-        tokenizer = self._tokenizer()
-        tokenizer.save(self.out / TOKENIZER_FILE)
-        with self._bar("prepare") as bar:
-            domains = {domain: self._write(domain, tokenizer, bar) for domain in self.files}
+        with Workers(self.cfg.processes) as workers:
+            with self._bar("read") as bar:
+                for domain in self.files:
+                    self._survey(domain, workers, bar)
+            tokenizer = self._tokenizer()
+            tokenizer.save(self.out / TOKENIZER_FILE)
+            with self._bar("prepare") as bar:
+                domains = {domain: self._write(domain, tokenizer, workers, bar) for domain in self.files}
         manifest = Manifest(
             name=self.cfg.name,
             recipe=self.recipe,
@@ -98,36 +125,35 @@ class Build:
         )
         return Reader(file, options)
 
-    def _survey(self, domain: str, bar: tqdm) -> None:
+    def _survey(self, domain: str, workers: Workers, bar: tqdm) -> None:
         """First reading: check every file, and choose the documents that are removed and those that are held out."""
         keys: list[DocumentKey] = []
         kept, removed, empty = bytearray(), Counter[str](), 0
         self.digests[domain], self.replaced[domain] = [], 0
         self.kept[domain], self.removed[domain] = kept, removed
+        look = partial(look_at, self.cfg.sources[domain].filter)
         for file in self.files[domain]:
-            reader, before, at = self._reader(domain, file), len(kept), 0
-            for text in reader:
-                key = DocumentKey.of(text)
-                why = self._why_removed(domain, text, key)
-                kept.append(why is None)
-                if why is None:
-                    keys.append(key)
-                else:
-                    removed[why] += 1
-                bar.update(reader.position - at)
-                at = reader.position
+            reader, before = self._reader(domain, file), len(kept)
+            for (_, done), looks in workers.map(look, batches(_with_progress(reader))):
+                for key, rule in looks:
+                    why = self._why_removed(domain, key, rule)
+                    kept.append(why is None)
+                    if why is None:
+                        keys.append(key)
+                    else:
+                        removed[why] += 1
+                bar.update(done)
             self.digests[domain].append(reader.digest)
             self.replaced[domain] += reader.replaced
             empty += len(kept) == before
         self._check_some_text(domain, empty)
         self.held_out[domain] = choose_held_out(keys, self.cfg.val_fraction)
 
-    def _why_removed(self, domain: str, text: str, key: DocumentKey) -> str | None:
+    def _why_removed(self, domain: str, key: DocumentKey, rule: str | None) -> str | None:
         """Why a document is left out, None where it is kept. Two texts are the same when their BLAKE2b digests of 128
         bits are; a text that a filter removes from one domain may stay in another."""
-        name = self.cfg.sources[domain].filter
-        if rule := FILTERS[name](text):
-            return f"{name} {rule}"
+        if rule is not None:
+            return f"{self.cfg.sources[domain].filter} {rule}"
         if self.cfg.deduplicate:
             if key.digest in self.seen:
                 return "duplicate"
@@ -178,30 +204,16 @@ class Build:
             if reader.digest != digest:
                 raise DataError(f"'{file.path}' changed while it was read; run again when nothing writes to it")
 
-    def _batches(self, domain: str) -> Iterator[tuple[list[str], list[str], int]]:
-        """(splits, texts, source bytes done) of runs of documents with about BATCH_CHARS characters."""
-        splits: list[str] = []
-        texts: list[str] = []
-        chars = done = 0
-        for split, text, size in self._documents(domain):
-            if text:
-                splits.append(split)
-                texts.append(text)
-            chars, done = chars + len(text), done + size
-            if chars >= BATCH_CHARS:
-                yield splits, texts, done
-                splits, texts, chars, done = [], [], 0, 0
-        yield splits, texts, done
-
-    def _write(self, domain: str, tokenizer: LoadedTokenizer, bar: tqdm) -> DomainInfo:
+    def _write(self, domain: str, tokenizer: LoadedTokenizer, workers: Workers, bar: tqdm) -> DomainInfo:
         """Second reading: tokenise in batches and write the domain's two shards."""
         dtype = dtype_for(tokenizer.vocab_size)
         writers = {split: ShardWriter(shard_prefix(self.out, domain, split), dtype) for split in SPLITS}
         sizes = dict.fromkeys(SPLITS, 0)
-        for splits, texts, done in self._batches(domain):
-            for split, text, ids in zip(splits, texts, tokenizer.token_ids(texts), strict=True):
-                writers[split].add(np.asarray([*ids, tokenizer.eos_id], dtype=np.int64))
-                sizes[split] += len(text.encode("utf-8"))
+        work = partial(tokenize, self.out / TOKENIZER_FILE)
+        for (marks, done), found in workers.map(work, batches(self._documents(domain))):
+            for (split, size), ids in zip(marks, found, strict=True):
+                writers[split].add(np.append(ids, tokenizer.eos_id))
+                sizes[split] += size
             bar.update(done)
         for writer in writers.values():
             writer.close()

@@ -213,7 +213,11 @@ class SourceConfig:
     )
     licence: str = Field(default="", description="licence tag of the text")
     delimiter: str | None = Field(
-        default=None, description="regular expression between documents of a file; null: one file, one document"
+        default=None, description="regular expression between documents of a text file; null: one file, one document"
+    )
+    field: str = Field(default="text", description="field or column that holds the text of JSON lines and parquet")
+    filter: Literal["none", "gopher"] = Field(
+        default="none", description="quality filter; gopher: rules for web pages in English, arXiv 2112.11446 A.1"
     )
 
 
@@ -243,7 +247,19 @@ class DataConfig:
     val_fraction: float = Field(
         default=0.05, gt=0, lt=1, description="share of each domain's documents (by bytes) held out"
     )
-    max_line_mb: Positive = Field(default=64, description="longest line that prepare accepts, in MB")
+    max_line_mb: Positive = Field(default=64, description="longest line or parquet row that prepare accepts, in MB")
+    invalid_utf8: Literal["refuse", "replace"] = Field(
+        default="refuse", description="bytes that are not UTF-8: refuse the file, or replace them with U+FFFD and count"
+    )
+    deduplicate: bool = Field(
+        default=False, description="remove documents whose text came before, in any domain; the first domain keeps it"
+    )
+    licences: list[str] | None = Field(
+        default=None, description="licence tags that sources may have; others, and none, are refused; null: all"
+    )
+    processes: Positive = Field(
+        default=1, description="processes that filter and tokenise in prepare; the result does not depend on it"
+    )
     workers: NonNegative = Field(default=1, description="background batches that are loaded ahead of the step")
 
 

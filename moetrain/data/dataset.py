@@ -11,8 +11,7 @@ from tokenizers import Tokenizer
 
 from moetrain.config.errors import DataError
 from moetrain.data.manifest import SPLITS, TOKENIZER_FILE, Manifest
-from moetrain.data.prepare import shard_prefix
-from moetrain.data.shards import Shard, bin_path, idx_path
+from moetrain.data.shards import Shard, bin_path, idx_path, shard_prefix
 from moetrain.data.weights import resolve_weights
 
 VERIFY_BELOW = 256_000_000  # bytes of shards that are hashed at every opening: about 0.2 s

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,14 @@ class SplitInfo:
 
 @dataclass(frozen=True)
 class DomainInfo:
-    """One domain: its licence tag and its training and held-out shards."""
+    """One domain: its licence tag, its training and held-out shards, how many invalid UTF-8 sequences of its text were
+    replaced, and how many documents were removed for which reason."""
 
     licence: str
     train: SplitInfo
     val: SplitInfo
+    replaced: int = 0
+    removed: dict[str, int] = field(default_factory=dict)
 
     def split(self, name: str) -> SplitInfo:
         """The shard called 'train' or 'val'."""
@@ -63,6 +67,9 @@ class Manifest:
         """Write manifest.json into ``folder``."""
         content = {"format": FORMAT, "version": VERSION, **asdict(self)}
         for name, domain in self.domains.items():
+            for key in ("replaced", "removed"):  # said only where there is something to say
+                if not getattr(domain, key):
+                    del content["domains"][name][key]
             content["domains"][name]["bytes_per_token"] = round(domain.bytes_per_token, 4)
         (folder / FILE).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -97,8 +104,19 @@ class Manifest:
                 f"{name:<16}{d.train.documents + d.val.documents:>11,}{d.train.tokens:>13,}{d.val.tokens:>11,}"
                 f"{(d.train.bytes + d.val.bytes) / 1e6:>9.2f}{d.bytes_per_token:>13.2f}  {d.licence}".rstrip()
             )
+        for name, d in self.domains.items():
+            if d.removed:
+                rows.append(f"{name}: {sum(d.removed.values()):,} documents were removed: {removed_line(d.removed)}")
+            if d.replaced:
+                rows.append(f"{name}: {d.replaced:,} invalid UTF-8 sequences were replaced")
         return "\n".join(rows)
 
 
+def removed_line(removed: Mapping[str, int]) -> str:
+    """Reasons and how many documents were removed for each, the most frequent first."""
+    return ", ".join(f"{why} {count:,}" for why, count in sorted(removed.items(), key=lambda item: -item[1]))
+
+
 def _domain(content: dict[str, Any]) -> DomainInfo:
-    return DomainInfo(content["licence"], SplitInfo(**content["train"]), SplitInfo(**content["val"]))
+    train, val = SplitInfo(**content["train"]), SplitInfo(**content["val"])
+    return DomainInfo(content["licence"], train, val, content.get("replaced", 0), content.get("removed", {}))

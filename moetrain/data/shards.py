@@ -30,6 +30,11 @@ def dtype_for(vocab_size: int) -> np.dtype[Any]:
     return DTYPES[8 if vocab_size < UINT16_VOCAB else 4]
 
 
+def shard_prefix(folder: Path, domain: str, split: str) -> Path:
+    """Path of a domain's shard without .bin or .idx; ``split`` is 'train' or 'val'."""
+    return folder / f"{domain}.{split}"
+
+
 def bin_path(prefix: Path) -> Path:
     """The file of token ids."""
     return prefix.with_name(prefix.name + ".bin")

@@ -1,21 +1,21 @@
-"""Raw text: from the paths of a domain to its documents. Everything that can be wrong with a file is found here."""
+"""Raw text: from the paths of a domain to its files, and what kind each is. `read.py` reads them."""
 
 from __future__ import annotations
 
 import glob
-import hashlib
 import importlib.resources
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from moetrain.config.errors import DataError
 from moetrain.config.schema import SourceConfig
 
 PACKAGE_PREFIX = "moetrain:"
-# A folder gives its files with these endings. Files that are named, or matched by a glob, are read whatever their
-# ending.
+# A folder gives its files with these endings, JSON lines and parquet. Files that are named, or matched by a glob, are
+# read whatever their ending.
 TEXT_SUFFIXES = frozenset(
     f".{suffix}"
     for group in (
@@ -24,7 +24,8 @@ TEXT_SUFFIXES = frozenset(
     )
     for suffix in group.split()
 )
-READ_BLOCK = 1_000_000
+COMPRESSIONS = (".gz", ".zst")
+JSON_LINES = (".jsonl", ".ndjson")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,26 @@ class SourceFile:
     path: Path
     size: int
     mtime_ns: int
+
+
+def compression_of(path: Path) -> str | None:
+    """'.gz', '.zst' or None, by the ending."""
+    return path.suffix.lower() if path.suffix.lower() in COMPRESSIONS else None
+
+
+def kind_of(path: Path) -> Literal["text", "jsonl", "parquet"]:
+    """How a file is read, by its ending: JSON lines are .jsonl and .ndjson, and .json where it is compressed (large
+    corpora are published so); what is not known is text."""
+    compressed = compression_of(path) is not None
+    ending = (path.with_suffix("") if compressed else path).suffix.lower()
+    if ending in JSON_LINES or (compressed and ending == ".json"):
+        return "jsonl"
+    return "parquet" if ending == ".parquet" and not compressed else "text"
+
+
+def _in_folder(path: Path) -> bool:
+    """Whether a folder gives this file: with a known ending, and compressed only where it holds JSON lines."""
+    return kind_of(path) != "text" or path.suffix.lower() in TEXT_SUFFIXES
 
 
 def resolve(path: str) -> str:
@@ -64,7 +85,7 @@ def _matches(domain: str, path: str) -> list[Path]:
     name = resolve(path)
     if os.path.isdir(name):
         every = sorted(p for p in Path(name).rglob("*") if p.is_file())
-        files = [p for p in every if p.suffix.lower() in TEXT_SUFFIXES and not _hidden(p.relative_to(name))]
+        files = [p for p in every if _in_folder(p) and not _hidden(p.relative_to(name))]
         if not files:
             raise DataError(
                 f"domain '{domain}': folder '{path}' holds {len(every)} files and none with a known text "
@@ -90,50 +111,6 @@ def _matches(domain: str, path: str) -> list[Path]:
 
 def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
-
-
-def read_text(path: Path, max_line_mb: int) -> tuple[str, str]:
-    """Text of a file and the SHA-256 of its bytes.
-
-    Raises DataError for a file that cannot be read, holds NUL bytes, is not UTF-8, or has a line of more than
-    ``max_line_mb`` MB (found while reading, before the whole file is in memory).
-    """
-    limit = max_line_mb * 1_000_000
-    digest, blocks, line, at = hashlib.sha256(), [], 0, 0
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(READ_BLOCK):
-                if (nul := block.find(0)) >= 0:
-                    raise DataError(
-                        f"'{path}' is not text: byte {at + nul} is NUL; leave the file out or convert it to UTF-8 text"
-                    )
-                first, last = block.find(b"\n"), block.rfind(b"\n")
-                line += len(block) if first < 0 else first
-                # inside one block no line can be longer than the limit, which is at least one block
-                if line > limit:
-                    raise DataError(
-                        f"'{path}' has a line of more than {max_line_mb} MB before byte {at + len(block)}; is "
-                        f"it text? Break the line, or raise "
-                        "data.max_line_mb"
-                    )
-                line = line if first < 0 else len(block) - 1 - last
-                digest.update(block)
-                blocks.append(block)
-                at += len(block)
-        return b"".join(blocks).decode("utf-8-sig"), digest.hexdigest()
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"'{path}' is not UTF-8 text: byte {error.start} is 0x{error.object[error.start]:02x}; convert it, "
-            f"for example with iconv -t UTF-8"
-        ) from None
-    except OSError as error:
-        raise DataError(f"cannot read '{path}': {error.strerror}") from None
-
-
-def split_documents(text: str, delimiter: re.Pattern[str] | None) -> list[str]:
-    """Documents of one file's text; those without any visible character are left out."""
-    pieces = [text] if delimiter is None else delimiter.split(text)
-    return [piece for piece in pieces if piece.strip()]
 
 
 def compile_delimiter(domain: str, source: SourceConfig) -> re.Pattern[str] | None:

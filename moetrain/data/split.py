@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class DocumentKey:
     """A document as the split sees it: a hash of its text and its length in bytes."""
 

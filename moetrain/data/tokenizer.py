@@ -34,14 +34,15 @@ class LoadedTokenizer:
     eos_id: int
     vocab_size: int
 
-    def token_ids(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text, without special tokens; text that spells a special token is text, not the token."""
-        self.tokenizer.encode_special_tokens = True
-        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-
     def save(self, file: Path) -> None:
         """Write tokenizer.json. Raises OSError (the library's own method raises bare Exception)."""
         file.write_text(self.tokenizer.to_str(pretty=True), encoding="utf-8")
+
+
+def ids_of(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    """Ids of each text, without special tokens; text that spells a special token is text, not the token."""
+    tokenizer.encode_special_tokens = True
+    return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def load_tokenizer(path: str) -> LoadedTokenizer:

@@ -1,4 +1,4 @@
-"""Packages that only ``moetrain mixture`` needs. They come with the extra ``mixture`` and are imported when first used."""
+"""Packages that only ``moetrain mixture`` needs. They come with the extra ``mixture``, imported when used."""
 
 from __future__ import annotations
 

@@ -57,7 +57,9 @@ def read_runs(where: str, part: str) -> Runs:
     for one, other in ((mixtures, losses), (losses, mixtures)):
         for index, (line, _) in one.rows.items():
             if index not in other.rows:
-                raise DataError(f"{one.file} line {line}: index {index} is not in {other.file}; add it or delete this row")
+                raise DataError(
+                    f"{one.file} line {line}: index {index} is not in {other.file}; add it or delete this row"
+                )
     weights = np.array([check_weights(mixtures, index) for index in mixtures.rows])
     return Runs(
         domains=short_names(mixtures, "train_", ""),
@@ -109,8 +111,11 @@ def read_sheet(file: Path) -> Sheet:
     columns = [name for name in header if name != "index"]
     if not columns or len(set(header)) < len(header):
         twice = sorted({name for name in header if header.count(name) > 1})
-        raise DataError(f"{file} line 1: " + (f"column {twice[0]} is there twice" if twice else "only the column 'index'"))
-    at, rows = header.index("index"), {}
+        raise DataError(
+            f"{file} line 1: " + (f"column {twice[0]} is there twice" if twice else "only the column 'index'")
+        )
+    at = header.index("index")
+    rows: dict[str, tuple[int, list[float]]] = {}
     for number, cells in lines[1:]:
         if len(cells) != len(header):
             raise DataError(f"{file} line {number}: {len(cells)} cells under {len(header)} columns; complete the row")
@@ -131,7 +136,9 @@ def read_number(file: Path, line: int, column: str, cell: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise DataError(f"{file} line {line}: {column} is '{cell}', not a finite number; delete that run from both files")
+        raise DataError(
+            f"{file} line {line}: {column} is '{cell}', not a finite number; delete that run from both files"
+        )
     return value
 
 

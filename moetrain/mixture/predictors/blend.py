@@ -12,8 +12,9 @@ from moetrain.mixture.predictors.law import MixingLaw
 from moetrain.mixture.predictors.trees import LightGBM
 
 FOLDS = 5
-# What carries over to larger models cannot be seen in the small runs. There the law loses least, so it always has this share.
-LAW_SHARE = 0.2
+# What carries over to larger models cannot be seen in the small runs. There the law loses least, so it has this share
+# at least; on runs of one size it costs next to nothing.
+LAW_SHARE = 0.15
 
 
 class Blend:
@@ -35,20 +36,28 @@ class Blend:
 
     def fit(self, x_ND: np.ndarray, y_N: np.ndarray) -> Self:
         self.fitted = {name: member.fit(x_ND, y_N) for name, member in self.members().items()}
-        folds = np.random.default_rng(self.seed).permutation(len(y_N)) % FOLDS
-        errors = []
-        for name, member in self.fitted.items():
-            if isinstance(member, KnowsLeftOut):
-                predicted = member.left_out()
-            else:
-                predicted = np.empty_like(y_N)
-                for fold in range(FOLDS):
-                    out = folds == fold
-                    predicted[out] = self.members()[name].fit(x_ND[~out], y_N[~out]).predict(x_ND[out])
-            errors.append(float(np.mean((predicted - y_N) ** 2)))
-        shares = 1 / (np.array(errors) + 1e-12)
-        self.shares = dict(zip(self.fitted, shares / shares.sum(), strict=True))
+        errors = {name: float(np.mean((self.held_out(name, x_ND, y_N) - y_N) ** 2)) for name in self.fitted}
+        shares = {name: 1 / (error + 1e-12) for name, error in errors.items()}
+        total = sum(shares.values())
+        law = max(shares["law"] / total, LAW_SHARE)
+        rest = (1 - law) / (total - shares["law"])
+        self.shares = {name: law if name == "law" else share * rest for name, share in shares.items()}
         return self
 
+    def held_out(self, name: str, x_ND: np.ndarray, y_N: np.ndarray) -> np.ndarray:
+        """(N,) what the member would say of each fit row without it: its own word, or by cross-validation."""
+        member = self.fitted[name]
+        if isinstance(member, KnowsLeftOut):
+            return member.left_out()
+        folds = np.random.default_rng(self.seed).permutation(len(y_N)) % FOLDS
+        predicted = np.empty(len(y_N))
+        for fold in range(FOLDS):
+            out = folds == fold
+            predicted[out] = self.members()[name].fit(x_ND[~out], y_N[~out]).predict(x_ND[out])
+        return predicted
+
     def predict(self, x_ND: np.ndarray) -> np.ndarray:
-        return sum((self.shares[name] * member.predict(x_ND) for name, member in self.fitted.items()), np.zeros(len(x_ND)))
+        total = np.zeros(len(x_ND))
+        for name, member in self.fitted.items():
+            total += self.shares[name] * member.predict(x_ND)
+        return total

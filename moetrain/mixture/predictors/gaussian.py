@@ -18,8 +18,8 @@ CHUNK = 4096
 class GaussianProcess:
     """Covariance s2 exp(-distance^2 / 2) + noise, over log weights; all scales by maximal marginal likelihood.
 
-    law=True: the process is over log(loss - c) and its covariance has a term linear in the weights, so that without its
-    other part it is the mixing law c + exp(t . x); the other part models what the law misses. c is found with the scales.
+    law=True: the process is over log(loss - c) and its covariance has a term linear in the weights, so that alone it
+    would be the mixing law c + exp(t . x); the other part models what the law misses. c is found like the scales.
     """
 
     def __init__(self, law: bool = False) -> None:

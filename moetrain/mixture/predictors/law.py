@@ -8,8 +8,8 @@ import numpy as np
 
 from moetrain.mixture.extra import need
 
-# The law's constant c is first guessed to lie below the smallest loss by these multiples of the losses' range. A small one
-# bends the law much, a large one makes it nearly linear; the fit has several optima and the best is kept.
+# The law's constant c is first guessed to lie below the smallest loss by these multiples of the losses' range. A small
+# one bends the law much, a large one makes it nearly linear; the fit has several optima and the best is kept.
 GUESSES = (0.02, 0.1, 0.3, 1.0, 3.0)
 # Errors above this (in nats) count linearly, so that a few odd runs do not decide the fit.
 HUBER = 0.03

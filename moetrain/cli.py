@@ -158,6 +158,21 @@ def parity(argv: Sequence[str]) -> int:
     return 0 if result["within"] else 1
 
 
+def mixture(argv: Sequence[str]) -> int:
+    """Choose the data mixture from many small runs: fit=DIR test=DIR target=COLUMN ..."""
+    parser = command_parser("mixture")
+    args = parser.parse_intermixed_args(argv)
+    # The matrices are small: more threads gain little, and on busy cores they wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from moetrain.mixture.command import HELP, parse, run
+
+    if args.help:
+        print(HELP)
+        return 0
+    run(parse(args.overrides), wide_console())
+    return 0
+
+
 def version(argv: Sequence[str]) -> int:
     """Print the versions of moetrain, Python and torch."""
     command_parser("version").parse_args(argv)
@@ -173,6 +188,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "prepare": prepare,
     "mapping": mapping,
     "parity": parity,
+    "mixture": mixture,
     "version": version,
 }
 

@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moetrain.config.errors import ConfigError
 from moetrain.config.schema import Config
 from moetrain.data.loader import Batch
 from moetrain.model.decoder import Decoder
@@ -24,6 +23,7 @@ from moetrain.optim.groups import decay_groups, trainable
 from moetrain.parallel.mesh import ParallelDims
 from moetrain.parallel.run import Inputs, LossScale, local_inputs, sum_dtype
 from moetrain.parallel.zero import build_zero, import_deepspeed, is_expert, share_gathers
+from moetrain.train.deepspeed_nvme import get_file_access_ready
 from moetrain.train.deepspeed_state import ZeroState
 from moetrain.train.step import StepFigures, count_tokens, forget_loads, inputs_of
 
@@ -38,7 +38,7 @@ class DeepSpeedEngine:
         self.cfg, self.dims, self.device = cfg, dims, device
         deepspeed = import_deepspeed(device)
         if cfg.parallel.nvme is not None:
-            _need_file_access(cfg.parallel.nvme)
+            get_file_access_ready(cfg.parallel.nvme)
         self.model: Decoder = build_zero(cfg, dims, device)
         weights = {}
         if cfg.train.precision == "bf16":
@@ -149,17 +149,6 @@ def settings(cfg: Config, dims: ParallelDims, model: Decoder) -> dict[str, Any]:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
         config["communication_data_type"] = "fp32"
     return config
-
-
-def _need_file_access(nvme: str) -> None:
-    """Raises ConfigError where DeepSpeed cannot build its asynchronous file access, which it does at its first use."""
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    if not AsyncIOBuilder().is_compatible(verbose=False):
-        raise ConfigError(
-            f"parallel.nvme={nvme}: DeepSpeed's file access cannot be built here, it needs libaio with its headers; "
-            "install them (Debian: apt-get install libaio-dev) or set parallel.nvme=null"
-        )
 
 
 def _optimizer(options: Any, model: Decoder) -> torch.optim.AdamW:

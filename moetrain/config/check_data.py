@@ -1,4 +1,4 @@
-"""Checks of the data's mixture that need no text: names, weights, schedule, caps."""
+"""Checks of the data that need no text: names, weights, schedule, caps, packing."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ def check_data(cfg: Config) -> None:
     _check_domains(cfg.data)
     _check_schedule(cfg)
     data = cfg.data
+    if data.packing == "best_fit" and not data.document_mask:
+        raise ConfigError(
+            "data.packing=best_fit puts documents side by side that must not see each other; set "
+            "data.document_mask=true"
+        )
     caps = [data.max_epochs, *(d.max_epochs for d in data.domains.values())]
     caps += [s.max_epochs for s in data.sources.values()]
     if data.exhausted == "stop" and all(cap is None for cap in caps):

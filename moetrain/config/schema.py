@@ -293,6 +293,10 @@ class DataConfig:
         description="when a source has run out: its share goes to the others, the run ends, or max_epochs only warns",
     )
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig, description="tokenizer")
+    packing: Literal["cut", "best_fit"] = Field(
+        default="cut",
+        description="windows of one stream of text, or of whole documents with padding (needs document_mask)",
+    )
     document_mask: bool = Field(
         default=False, description="attention stays within a document, and positions start anew in each"
     )

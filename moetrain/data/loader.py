@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,17 +13,16 @@ from torch import Tensor
 
 from moetrain.config.errors import DataError
 from moetrain.data.dataset import TokenData
+from moetrain.data.gather import IGNORE, documents, gather
 from moetrain.data.order import Permutation, seed_key
-from moetrain.data.sampler import Sampler
-
-IGNORE = -100  # target that is not predicted
+from moetrain.data.sampler import Sample, Sampler
 
 
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch of one rank. ``tokens_BS`` and ``targets_BS`` are int64 (B, S); a target of -100 is not
     predicted. ``sample_ids`` are the run's sample numbers (-1: padding), ``domain_B`` the int64 (B,) numbers of their
-    domains in ``TokenData.domains``. ``document_BS``: see ``documents``; None where sequences are not cut by document.
+    domains in ``TokenData.domains``. ``document_BS``: see ``gather.Rows``; None without document masks.
     """
 
     tokens_BS: Tensor
@@ -32,17 +31,11 @@ class Batch:
     domain_B: Tensor
     document_BS: Tensor | None = None
 
-
-def documents(tokens_BS: Tensor, eos_id: int) -> Tensor:
-    """The document of each token of a window, int64 (B, S), from 0: an end-of-document token ends its document.
-
-    Targets stay as they are: the last target of a document is the next one's first token, predicted from the
-    end-of-document token as the start of a text is at inference. So a mask changes neither what is predicted nor the
-    number of targets, and losses with and without it can be compared. Megatron-Core does the same under
-    reset_attention_mask and reset_position_ids, unless eod_mask_loss is set too.
-    """
-    ends_BS = tokens_BS == eos_id
-    return ends_BS.cumsum(dim=1) - ends_BS.long()
+    def pinned(self) -> Batch:
+        """The same batch in page-locked memory, from which copies to a GPU do not hold up this thread."""
+        document_BS = None if self.document_BS is None else self.document_BS.pin_memory()
+        tokens_BS, targets_BS = self.tokens_BS.pin_memory(), self.targets_BS.pin_memory()
+        return replace(self, tokens_BS=tokens_BS, targets_BS=targets_BS, document_BS=document_BS)
 
 
 class Loader:
@@ -54,7 +47,10 @@ class Loader:
     stretch of ``micro_batch * dp_size`` of them, and rank r the r-th part of that: with the same number of
     micro-batches, a micro-batch over all ranks holds the same samples under every mapping. ``prefetch`` steps are made
     ahead of the one asked for (0: none, no thread). ``waited_s``: seconds that ``step`` has waited for data.
-    ``document_mask``: batches say which document a token belongs to.
+    ``document_mask``: batches say which document a token belongs to. ``pin_memory``: batches are in page-locked memory,
+    for a GPU. A rank reads the tokens of its own samples and no others.
+
+    Raises DataError for sizes that do not divide, and for windows made by document without ``document_mask``.
     """
 
     def __init__(
@@ -67,6 +63,7 @@ class Loader:
         dp_size: int = 1,
         prefetch: int = 1,
         document_mask: bool = False,
+        pin_memory: bool = False,
     ) -> None:
         if global_batch % (micro_batch * dp_size):
             per_pass = micro_batch * dp_size
@@ -75,11 +72,13 @@ class Loader:
                 f"train.global_batch={global_batch} is not a multiple of train.micro_batch={micro_batch} x "
                 f"{dp_size} data ranks; use {nearest}"
             )
+        if not document_mask and any(windows.by_document for windows in sampler.windows.values()):
+            raise DataError("data.packing=best_fit puts documents side by side; set data.document_mask=true")
         self.data, self.sampler = data, sampler
         self.global_batch, self.micro_batch = global_batch, micro_batch
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.prefetch = prefetch
-        self.document_mask = document_mask
+        self.document_mask, self.pin_memory = document_mask, pin_memory
         self.waited_s = 0.0
         self._number = {name: data.domains.index(domain) for name, domain in data.domain_of.items()}
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data") if prefetch else None
@@ -137,7 +136,7 @@ class Loader:
             Permutation(self.global_batch, seed_key(self.sampler.seed, "step", step)),
             self.first_sample(step),
         )
-        return [first + order[i] for i in range(self.global_batch)]
+        return [first + i for i in order.entries(range(self.global_batch))]
 
     def close(self) -> None:
         """Stop the background thread."""
@@ -147,15 +146,19 @@ class Loader:
     def _make(self, step: int) -> list[Batch]:
         ids, stride = self.sample_ids(step), self.micro_batch * self.dp_size
         starts = range(self.dp_rank * self.micro_batch, self.global_batch, stride)
-        return [self._batch(ids[start : start + self.micro_batch]) for start in starts]
+        own = self.sampler.locate_all([i for start in starts for i in ids[start : start + self.micro_batch]])
+        return [self._batch(own[m : m + self.micro_batch]) for m in range(0, len(own), self.micro_batch)]
 
-    def _batch(self, ids: list[int]) -> Batch:
-        samples = [self.sampler.locate(i) for i in ids]
-        windows = torch.from_numpy(np.stack([self.sampler.tokens(sample) for sample in samples]))
-        domain_B = torch.tensor([self._number[sample.source] for sample in samples])
-        tokens_BS, targets_BS = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
-        document_BS = documents(tokens_BS, self.data.eos_id) if self.document_mask else None
-        return Batch(tokens_BS, targets_BS, ids, domain_B, document_BS)
+    def _batch(self, samples: Sequence[Sample]) -> Batch:
+        rows = gather(self.sampler, samples, self.document_mask)  # an objective would change the rows here
+        batch = Batch(
+            torch.from_numpy(rows.tokens_BS),
+            torch.from_numpy(rows.targets_BS),
+            [sample.index for sample in samples],
+            torch.tensor([self._number[sample.source] for sample in samples]),
+            None if rows.document_BS is None else torch.from_numpy(rows.document_BS),
+        )
+        return batch.pinned() if self.pin_memory else batch
 
 
 def held_out_windows(tokens: int, seq_len: int, max_sequences: int = 0) -> range | list[int]:
@@ -201,11 +204,10 @@ def validation_batches(
                 f"vocabulary of {data.vocab_size}; it "
                 "is damaged or of another tokenizer: delete the prepared folder and run 'moetrain prepare' again"
             )
-        tokens_BS = torch.from_numpy(inputs)
         yield Batch(
-            tokens_BS,
+            torch.from_numpy(inputs),
             torch.from_numpy(targets),
             numbers,
             torch.full((batch_size,), data.domains.index(data.domain_of[source])),
-            documents(tokens_BS, data.eos_id) if document_mask else None,
+            torch.from_numpy(documents(inputs, data.eos_id)) if document_mask else None,
         )

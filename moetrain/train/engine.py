@@ -113,7 +113,7 @@ class TorchEngine:
             self.runner.weights_updated()
         self.optimizer.zero_grad(set_to_none=True)
         loads = all_loads(self.model, self.cfg.model, self.dims, step) if finite else forget_loads(self.model)
-        return StepFigures(loss / max(targets, 1), aux, tokens, grad_norm, loads)
+        return StepFigures(loss / max(targets, 1), aux, tokens, targets, grad_norm, loads)
 
     def loss(self, batch: Batch, step: int) -> Tensor:
         return self.runner.loss(inputs_of(batch, self.device), step)

@@ -80,7 +80,7 @@ class DeepSpeedEngine:
             grad_norm = float(self.engine.get_global_grad_norm())
         known = math.isfinite(grad_norm)
         loads = end_of_step(self.model, self.dims.stage_group, step) if known else forget_loads(self.model)
-        return StepFigures(loss_sum / max(targets, 1), aux, tokens, grad_norm, loads)
+        return StepFigures(loss_sum / max(targets, 1), aux, tokens, targets, grad_norm, loads)
 
     @torch.no_grad()
     def loss(self, batch: Batch, step: int) -> Tensor:

@@ -7,6 +7,7 @@ from moetrain.config.schema import Config
 from moetrain.convert.family import family_of
 from moetrain.data.asked import Asked, ask, domains_of
 from moetrain.data.dataset import TokenData
+from moetrain.data.packing import pack
 from moetrain.data.sampler import Sampler
 
 
@@ -32,8 +33,16 @@ def open_sampler(cfg: Config, data: TokenData) -> tuple[Sampler, Asked]:
     asked = asked_of(cfg, data)
     first, *schedule = asked.phases
     caps, exhausted = asked.max_epochs, asked.exhausted
+    seq_len = cfg.train.seq_len
     sampler = Sampler(
-        data, cfg.seed, first.weights, cfg.train.seq_len, schedule=schedule, max_epochs=caps, exhausted=exhausted
+        data,
+        cfg.seed,
+        first.weights,
+        seq_len,
+        windows=pack(data, seq_len) if cfg.data.packing == "best_fit" else None,
+        schedule=schedule,
+        max_epochs=caps,
+        exhausted=exhausted,
     )
     return sampler, asked
 

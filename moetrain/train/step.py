@@ -24,11 +24,13 @@ from moetrain.parallel.run import Inputs, sum_dtype
 @dataclass(frozen=True)
 class StepFigures:
     """Of one optimizer step, of the whole model and the global batch. loss: mean over targets, in nats. aux: mean
-    auxiliary terms by name. tokens: how many. grad_norm: before clipping. loads: of the experts of every layer."""
+    auxiliary terms by name. tokens, targets: how many; padding is a token that is no target. grad_norm: before
+    clipping. loads: of the experts of every layer."""
 
     loss: float
     aux: dict[str, float]
     tokens: int
+    targets: int
     grad_norm: float
     loads: Loads
 
@@ -39,9 +41,10 @@ class StepFigures:
 
 
 def inputs_of(batch: Batch, device: torch.device) -> Inputs:
-    """``batch`` on ``device``."""
-    document_BN = None if batch.document_BS is None else batch.document_BS.to(device)
-    return Inputs(batch.tokens_BS.to(device), batch.targets_BS.to(device), document_BN)
+    """``batch`` on ``device``. Copies from page-locked memory to a GPU go on while this thread does."""
+    document_BN = None if batch.document_BS is None else batch.document_BS.to(device, non_blocking=True)
+    tokens_BN, targets_BN = (part.to(device, non_blocking=True) for part in (batch.tokens_BS, batch.targets_BS))
+    return Inputs(tokens_BN, targets_BN, document_BN)
 
 
 def count_tokens(batches: list[Inputs], dims: ParallelDims) -> tuple[int, int]:

@@ -48,6 +48,7 @@ class Trainer:
         self.step = 0
         self.tokens = 0
         self.seconds = 0.0
+        self.waited_s = 0.0  # of them, for data
         self.last_loads = Loads({}, {})
 
     def resume(self) -> None:
@@ -62,6 +63,7 @@ class Trainer:
         load(newest, state)
         progress = self.engine.load_state(state)
         self.step, self.tokens, self.seconds = progress["step"], progress["tokens"], progress["seconds"]
+        self.waited_s = progress.get("data_wait_s", 0.0)
         log.info("resumed from %s", newest)
         if "data" in progress:
             samples = progress["data"]["samples"]
@@ -126,19 +128,22 @@ class Trainer:
         self.tokens += figures.tokens
         seconds = time.perf_counter() - began
         self.seconds += seconds
+        self.waited_s += waited
+        padding = {} if cfg.data.packing == "cut" else {"padding_share": 1 - figures.targets / figures.tokens}
         return {"step": self.step, "tokens": self.tokens, "loss": figures.loss, "grad_norm": figures.grad_norm,
                 "lr": self.peak_lr * factor, **figures.aux, "step_s": seconds, "data_wait_s": waited,
-                "step_tokens": figures.tokens}  # fmt: skip
+                "step_tokens": figures.tokens, **padding}  # fmt: skip
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
     def _progress(self) -> dict[str, Any]:
         data = position(self.sampler, self.asked, self.loader.first_sample(self.step))
-        return {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "data": data}
+        counts = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "data_wait_s": self.waited_s}
+        return {**counts, "data": data}
 
     def _loader(self) -> Loader:
         cfg, t = self.cfg, self.cfg.train
         rank, size = self.dims.data_rank, self.dims.data_size
-        masked = cfg.data.document_mask
-        return Loader(self.data, self.sampler, t.global_batch, t.micro_batch, rank, size, cfg.data.workers, masked)
+        masked, pin = cfg.data.document_mask, self.device.type == "cuda"
+        return Loader(self.data, self.sampler, t.global_batch, t.micro_batch, rank, size, cfg.data.workers, masked, pin)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from moetrain.config.schema import DataConfig, SourceConfig, TokenizerConfig
@@ -10,6 +11,8 @@ TEXTS = {
     "letters": "abcdefghij klmnop qrstuv wxyz. ",
     "digits": "1 + 2 = 3; 40 - 5 = 35; 6 * 7 = 42. ",
 }
+
+SENTINELS = 20  # as many as the toy's tokenizer has room for, and more than its short windows need
 
 
 def toy_data(folder: Path, like: DataConfig | None = None) -> DataConfig:
@@ -34,5 +37,5 @@ def toy_data(folder: Path, like: DataConfig | None = None) -> DataConfig:
         packing=like.packing,
         objective=like.objective,
         fim=like.fim,
-        ul2=like.ul2,
+        ul2=replace(like.ul2, sentinels=min(like.ul2.sentinels, SENTINELS)),
     )

@@ -22,6 +22,7 @@ from moetrain.data.prepare import prepare
 from moetrain.data.sampler import Sample, Sampler
 from moetrain.model.attention.kernels import attend
 from moetrain.model.places import Places
+from moetrain.data.toy import toy_data
 from tests.data.conftest import config, write_corpus
 
 EOS, PRE, MID, SUF = 0, 901, 902, 903
@@ -223,3 +224,13 @@ def test_no_room_for_the_tokens(tmp_path: Path) -> None:
     cfg.tokenizer = TokenizerConfig(vocab_size=270)
     with pytest.raises(DataError, match=r"23 tokens of data\.objective; use 280 or more"):
         prepare(cfg, progress=False)
+
+
+@pytest.mark.parametrize("objective", ["fim", "ul2"])
+def test_the_toy_text_of_the_parity_command_has_an_objectives_tokens(tmp_path: Path, objective: str) -> None:
+    """With default options, in the toy's vocabulary of 300, for sequences of up to 48 tokens."""
+    cfg = toy_data(tmp_path, DataConfig(objective=objective))  # type: ignore[arg-type]
+    prepare(cfg, progress=False)
+    data = TokenData.open(cfg.dir, vocab_size=300)
+    for seq_len in (16, 48):
+        assert build_objective(cfg, data.tokenizer(), data.eos_id, seq_len, seed=0) is not None

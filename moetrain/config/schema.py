@@ -261,6 +261,29 @@ class TokenizerConfig:
 
 
 @dataclass(config=STRICT)
+class FimConfig:
+    """Fill-in-the-middle (arXiv 2207.14255): data.objective=fim."""
+
+    rate: float = Field(default=0.5, ge=0, le=1, description="share of documents that are rewritten")
+    spm_rate: float = Field(default=0.5, ge=0, le=1, description="share of these with the suffix before the prefix")
+    tokens: list[str] = Field(
+        default_factory=lambda: ["<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"],
+        description="the tokenizer's tokens for prefix, middle and suffix, in this order",
+    )
+
+
+@dataclass(config=STRICT)
+class Ul2Config:
+    """UL2's mixture of denoisers (arXiv 2205.05131): data.objective=ul2."""
+
+    modes: list[str] = Field(
+        default_factory=lambda: ["[R]", "[S]", "[X]"], description="the tokenizer's tokens for the three modes"
+    )
+    sentinel: str = Field(default="<extra_id_{}>", description="its sentinel tokens, {} is their number from 0")
+    sentinels: Positive = Field(default=100, description="how many sentinel tokens there are")
+
+
+@dataclass(config=STRICT)
 class DataConfig:
     """Text sources and where their tokens are kept."""
 
@@ -297,6 +320,12 @@ class DataConfig:
         default="cut",
         description="windows of one stream of text, or of whole documents with padding (needs document_mask)",
     )
+    objective: Literal["next_token", "fim", "ul2"] = Field(
+        default="next_token",
+        description="what training predicts: next tokens, a document's middle (fim), or corrupted spans (ul2)",
+    )
+    fim: FimConfig = Field(default_factory=FimConfig, description="fill-in-the-middle")
+    ul2: Ul2Config = Field(default_factory=Ul2Config, description="mixture of denoisers")
     document_mask: bool = Field(
         default=False, description="attention stays within a document, and positions start anew in each"
     )

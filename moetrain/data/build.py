@@ -19,6 +19,7 @@ from tqdm import tqdm
 from moetrain.config.errors import DataError
 from moetrain.config.schema import DataConfig
 from moetrain.data.manifest import TOKENIZER_FILE, DomainInfo, Manifest, SplitInfo, removed_line
+from moetrain.data.objectives import special_tokens
 from moetrain.data.progress import Progress, Survey, Written
 from moetrain.data.read import Reader, ReadOptions, check_packages
 from moetrain.data.shards import dtype_for
@@ -230,7 +231,7 @@ class Build:
         if self.done.tokenizer is not None:
             return describe_tokenizer(Tokenizer.from_file(str(self.done.tokenizer)), what)
         texts = (text for domain in self.files for split, text, _ in self._documents(domain) if split == "train")
-        trained = train_tokenizer(texts, self.cfg.tokenizer.vocab_size)
+        trained = train_tokenizer(texts, self.cfg.tokenizer.vocab_size, special_tokens(self.cfg))
         self.done.keep_tokenizer(trained.to_str())
         return describe_tokenizer(trained, what)
 

@@ -15,11 +15,15 @@ IGNORE = -100  # target that is not predicted
 @dataclass(frozen=True)
 class Rows:
     """B samples as int64 arrays (B, S): inputs, targets (-100: not predicted), and the document of each position,
-    ascending from 0 in every row; None where sequences are not cut by document."""
+    ascending from 0 in every row; None where sequences are not cut by document. ``by_document``: whether rows are made
+    of whole documents, with padding. ``prefix_BS``: True for tokens that earlier ones see too; None: none are so (see
+    ``objectives``)."""
 
     tokens_BS: np.ndarray
     targets_BS: np.ndarray
     document_BS: np.ndarray | None
+    by_document: bool = False
+    prefix_BS: np.ndarray | None = None
 
 
 def gather(sampler: Sampler, samples: Sequence[Sample], document_mask: bool) -> Rows:
@@ -57,7 +61,8 @@ def gather(sampler: Sampler, samples: Sequence[Sample], document_mask: bool) -> 
         document[stream] = documents(tokens if len(stream) == shape[0] else tokens[stream], data.eos_id)
     for row, at in padded:
         targets[row, at:] = IGNORE
-    return Rows(tokens, targets, document)
+    by_document = any(sampler.windows[sample.source].by_document for sample in samples)
+    return Rows(tokens, targets, document, by_document)
 
 
 def documents(tokens_BS: np.ndarray, eos_id: int) -> np.ndarray:

@@ -14,6 +14,7 @@ from torch import Tensor
 from moetrain.config.errors import DataError
 from moetrain.data.dataset import TokenData
 from moetrain.data.gather import IGNORE, documents, gather
+from moetrain.data.objectives import Objective
 from moetrain.data.order import Permutation, seed_key
 from moetrain.data.sampler import Sample, Sampler
 
@@ -22,7 +23,7 @@ from moetrain.data.sampler import Sample, Sampler
 class Batch:
     """One micro-batch of one rank. ``tokens_BS`` and ``targets_BS`` are int64 (B, S); a target of -100 is not
     predicted. ``sample_ids`` are the run's sample numbers (-1: padding), ``domain_B`` the int64 (B,) numbers of their
-    domains in ``TokenData.domains``. ``document_BS``: see ``gather.Rows``; None without document masks.
+    domains in ``TokenData.domains``. ``document_BS``, ``prefix_BS`` (bool): see ``gather.Rows``; None without masks.
     """
 
     tokens_BS: Tensor
@@ -30,12 +31,13 @@ class Batch:
     sample_ids: list[int]
     domain_B: Tensor
     document_BS: Tensor | None = None
+    prefix_BS: Tensor | None = None
 
     def pinned(self) -> Batch:
         """The same batch in page-locked memory, from which copies to a GPU do not hold up this thread."""
-        document_BS = None if self.document_BS is None else self.document_BS.pin_memory()
-        tokens_BS, targets_BS = self.tokens_BS.pin_memory(), self.targets_BS.pin_memory()
-        return replace(self, tokens_BS=tokens_BS, targets_BS=targets_BS, document_BS=document_BS)
+        names = ("tokens_BS", "targets_BS", "document_BS", "prefix_BS")
+        parts = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: part.pin_memory() for name, part in parts.items() if part is not None})
 
 
 class Loader:
@@ -48,7 +50,7 @@ class Loader:
     micro-batches, a micro-batch over all ranks holds the same samples under every mapping. ``prefetch`` steps are made
     ahead of the one asked for (0: none, no thread). ``waited_s``: seconds that ``step`` has waited for data.
     ``document_mask``: batches say which document a token belongs to. ``pin_memory``: batches are in page-locked memory,
-    for a GPU. A rank reads the tokens of its own samples and no others.
+    for a GPU. ``objective`` rewrites rows; None: next tokens. A rank reads the tokens of its own samples and no others.
 
     Raises DataError for sizes that do not divide, and for windows made by document without ``document_mask``.
     """
@@ -64,6 +66,7 @@ class Loader:
         prefetch: int = 1,
         document_mask: bool = False,
         pin_memory: bool = False,
+        objective: Objective | None = None,
     ) -> None:
         if global_batch % (micro_batch * dp_size):
             per_pass = micro_batch * dp_size
@@ -78,7 +81,7 @@ class Loader:
         self.global_batch, self.micro_batch = global_batch, micro_batch
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.prefetch = prefetch
-        self.document_mask, self.pin_memory = document_mask, pin_memory
+        self.document_mask, self.pin_memory, self.objective = document_mask, pin_memory, objective
         self.waited_s = 0.0
         self._number = {name: data.domains.index(domain) for name, domain in data.domain_of.items()}
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data") if prefetch else None
@@ -150,13 +153,16 @@ class Loader:
         return [self._batch(own[m : m + self.micro_batch]) for m in range(0, len(own), self.micro_batch)]
 
     def _batch(self, samples: Sequence[Sample]) -> Batch:
-        rows = gather(self.sampler, samples, self.document_mask)  # an objective would change the rows here
+        rows = gather(self.sampler, samples, self.document_mask)
+        if self.objective is not None:
+            rows = self.objective(rows, samples)
         batch = Batch(
             torch.from_numpy(rows.tokens_BS),
             torch.from_numpy(rows.targets_BS),
             [sample.index for sample in samples],
             torch.tensor([self._number[sample.source] for sample in samples]),
             None if rows.document_BS is None else torch.from_numpy(rows.document_BS),
+            None if rows.prefix_BS is None else torch.from_numpy(rows.prefix_BS),
         )
         return batch.pinned() if self.pin_memory else batch
 

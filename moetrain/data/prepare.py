@@ -25,6 +25,7 @@ from moetrain.config.errors import DataError
 from moetrain.config.schema import DataConfig, SourceConfig
 from moetrain.data.build import SOURCES_FILE, Build, fingerprint
 from moetrain.data.manifest import FILE, SPLITS, VERSION, Manifest
+from moetrain.data.objectives import special_tokens
 from moetrain.data.progress import Progress, remove_notes
 from moetrain.data.read import file_digest
 from moetrain.data.shards import Shard, shard_prefix
@@ -160,7 +161,7 @@ def _existing(name: str, out: Path) -> Manifest | None:
 
 def _recipe(cfg: DataConfig) -> str:
     """Hash of all settings that decide the shards' bytes."""
-    tokenizer = f"trained:{cfg.tokenizer.vocab_size}"
+    tokenizer = ":".join(["trained", str(cfg.tokenizer.vocab_size), *special_tokens(cfg)])
     if cfg.tokenizer.path is not None:
         loaded = load_tokenizer(cfg.tokenizer.path)
         tokenizer = hashlib.sha256(f"{loaded.eos}\n{loaded.tokenizer.to_str()}".encode()).hexdigest()

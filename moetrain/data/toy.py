@@ -15,7 +15,7 @@ TEXTS = {
 def toy_data(folder: Path, like: DataConfig | None = None) -> DataConfig:
     """Two domains, each a file of 400 documents of 3 to 40 characters, written to ``folder``; ready for ``prepare``.
 
-    A window of 16 tokens mostly holds several documents. like: what it says of windows holds (document_mask, packing).
+    A window of 16 tokens mostly holds several documents. like: what it says of windows holds and objectives.
     """
     like = like or DataConfig()
     sources = {}
@@ -32,4 +32,7 @@ def toy_data(folder: Path, like: DataConfig | None = None) -> DataConfig:
         tokenizer=TokenizerConfig(vocab_size=300),
         document_mask=like.document_mask,
         packing=like.packing,
+        objective=like.objective,
+        fim=like.fim,
+        ul2=like.ul2,
     )

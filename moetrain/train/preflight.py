@@ -7,13 +7,16 @@ from moetrain.config.schema import Config
 from moetrain.convert.family import family_of
 from moetrain.data.asked import Asked, ask, domains_of
 from moetrain.data.dataset import TokenData
+from moetrain.data.objectives import Objective, build_objective
 from moetrain.data.packing import pack
 from moetrain.data.sampler import Sampler
 
 
 def preflight(cfg: Config) -> None:
     """Check prepared data and export of ``cfg``. Raises DataError or ConvertError for what could not work later."""
-    sampler, _ = open_sampler(cfg, open_data(cfg))
+    data = open_data(cfg)
+    sampler, _ = open_sampler(cfg, data)
+    open_objective(cfg, data)
     if sampler.end is not None and sampler.end < cfg.train.global_batch:
         raise DataError(
             f"the data runs out after {sampler.end} samples, before one step of {cfg.train.global_batch}; raise "
@@ -45,6 +48,11 @@ def open_sampler(cfg: Config, data: TokenData) -> tuple[Sampler, Asked]:
         exhausted=exhausted,
     )
     return sampler, asked
+
+
+def open_objective(cfg: Config, data: TokenData) -> Objective | None:
+    """What rewrites the run's samples; None for next tokens. Raises DataError."""
+    return build_objective(cfg.data, data.tokenizer(), data.eos_id, cfg.train.seq_len, cfg.seed)
 
 
 def asked_of(cfg: Config, data: TokenData, step: int = 0, sample: int = 0) -> Asked:

@@ -42,9 +42,8 @@ class StepFigures:
 
 def inputs_of(batch: Batch, device: torch.device) -> Inputs:
     """``batch`` on ``device``. Copies from page-locked memory to a GPU go on while this thread does."""
-    document_BN = None if batch.document_BS is None else batch.document_BS.to(device, non_blocking=True)
-    tokens_BN, targets_BN = (part.to(device, non_blocking=True) for part in (batch.tokens_BS, batch.targets_BS))
-    return Inputs(tokens_BN, targets_BN, document_BN)
+    parts = (batch.tokens_BS, batch.targets_BS, batch.document_BS, batch.prefix_BS)
+    return Inputs(*(None if part is None else part.to(device, non_blocking=True) for part in parts))  # type: ignore[arg-type]
 
 
 def count_tokens(batches: list[Inputs], dims: ParallelDims) -> tuple[int, int]:

@@ -24,7 +24,7 @@ from moetrain.train import runtime
 from moetrain.train.engine import build_engine
 from moetrain.train.evaluate import Evaluation, evaluate
 from moetrain.train.metrics import Meter, load_metrics
-from moetrain.train.preflight import asked_of, open_data, open_sampler
+from moetrain.train.preflight import asked_of, open_data, open_objective, open_sampler
 from moetrain.train.sinks import Writer
 from moetrain.train.step import bad_step
 
@@ -145,5 +145,6 @@ class Trainer:
     def _loader(self) -> Loader:
         cfg, t = self.cfg, self.cfg.train
         rank, size = self.dims.data_rank, self.dims.data_size
-        masked, pin = cfg.data.document_mask, self.device.type == "cuda"
-        return Loader(self.data, self.sampler, t.global_batch, t.micro_batch, rank, size, cfg.data.workers, masked, pin)
+        masked, pin, objective = cfg.data.document_mask, self.device.type == "cuda", open_objective(cfg, self.data)
+        batch = t.global_batch, t.micro_batch
+        return Loader(self.data, self.sampler, *batch, rank, size, cfg.data.workers, masked, pin, objective)

@@ -244,7 +244,8 @@ class MixtureStepConfig:
     """Weights that hold from a point of the run on."""
 
     weights: dict[str, float] = Field(
-        description="domain -> share of training tokens; those not named share the rest as they did before"
+        default_factory=dict,
+        description="domain -> share of training tokens; those not named share the rest as they did before",
     )
     from_step: NonNegative | None = Field(default=None, description="optimizer step from which the weights hold")
     from_tokens: NonNegative | None = Field(default=None, description="or training tokens before the weights hold")

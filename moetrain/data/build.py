@@ -17,10 +17,11 @@ from tqdm import tqdm
 from moetrain.config.errors import DataError
 from moetrain.config.schema import DataConfig
 from moetrain.data.manifest import SPLITS, TOKENIZER_FILE, DomainInfo, Manifest, SplitInfo, removed_line
-from moetrain.data.read import Reader, ReadOptions, check_packages
+from moetrain.data.read import Document, DocumentReader
+from moetrain.data.readers import check_files, open_reader
 from moetrain.data.shards import ShardWriter, dtype_for, shard_prefix
-from moetrain.data.sources import SourceFile, compile_delimiter
-from moetrain.data.split import DocumentKey, HeldOut, choose_held_out, cut_tail
+from moetrain.data.sources import SourceFile
+from moetrain.data.split import DocumentKey, HeldOut, choose_held_out, cut
 from moetrain.data.tokenizer import LoadedTokenizer, describe_tokenizer, load_tokenizer, train_tokenizer
 from moetrain.data.workers import Workers, look_at, tokenize
 
@@ -35,15 +36,17 @@ def fingerprint(recipe: str, digests: dict[str, list[str]]) -> str:
     return hashlib.sha256(json.dumps([recipe, digests]).encode()).hexdigest()
 
 
-def batches(documents: Iterable[tuple[str, str, int]]) -> Iterator[tuple[tuple[list[tuple[str, int]], int], list[str]]]:
-    """Runs of documents, each (split, text, source bytes read for it), with about BATCH_CHARS characters: (((split,
-    UTF-8 bytes) of each, source bytes read for all), texts)."""
+def batches(
+    documents: Iterable[tuple[str, Document, int]],
+) -> Iterator[tuple[tuple[list[tuple[str, int]], int], list[Document]]]:
+    """Runs of documents, each (split, document, source bytes read for it), with about BATCH_CHARS characters or tokens:
+    (((split, UTF-8 bytes) of each, source bytes read for all), documents)."""
     marks: list[tuple[str, int]] = []
-    texts: list[str] = []
+    texts: list[Document] = []
     chars = done = 0
     for split, text, read in documents:
-        if text:
-            marks.append((split, len(text.encode("utf-8"))))
+        if len(text):
+            marks.append((split, len(text.encode("utf-8")) if isinstance(text, str) else 0))
             texts.append(text)
         chars, done = chars + len(text), done + read
         if chars >= BATCH_CHARS:
@@ -52,7 +55,7 @@ def batches(documents: Iterable[tuple[str, str, int]]) -> Iterator[tuple[tuple[l
     yield (marks, done), texts
 
 
-def _with_progress(reader: Reader) -> Iterator[tuple[str, str, int]]:
+def _with_progress(reader: DocumentReader) -> Iterator[tuple[str, Document, int]]:
     """The documents of a file before they have a split."""
     at = 0
     for text in reader:
@@ -84,8 +87,8 @@ class Build:
 
     def run(self) -> Manifest:
         """Fill ``out``; the manifest comes last."""
-        for file in (file for found in self.files.values() for file in found):
-            check_packages(file.path)
+        for source, found in self.files.items():
+            check_files(self.cfg, source, found)
         with Workers(self.cfg.processes) as workers:
             with self._bar("read") as bar:
                 for domain in self.files:
@@ -118,13 +121,6 @@ class Build:
         size = sum(file.size for found in self.files.values() for file in found)
         return tqdm(total=size, unit="B", unit_scale=True, desc=what, disable=None if self.progress else True)
 
-    def _reader(self, domain: str, file: SourceFile) -> Reader:
-        source, cfg = self.cfg.sources[domain], self.cfg
-        options = ReadOptions(
-            domain, source.field, compile_delimiter(domain, source), cfg.max_line_mb, cfg.invalid_utf8 == "replace"
-        )
-        return Reader(file, options)
-
     def _survey(self, domain: str, workers: Workers, bar: tqdm) -> None:
         """First reading: check every file, and choose the documents that are removed and those that are held out."""
         keys: list[DocumentKey] = []
@@ -133,7 +129,7 @@ class Build:
         self.kept[domain], self.removed[domain] = kept, removed
         look = partial(look_at, self.cfg.sources[domain].filter)
         for file in self.files[domain]:
-            reader, before = self._reader(domain, file), len(kept)
+            reader, before = open_reader(self.cfg, domain, file), len(kept)
             for (_, done), looks in workers.map(look, batches(_with_progress(reader))):
                 for key, rule in looks:
                     why = self._why_removed(domain, key, rule)
@@ -181,21 +177,22 @@ class Build:
         """The tokenizer asked for, or one trained on the training documents alone."""
         if self.cfg.tokenizer.path is not None:
             return load_tokenizer(self.cfg.tokenizer.path)
-        texts = (text for domain in self.files for split, text, _ in self._documents(domain) if split == "train")
+        every = (found for domain in self.files for found in self._documents(domain))
+        texts = (text for split, text, _ in every if split == "train" and isinstance(text, str))
         return describe_tokenizer(train_tokenizer(texts, self.cfg.tokenizer.vocab_size), "the trained tokenizer")
 
-    def _documents(self, domain: str) -> Iterator[tuple[str, str, int]]:
-        """(split, text, source bytes read since the last one) of every document that is kept, in order."""
+    def _documents(self, domain: str) -> Iterator[tuple[str, Document, int]]:
+        """(split, document, source bytes read since the last one) of every document that is kept, in order."""
         held, number = self.held_out[domain], 0
         kept = iter(self.kept[domain])
         for file, digest in zip(self.files[domain], self.digests[domain], strict=True):
-            reader, at = self._reader(domain, file), 0
+            reader, at = open_reader(self.cfg, domain, file), 0
             for text in reader:
                 if not next(kept, 0):
                     continue
                 done, at = reader.position - at, reader.position
                 if held.cut is not None and held.cut[0] == number:
-                    head, tail = cut_tail(text, held.cut[1])
+                    head, tail = cut(text, held.cut[1])
                     yield "train", head, 0
                     yield "val", tail, done
                 else:

@@ -7,24 +7,29 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 
 @dataclass(frozen=True, slots=True)
 class DocumentKey:
-    """A document as the split sees it: a hash of its text and its length in bytes."""
+    """A document as the split sees it: a hash of its text or its token ids, and its length in bytes or in tokens."""
 
     digest: bytes
     size: int
 
     @classmethod
-    def of(cls, text: str) -> DocumentKey:
-        """Key of a document's text."""
-        data = text.encode("utf-8")
+    def of(cls, document: str | np.ndarray) -> DocumentKey:
+        """Key of a document's text or token ids."""
+        if isinstance(document, np.ndarray):
+            ids = document.astype("<i8").tobytes()
+            return cls(hashlib.blake2b(ids, digest_size=16, person=b"tokens").digest(), len(document))
+        data = document.encode("utf-8")
         return cls(hashlib.blake2b(data, digest_size=16).digest(), len(data))
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Documents that are held out whole, by number, and at most one (number, bytes) whose tail is."""
+    """Documents that are held out whole, by number, and at most one (number, bytes or tokens) whose tail is."""
 
     whole: frozenset[int]
     cut: tuple[int, int] | None
@@ -54,6 +59,14 @@ def choose_held_out(documents: Sequence[DocumentKey], fraction: float) -> HeldOu
     others = (i for i in range(len(documents)) if i not in whole)
     longest = max(others, key=lambda i: (copies[documents[i].digest] == 1, documents[i].size, documents[i].digest, -i))
     return HeldOut(whole, (longest, max(1, round(wanted - taken))))
+
+
+def cut(document: str | np.ndarray, tail: int) -> tuple[str | np.ndarray, str | np.ndarray]:
+    """A document in two, the second about ``tail`` UTF-8 bytes or exactly ``tail`` tokens long."""
+    if isinstance(document, np.ndarray):
+        at = max(1, len(document) - tail)
+        return document[:at], document[at:]
+    return cut_tail(document, tail)
 
 
 def cut_tail(text: str, tail: int) -> tuple[str, str]:

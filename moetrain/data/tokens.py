@@ -93,7 +93,8 @@ class TokenReader:
         if self._ids.dtype.itemsize == 2 and tokenizer.vocab_size > UINT16_IDS:
             raise DataError(
                 f"'{self.path}' holds {self._ids.dtype.name} ids, which cannot name the {tokenizer.vocab_size:,} "
-                f"tokens of data.tokenizer.path; give the tokenizer that made it, or correct data.sources.{source}.token_dtype"
+                f"tokens of data.tokenizer.path; give the tokenizer that made it, or correct "
+                f"data.sources.{source}.token_dtype"
             )
 
     def __iter__(self) -> Iterator[np.ndarray]:

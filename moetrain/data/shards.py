@@ -13,7 +13,8 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,41 @@ def bin_path(prefix: Path) -> Path:
 def idx_path(prefix: Path) -> Path:
     """The file of document bounds."""
     return prefix.with_name(prefix.name + ".idx")
+
+
+@dataclass(frozen=True)
+class Index:
+    """What an .idx file says, as read-only views of the mapped file. ``lengths``: tokens of each sequence (int32);
+    ``pointers``: byte of the .bin at which it begins (int64); ``bounds``: sequences before each document, and in all
+    (int64)."""
+
+    dtype: np.dtype[Any]
+    lengths: np.ndarray
+    pointers: np.ndarray
+    bounds: np.ndarray
+
+
+def read_index(file: Path, dtypes: Mapping[int, np.dtype[Any]], remedy: str) -> Index:
+    """Open ``file``. Raises DataError, which says ``remedy``, unless its size is what its header asks for and its dtype
+    one of ``dtypes``."""
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        head = stream.read(HEADER.size)
+    if len(head) < HEADER.size or head[:9] != MAGIC:
+        raise DataError(f"'{file}' is not a token index (Megatron .idx); {remedy}")
+    _, version, code, sequences, bounds = HEADER.unpack(head)
+    if version != 1 or code not in dtypes:
+        known = " or ".join(f"{dtype.name} ({code})" for code, dtype in dtypes.items())
+        raise DataError(f"'{file}' has version {version} and dtype code {code}; only version 1 with {known} is read")
+    expected = HEADER.size + 12 * sequences + 8 * bounds
+    if size != expected:
+        raise DataError(f"'{file}' is damaged: {size} bytes where its header asks for {expected}; {remedy}")
+    data = np.memmap(file, mode="r", dtype=np.uint8)
+    ends = np.cumsum([HEADER.size, 4 * sequences, 8 * sequences, 8 * bounds])
+    lengths, pointers, starts = (
+        data[first:end].view(kind) for first, end, kind in zip(ends, ends[1:], ("<i4", "<i8", "<i8"), strict=False)
+    )
+    return Index(dtypes[code], lengths, pointers, starts)
 
 
 class ShardWriter:
@@ -115,27 +151,8 @@ class Shard:
         for path in (index_file, data_file):
             if not path.is_file():
                 raise DataError(f"shard file '{path}' is missing; run 'moetrain prepare' again")
-        size = index_file.stat().st_size
-        with open(index_file, "rb") as file:
-            head = file.read(HEADER.size)
-        if len(head) < HEADER.size or head[:9] != MAGIC:
-            raise DataError(f"'{index_file}' is not a token index (Megatron .idx); run 'moetrain prepare' again")
-        _, version, code, sequences, bounds = HEADER.unpack(head)
-        if version != 1 or code not in DTYPES:
-            raise DataError(
-                f"'{index_file}' has version {version} and dtype code {code}; only version 1 with uint16 (8) or "
-                f"int32 (4) is read"
-            )
-        expected = HEADER.size + 12 * sequences + 8 * bounds
-        if size != expected:
-            raise DataError(
-                f"'{index_file}' is damaged: {size} bytes where its header asks for {expected}; run 'moetrain "
-                f"prepare' again"
-            )
-        index = np.memmap(index_file, mode="r", dtype=np.uint8)
-        self.dtype = DTYPES[code]
-        self.lengths = index[HEADER.size : HEADER.size + 4 * sequences].view("<i4")
-        self.documents = bounds - 1
+        index = read_index(index_file, DTYPES, "run 'moetrain prepare' again")
+        self.dtype, self.lengths, self.documents = index.dtype, index.lengths, len(index.bounds) - 1
         count, left = divmod(data_file.stat().st_size, self.dtype.itemsize)
         if left or count != int(self.lengths.sum(dtype=np.int64)) or count == 0:
             raise DataError(

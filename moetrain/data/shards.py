@@ -11,9 +11,12 @@ writes.
 from __future__ import annotations
 
 import hashlib
+import operator
 import os
 import struct
+import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from moetrain.config.errors import DataError
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES: dict[int, np.dtype[Any]] = {4: np.dtype("<i4"), 8: np.dtype("<u2")}  # the codes that hold token ids
+PREAD_MOST = 1 << 30  # bytes; Linux reads 2 GiB at most at once
 UINT16_VOCAB = 65500  # Megatron's rule: from this vocabulary size on, int32
 
 
@@ -104,43 +108,143 @@ class ShardWriter:
         self.sha256 = {"bin": self._digest.hexdigest(), "idx": hashlib.sha256(index).hexdigest()}
 
 
-class Shard:
-    """A shard read by memory map. ``tokens`` are all its ids in order, ``lengths`` the tokens of each sequence.
+class TokenFile(Sequence[int]):
+    """Token ids in a file, from its beginning: ``len`` of them, read by slices (``[a:b]`` gives those of an array).
 
-    Raises DataError for files that are missing, truncated, or not in this format.
+    Slices are read with ``pread``, so a file that is cut short, or whose disk fails, while a job runs is a DataError; a
+    memory map would end the process (SIGBUS). A file that is deleted stays readable on a local disk. May be shared by
+    threads and inherited by forks.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
+        self.path, self.dtype = path, dtype
+        self._fd = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._fd)
+        self._len = os.fstat(self._fd).st_size // dtype.itemsize
+
+    def __len__(self) -> int:
+        return self._len
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all ids."""
+        return self._len * self.dtype.itemsize
+
+    def __getitem__(self, where: Any) -> Any:
+        if isinstance(where, slice):
+            start, stop, step = where.indices(self._len)
+            if step == 1:
+                return self._read(start, max(start, stop))
+            return np.asarray(self)[where]
+        at = operator.index(where)
+        if not -self._len <= at < self._len:
+            raise IndexError(f"token {at} of {self._len}")
+        return self._read(at % self._len, at % self._len + 1)[0]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        array = self._read(0, self._len)
+        return array if dtype is None else array.astype(dtype, copy=False)
+
+    def tolist(self) -> list[int]:
+        """All ids."""
+        return np.asarray(self).tolist()
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        """Ids ``start`` to ``stop`` - 1."""
+        size, at = (stop - start) * self.dtype.itemsize, start * self.dtype.itemsize
+        parts: list[bytes] = []
+        try:
+            while size and (part := os.pread(self._fd, min(size, PREAD_MOST), at)):
+                parts.append(part)
+                size, at = size - len(part), at + len(part)
+        except OSError as error:
+            raise DataError(f"cannot read '{self.path}': {error.strerror}; see to the disk, then resume") from None
+        if size:
+            raise DataError(
+                f"'{self.path}' became shorter while it was in use: it ends before token {stop - 1}; restore it, or "
+                f"delete its folder and run 'moetrain prepare' again, then resume"
+            )
+        return np.frombuffer(parts[0] if len(parts) == 1 else b"".join(parts), dtype=self.dtype)
+
+
+@dataclass(frozen=True)
+class Index:
+    """A .idx file. ``lengths``: tokens of each sequence (int32). ``pointers``: first byte of each in .bin (int64).
+    ``bounds``: first sequence of each document, then the number of sequences (int64)."""
+
+    path: Path
+    code: int
+    lengths: np.ndarray
+    pointers: np.ndarray
+    bounds: np.ndarray
+
+    @classmethod
+    def read(cls, path: Path, advice: str = "run 'moetrain prepare' again") -> Index:
+        """Map a .idx file. Raises DataError, ending in ``advice``, where it is missing, unreadable, damaged or not one
+        of version 1."""
+        try:
+            size = path.stat().st_size
+            with open(path, "rb") as file:
+                head = file.read(HEADER.size)
+        except OSError as error:
+            why = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+            raise DataError(f"shard file '{path}' {why}; {advice}") from None
+        if len(head) < HEADER.size or head[:9] != MAGIC:
+            raise DataError(f"'{path}' is not a token index (Megatron .idx); {advice}")
+        _, version, code, sequences, bounds = HEADER.unpack(head)
+        if version != 1:
+            raise DataError(f"'{path}' has version {version}; only version 1 is read")
+        expected = HEADER.size + 12 * sequences + 8 * bounds
+        if size == expected + sequences:
+            raise DataError(f"'{path}' has sequence modes (of a multimodal data set), which are not read; {advice}")
+        if size != expected:
+            raise DataError(f"'{path}' is damaged: {size} bytes where its header asks for {expected}; {advice}")
+        content = np.memmap(path, mode="r", dtype=np.uint8)[HEADER.size :]
+        ends = [4 * sequences, 12 * sequences, expected - HEADER.size]
+        found = cls(
+            path,
+            code,
+            content[: ends[0]].view("<i4"),
+            content[ends[0] : ends[1]].view("<i8"),
+            content[ends[1] : ends[2]].view("<i8"),
+        )
+        if (
+            bounds < 1
+            or found.bounds[0] != 0
+            or found.bounds[-1] != sequences
+            or (sequences and found.lengths.min() < 0)
+        ):
+            raise DataError(f"'{path}' is damaged: its documents are not its {sequences} sequences; {advice}")
+        return found
+
+
+class Shard:
+    """A shard as ``ShardWriter`` writes it, opened for reading. ``tokens`` are all its ids in order, ``lengths`` the
+    tokens of each document.
+
+    Raises DataError for files that are missing, unreadable, truncated, not in this format, or written by another
+    program that puts several sequences in a document.
     """
 
     def __init__(self, prefix: Path) -> None:
-        index_file, data_file = idx_path(prefix), bin_path(prefix)
-        for path in (index_file, data_file):
-            if not path.is_file():
-                raise DataError(f"shard file '{path}' is missing; run 'moetrain prepare' again")
-        size = index_file.stat().st_size
-        with open(index_file, "rb") as file:
-            head = file.read(HEADER.size)
-        if len(head) < HEADER.size or head[:9] != MAGIC:
-            raise DataError(f"'{index_file}' is not a token index (Megatron .idx); run 'moetrain prepare' again")
-        _, version, code, sequences, bounds = HEADER.unpack(head)
-        if version != 1 or code not in DTYPES:
+        again = "run 'moetrain prepare' again"
+        index, data_file = Index.read(idx_path(prefix), again), bin_path(prefix)
+        if index.code not in DTYPES:
+            raise DataError(f"'{index.path}' has dtype code {index.code}; only uint16 (8) and int32 (4) are read")
+        self.dtype, self.lengths, self.documents = DTYPES[index.code], index.lengths, len(index.lengths)
+        if len(index.bounds) != self.documents + 1:
             raise DataError(
-                f"'{index_file}' has version {version} and dtype code {code}; only version 1 with uint16 (8) or "
-                f"int32 (4) is read"
+                f"'{index.path}' has {len(index.bounds) - 1} documents in {self.documents} sequences; it is of another "
+                f"program: {again}"
             )
-        expected = HEADER.size + 12 * sequences + 8 * bounds
-        if size != expected:
+        try:
+            size = data_file.stat().st_size
+            self.tokens = TokenFile(data_file, self.dtype)
+        except OSError as error:
+            why = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+            raise DataError(f"shard file '{data_file}' {why}; {again}") from None
+        wanted = int(self.lengths.sum(dtype=np.int64))
+        if size != wanted * self.dtype.itemsize or size == 0:
             raise DataError(
-                f"'{index_file}' is damaged: {size} bytes where its header asks for {expected}; run 'moetrain "
-                f"prepare' again"
+                f"'{data_file}' is damaged: {size} bytes do not hold the {wanted} tokens of its index; {again}"
             )
-        index = np.memmap(index_file, mode="r", dtype=np.uint8)
-        self.dtype = DTYPES[code]
-        self.lengths = index[HEADER.size : HEADER.size + 4 * sequences].view("<i4")
-        self.documents = bounds - 1
-        count, left = divmod(data_file.stat().st_size, self.dtype.itemsize)
-        if left or count != int(self.lengths.sum(dtype=np.int64)) or count == 0:
-            raise DataError(
-                f"'{data_file}' is damaged: {data_file.stat().st_size} bytes do not hold the "
-                f"{int(self.lengths.sum(dtype=np.int64))} tokens "
-                "of its index; run 'moetrain prepare' again"
-            )
-        self.tokens = np.memmap(data_file, mode="r", dtype=self.dtype)

@@ -23,7 +23,7 @@ from moetrain.data.progress import Progress, Survey, Written
 from moetrain.data.read import Reader, ReadOptions, check_packages
 from moetrain.data.shards import dtype_for
 from moetrain.data.sources import SourceFile, compile_delimiter
-from moetrain.data.split import DocumentKey, choose_held_out, cut_tail
+from moetrain.data.split import DocumentKey, Keys, choose_held_out, cut_tail
 from moetrain.data.tokenizer import LoadedTokenizer, describe_tokenizer, load_tokenizer, train_tokenizer
 from moetrain.data.workers import Workers, look_at, tokenize
 
@@ -81,9 +81,9 @@ class Build:
     ``done`` keeps what is finished, so that a call which was stopped is continued by the next: surveys of sources, a
     trained tokenizer, shards, and of a source that was being written all but the last JOURNAL_BATCHES batches.
 
-    What is in memory: a hash and a size of each document of a source (0.3 GB per million while the hold-out is chosen),
-    one byte per document of all sources, and with ``data.deduplicate`` a set of the 16-byte digests of all different
-    texts, about 0.1 GB per million.
+    What is in memory: a hash and a size of each document of a source (0.06 GB per million while the hold-out is
+    chosen), one byte per document of all sources, and with ``data.deduplicate`` a set of the 16-byte digests of all
+    different texts, about 0.1 GB per million.
     """
 
     cfg: DataConfig
@@ -171,7 +171,7 @@ class Build:
 
     def _survey(self, source: str, workers: Workers, bar: tqdm) -> Survey:
         """First reading of a source: check every file, choose what is removed and what is held out."""
-        keys: list[DocumentKey] = []
+        keys = Keys()
         found, empty = Survey(), 0
         look = partial(look_at, self.cfg.sources[source].filter)
         for file in self.files[source]:
@@ -181,7 +181,7 @@ class Build:
                     why = self._why_removed(source, key, rule)
                     found.kept.append(why is None)
                     if why is None:
-                        keys.append(key)
+                        keys.add(key)
                     else:
                         found.removed[why] += 1
                 bar.update(batch.read)
@@ -191,7 +191,7 @@ class Build:
         self._check_some_text(source, found, empty)
         found.held_out = choose_held_out(keys, self.cfg.val_fraction)
         if self.cfg.deduplicate:
-            found.texts = bytearray(b"".join(key.digest for key in keys))
+            found.texts = keys.digests
         return found
 
     def _why_removed(self, domain: str, key: DocumentKey, rule: str | None) -> str | None:

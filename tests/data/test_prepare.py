@@ -18,7 +18,7 @@ from moetrain.config.schema import SourceConfig
 from moetrain.data import shards
 from moetrain.data.dataset import TokenData
 from moetrain.data.prepare import prepare
-from moetrain.data.split import DocumentKey, choose_held_out, cut_tail
+from moetrain.data.split import DocumentKey, Keys, choose_held_out, cut_tail
 from tests.data.conftest import WORDS, config, contents, document, write_corpus
 
 
@@ -57,20 +57,20 @@ def test_no_held_out_document_is_trained_on() -> None:
     texts = [f"text {n % 40} " * (1 + n % 7) for n in range(300)]  # most occur several times
     for fraction in (0.02, 0.1, 0.5):
         keys = [DocumentKey.of(text) for text in texts]
-        held = choose_held_out(keys, fraction)
+        held = choose_held_out(Keys(keys), fraction)
         inside = {texts[i] for i in held.whole}
         assert (
             held.cut is None and inside and inside.isdisjoint({t for i, t in enumerate(texts) if i not in held.whole})
         )
         share = sum(keys[i].size for i in held.whole) / sum(key.size for key in keys)
         assert fraction / 2 <= share <= 1.25 * fraction
-        shuffled = choose_held_out(keys[::-1], fraction)  # the choice is by text, not by place
+        shuffled = choose_held_out(Keys(keys[::-1]), fraction)  # the choice is by text, not by place
         assert {texts[::-1][i] for i in shuffled.whole} == inside
 
 
 @pytest.mark.parametrize("text", ["line of text\n" * 500, "one long line " * 500, "é" * 3000, "ab"])
 def test_a_single_document_is_cut_near_the_wanted_byte(text: str) -> None:
-    held = choose_held_out([DocumentKey.of(text)], 0.1)
+    held = choose_held_out(Keys([DocumentKey.of(text)]), 0.1)
     assert held.whole == frozenset() and held.cut is not None and held.cut[0] == 0
     head, tail = cut_tail(text, held.cut[1])
     assert head + tail == text and head and tail
@@ -82,7 +82,7 @@ def test_a_single_document_is_cut_near_the_wanted_byte(text: str) -> None:
 
 def test_few_long_documents_are_topped_up_from_the_longest() -> None:
     sizes = [10, 50_000, 60_000, 40_000]
-    held = choose_held_out([DocumentKey.of(chr(97 + i) * size) for i, size in enumerate(sizes)], 0.05)
+    held = choose_held_out(Keys(DocumentKey.of(chr(97 + i) * size) for i, size in enumerate(sizes)), 0.05)
     assert held.whole == {0} and held.cut == (2, round(0.05 * sum(sizes) - 10))
 
 

@@ -208,6 +208,22 @@ class SourceConfig:
         default_factory=list,
         description="files, folders or globs; package: files that ship with moetrain start with 'moetrain:'",
     )
+    dataset: str | None = Field(
+        default=None,
+        description="instead of paths: a Hugging Face data set by name or folder, or a folder of save_to_disk",
+    )
+    dataset_config: str | None = Field(default=None, description="configuration of the data set; null: its default")
+    dataset_split: str | None = Field(default=None, description="split of the data set; null: train, or its only one")
+    dataset_revision: str | None = Field(
+        default=None, description="revision of a data set on the hub; null: the newest"
+    )
+    tokens: list[str] = Field(
+        default_factory=list,
+        description="instead of paths: files, folders or globs of ready tokens, .npy or Megatron's .idx with .bin",
+    )
+    token_dtype: Literal["uint16", "uint32"] | None = Field(
+        default=None, description="ids of .npy files without a header; null: uint16 up to 65,536 tokens, else uint32"
+    )
     domain: str | None = Field(default=None, description="domain that the source belongs to; null: its own name")
     weight: float | None = Field(
         default=None,

@@ -20,10 +20,11 @@ from moetrain.config.errors import DataError
 from moetrain.config.schema import DataConfig
 from moetrain.data.manifest import TOKENIZER_FILE, DomainInfo, Manifest, SplitInfo, removed_line
 from moetrain.data.progress import Progress, Survey, Written
-from moetrain.data.read import Reader, ReadOptions, check_packages
+from moetrain.data.read import Document, DocumentReader
+from moetrain.data.readers import check_files, open_reader
 from moetrain.data.shards import dtype_for
-from moetrain.data.sources import SourceFile, compile_delimiter
-from moetrain.data.split import DocumentKey, Keys, choose_held_out, cut_tail
+from moetrain.data.sources import SourceFile
+from moetrain.data.split import DocumentKey, Keys, choose_held_out, cut
 from moetrain.data.tokenizer import LoadedTokenizer, describe_tokenizer, load_tokenizer, train_tokenizer
 from moetrain.data.workers import Workers, look_at, tokenize
 
@@ -49,14 +50,14 @@ def fingerprint(recipe: str, digests: dict[str, list[str]]) -> str:
     return hashlib.sha256(json.dumps([recipe, digests]).encode()).hexdigest()
 
 
-def batches(documents: Iterable[tuple[str, str, int]]) -> Iterator[tuple[Batch, list[str]]]:
-    """Runs of documents, each (split, text, source bytes read for it), with about BATCH_CHARS characters, and the texts
-    of those that are not empty."""
+def batches(documents: Iterable[tuple[str, Document, int]]) -> Iterator[tuple[Batch, list[Document]]]:
+    """Runs of documents, each (split, document, source bytes read for it), with about BATCH_CHARS characters or tokens,
+    and those that are not empty."""
     batch, chars = Batch(), 0
-    texts: list[str] = []
+    texts: list[Document] = []
     for split, text, read in documents:
-        if text:
-            batch.marks.append((split, len(text.encode("utf-8"))))
+        if len(text):
+            batch.marks.append((split, len(text.encode("utf-8")) if isinstance(text, str) else 0))
             texts.append(text)
         batch.items, batch.read, chars = batch.items + 1, batch.read + read, chars + len(text)
         if chars >= BATCH_CHARS:
@@ -65,7 +66,7 @@ def batches(documents: Iterable[tuple[str, str, int]]) -> Iterator[tuple[Batch, 
     yield batch, texts
 
 
-def _with_progress(reader: Reader) -> Iterator[tuple[str, str, int]]:
+def _with_progress(reader: DocumentReader) -> Iterator[tuple[str, Document, int]]:
     """The documents of a file before they have a split."""
     at = 0
     for text in reader:
@@ -99,8 +100,8 @@ class Build:
 
     def run(self) -> Manifest:
         """Fill ``out``; the manifest comes last."""
-        for file in (file for found in self.files.values() for file in found):
-            check_packages(file.path)
+        for source, found in self.files.items():
+            check_files(self.cfg, source, found)
         began = time.perf_counter()
         with Workers(self.cfg.processes) as workers:
             with self._bar("read") as bar:
@@ -140,13 +141,6 @@ class Build:
         size = sum(file.size for found in self.files.values() for file in found)
         return tqdm(total=size, unit="B", unit_scale=True, desc=what, disable=None if self.progress else True)
 
-    def _reader(self, domain: str, file: SourceFile) -> Reader:
-        source, cfg = self.cfg.sources[domain], self.cfg
-        options = ReadOptions(
-            domain, source.field, compile_delimiter(domain, source), cfg.max_line_mb, cfg.invalid_utf8 == "replace"
-        )
-        return Reader(file, options)
-
     def _survey_all(self, workers: Workers, bar: tqdm) -> None:
         """First reading of all sources, but for those whose survey was kept and still holds."""
         complete, kept = True, 0
@@ -175,7 +169,7 @@ class Build:
         found, empty = Survey(), 0
         look = partial(look_at, self.cfg.sources[source].filter)
         for file in self.files[source]:
-            reader, before = self._reader(source, file), len(found.kept)
+            reader, before = open_reader(self.cfg, source, file), len(found.kept)
             for batch, looks in workers.map(look, batches(_with_progress(reader))):
                 for key, rule in looks:
                     why = self._why_removed(source, key, rule)
@@ -229,23 +223,24 @@ class Build:
         what = "the trained tokenizer"
         if self.done.tokenizer is not None:
             return describe_tokenizer(Tokenizer.from_file(str(self.done.tokenizer)), what)
-        texts = (text for domain in self.files for split, text, _ in self._documents(domain) if split == "train")
+        every = (found for domain in self.files for found in self._documents(domain))
+        texts = (text for split, text, _ in every if split == "train" and isinstance(text, str))
         trained = train_tokenizer(texts, self.cfg.tokenizer.vocab_size)
         self.done.keep_tokenizer(trained.to_str())
         return describe_tokenizer(trained, what)
 
-    def _documents(self, domain: str) -> Iterator[tuple[str, str, int]]:
-        """(split, text, source bytes read since the last one) of every document that is kept, in order."""
+    def _documents(self, domain: str) -> Iterator[tuple[str, Document, int]]:
+        """(split, document, source bytes read since the last one) of every document that is kept, in order."""
         survey, number = self.surveys[domain], 0
         held, kept = survey.held_out, iter(survey.kept)
         for file, digest in zip(self.files[domain], survey.digests, strict=True):
-            reader, at = self._reader(domain, file), 0
+            reader, at = open_reader(self.cfg, domain, file), 0
             for text in reader:
                 if not next(kept, 0):
                     continue
                 done, at = reader.position - at, reader.position
                 if held.cut is not None and held.cut[0] == number:
-                    head, tail = cut_tail(text, held.cut[1])
+                    head, tail = cut(text, held.cut[1])
                     yield "train", head, 0
                     yield "val", tail, done
                 else:

@@ -19,7 +19,8 @@ SPLITS = ("train", "val")
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """One shard. ``tokens`` count the end-of-document tokens, one a document; ``bytes`` are UTF-8 bytes of text."""
+    """One shard. ``tokens`` count the end-of-document tokens, one a document; ``bytes`` are UTF-8 bytes of text, 0
+    where it came as tokens."""
 
     documents: int
     tokens: int

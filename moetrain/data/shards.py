@@ -15,7 +15,7 @@ import operator
 import os
 import struct
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,46 @@ def bin_path(prefix: Path) -> Path:
 def idx_path(prefix: Path) -> Path:
     """The file of document bounds."""
     return prefix.with_name(prefix.name + ".idx")
+
+
+@dataclass(frozen=True)
+class Index:
+    """What an .idx file says, as read-only views of the mapped file. ``lengths``: tokens of each sequence (int32);
+    ``pointers``: byte of the .bin at which it begins (int64); ``bounds``: sequences before each document, and in all
+    (int64)."""
+
+    dtype: np.dtype[Any]
+    lengths: np.ndarray
+    pointers: np.ndarray
+    bounds: np.ndarray
+
+
+def read_index(file: Path, dtypes: Mapping[int, np.dtype[Any]], remedy: str) -> Index:
+    """Open ``file``. Raises DataError, which says ``remedy``, unless its size is what its header asks for and its dtype
+    one of ``dtypes``."""
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as stream:
+            head = stream.read(HEADER.size)
+    except OSError as error:
+        raise _unreadable(file, error, remedy) from None
+    if len(head) < HEADER.size or head[:9] != MAGIC:
+        raise DataError(f"'{file}' is not a token index (Megatron .idx); {remedy}")
+    _, version, code, sequences, bounds = HEADER.unpack(head)
+    if version != 1 or code not in dtypes:
+        known = " or ".join(f"{dtype.name} ({code})" for code, dtype in dtypes.items())
+        raise DataError(f"'{file}' has version {version} and dtype code {code}; only version 1 with {known} is read")
+    expected = HEADER.size + 12 * sequences + 8 * bounds
+    if sequences and size == expected + sequences:
+        raise DataError(f"'{file}' has sequence modes (of a multimodal data set), which are not read; {remedy}")
+    if size != expected:
+        raise DataError(f"'{file}' is damaged: {size} bytes where its header asks for {expected}; {remedy}")
+    data = np.memmap(file, mode="r", dtype=np.uint8)
+    ends = np.cumsum([HEADER.size, 4 * sequences, 8 * sequences, 8 * bounds])
+    lengths, pointers, starts = (
+        data[first:end].view(kind) for first, end, kind in zip(ends, ends[1:], ("<i4", "<i8", "<i8"), strict=False)
+    )
+    return Index(dtypes[code], lengths, pointers, starts)
 
 
 class ShardWriter:
@@ -167,57 +207,6 @@ class TokenFile(Sequence[int]):
         return np.frombuffer(parts[0] if len(parts) == 1 else b"".join(parts), dtype=self.dtype)
 
 
-@dataclass(frozen=True)
-class Index:
-    """A .idx file. ``lengths``: tokens of each sequence (int32). ``pointers``: first byte of each in .bin (int64).
-    ``bounds``: first sequence of each document, then the number of sequences (int64)."""
-
-    path: Path
-    code: int
-    lengths: np.ndarray
-    pointers: np.ndarray
-    bounds: np.ndarray
-
-    @classmethod
-    def read(cls, path: Path, advice: str = "run 'moetrain prepare' again") -> Index:
-        """Map a .idx file. Raises DataError, ending in ``advice``, where it is missing, unreadable, damaged or not one
-        of version 1."""
-        try:
-            size = path.stat().st_size
-            with open(path, "rb") as file:
-                head = file.read(HEADER.size)
-        except OSError as error:
-            why = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
-            raise DataError(f"shard file '{path}' {why}; {advice}") from None
-        if len(head) < HEADER.size or head[:9] != MAGIC:
-            raise DataError(f"'{path}' is not a token index (Megatron .idx); {advice}")
-        _, version, code, sequences, bounds = HEADER.unpack(head)
-        if version != 1:
-            raise DataError(f"'{path}' has version {version}; only version 1 is read")
-        expected = HEADER.size + 12 * sequences + 8 * bounds
-        if size == expected + sequences:
-            raise DataError(f"'{path}' has sequence modes (of a multimodal data set), which are not read; {advice}")
-        if size != expected:
-            raise DataError(f"'{path}' is damaged: {size} bytes where its header asks for {expected}; {advice}")
-        content = np.memmap(path, mode="r", dtype=np.uint8)[HEADER.size :]
-        ends = [4 * sequences, 12 * sequences, expected - HEADER.size]
-        found = cls(
-            path,
-            code,
-            content[: ends[0]].view("<i4"),
-            content[ends[0] : ends[1]].view("<i8"),
-            content[ends[1] : ends[2]].view("<i8"),
-        )
-        if (
-            bounds < 1
-            or found.bounds[0] != 0
-            or found.bounds[-1] != sequences
-            or (sequences and found.lengths.min() < 0)
-        ):
-            raise DataError(f"'{path}' is damaged: its documents are not its {sequences} sequences; {advice}")
-        return found
-
-
 class Shard:
     """A shard as ``ShardWriter`` writes it, opened for reading. ``tokens`` are all its ids in order, ``lengths`` the
     tokens of each document.
@@ -228,23 +217,27 @@ class Shard:
 
     def __init__(self, prefix: Path) -> None:
         again = "run 'moetrain prepare' again"
-        index, data_file = Index.read(idx_path(prefix), again), bin_path(prefix)
-        if index.code not in DTYPES:
-            raise DataError(f"'{index.path}' has dtype code {index.code}; only uint16 (8) and int32 (4) are read")
-        self.dtype, self.lengths, self.documents = DTYPES[index.code], index.lengths, len(index.lengths)
-        if len(index.bounds) != self.documents + 1:
+        index_file, data_file = idx_path(prefix), bin_path(prefix)
+        index = read_index(index_file, DTYPES, again)
+        self.dtype, self.lengths, self.documents = index.dtype, index.lengths, len(index.lengths)
+        bounds = index.bounds
+        if len(bounds) != self.documents + 1 or bounds[0] != 0 or bounds[-1] != self.documents:
             raise DataError(
-                f"'{index.path}' has {len(index.bounds) - 1} documents in {self.documents} sequences; it is of another "
-                f"program: {again}"
+                f"'{index_file}' is not one sequence a document ({len(bounds) - 1} documents, {self.documents} "
+                f"sequences); it is damaged or of another program: {again}"
             )
         try:
             size = data_file.stat().st_size
             self.tokens = TokenFile(data_file, self.dtype)
         except OSError as error:
-            why = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
-            raise DataError(f"shard file '{data_file}' {why}; {again}") from None
+            raise _unreadable(data_file, error, again) from None
         wanted = int(self.lengths.sum(dtype=np.int64))
         if size != wanted * self.dtype.itemsize or size == 0:
             raise DataError(
                 f"'{data_file}' is damaged: {size} bytes do not hold the {wanted} tokens of its index; {again}"
             )
+
+
+def _unreadable(path: Path, error: OSError, remedy: str) -> DataError:
+    why = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+    return DataError(f"shard file '{path}' {why}; {remedy}")

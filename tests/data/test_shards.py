@@ -86,10 +86,13 @@ def test_foreign_indexes_are_refused_by_name(tmp_path: Path) -> None:
     lengths, two = struct.pack("<3i", 4, 2, 7), struct.pack("<3q", 0, 1, 3)
     pointers = struct.pack("<3q", 0, 8, 12)
     for content, message in [
-        (idx[:17] + b"\x05" + idx[18:], "dtype code 5; only uint16"),
+        (idx[:17] + b"\x05" + idx[18:], "dtype code 5; only version 1 with "),
         (idx + b"\0\0\0", "sequence modes"),
-        (struct.pack("<9sQBQQ", idx[:9], 1, 8, 3, 3) + lengths + pointers + two, "2 documents in 3 sequences"),
-        (idx[:-8] + struct.pack("<q", 9), "documents are not its 3 sequences"),
+        (
+            struct.pack("<9sQBQQ", idx[:9], 1, 8, 3, 3) + lengths + pointers + two,
+            r"not one sequence a document \(2 documents, 3 sequences",
+        ),
+        (idx[:-8] + struct.pack("<q", 9), "not one sequence a document"),
     ]:
         (tmp_path / "a.idx").write_bytes(content)
         with pytest.raises(DataError, match=message) as error:

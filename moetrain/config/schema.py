@@ -202,14 +202,20 @@ class ParallelConfig:
 
 @dataclass(config=STRICT)
 class SourceConfig:
-    """One domain's text."""
+    """One source of text; by default it is a domain of its own."""
 
     paths: list[str] = Field(
         default_factory=list,
         description="files, folders or globs; package: files that ship with moetrain start with 'moetrain:'",
     )
+    domain: str | None = Field(default=None, description="domain that the source belongs to; null: its own name")
     weight: float | None = Field(
-        default=None, description="share of training tokens; null: in proportion to the domain's tokens"
+        default=None,
+        description="share of training tokens (of its domain's, where that has several sources); null: in proportion "
+        "to its tokens",
+    )
+    max_epochs: float | None = Field(
+        default=None, gt=0, description="passes after which the source has run out; null: as its domain"
     )
     licence: str = Field(default="", description="licence tag of the text")
     delimiter: str | None = Field(
@@ -219,6 +225,29 @@ class SourceConfig:
     filter: Literal["none", "gopher"] = Field(
         default="none", description="quality filter; gopher: rules for web pages in English, arXiv 2112.11446 A.1"
     )
+
+
+@dataclass(config=STRICT)
+class DomainConfig:
+    """A domain, a group of sources."""
+
+    weight: float | None = Field(
+        default=None, description="share of training tokens; null: in proportion to the domain's tokens"
+    )
+    max_epochs: float | None = Field(
+        default=None, gt=0, description="passes after which a source of the domain has run out; null: data.max_epochs"
+    )
+
+
+@dataclass(config=STRICT)
+class MixtureStepConfig:
+    """Weights that hold from a point of the run on."""
+
+    weights: dict[str, float] = Field(
+        description="domain -> share of training tokens; those not named share the rest as they did before"
+    )
+    from_step: NonNegative | None = Field(default=None, description="optimizer step from which the weights hold")
+    from_tokens: NonNegative | None = Field(default=None, description="or training tokens before the weights hold")
 
 
 @dataclass(config=STRICT)
@@ -239,7 +268,30 @@ class DataConfig:
     dir: str = Field(
         default="prepared/${data.name}", description="folder of prepared shards, made by 'moetrain prepare'"
     )
-    sources: dict[str, SourceConfig] = Field(default_factory=dict, description="domain name -> its text")
+    sources: dict[str, SourceConfig] = Field(default_factory=dict, description="source name -> its text")
+    domains: dict[str, DomainConfig] = Field(
+        default_factory=dict, description="weights and epochs of domains that have several sources"
+    )
+    mixture: Literal["given", "proportional", "uniform", "temperature", "unimax"] = Field(
+        default="given",
+        description="weights of domains: as given, or a rule on their tokens instead (weight 0 still leaves one out)",
+    )
+    temperature: float = Field(
+        default=2.0, gt=0, description="temperature: shares in proportion to tokens^(1/this); 1: proportional"
+    )
+    unimax_epochs: float = Field(
+        default=4.0, gt=0, description="unimax: most passes over a domain in train.steps; else shares are even"
+    )
+    schedule: list[MixtureStepConfig] = Field(
+        default_factory=list, description="changes of the weights during the run, in order"
+    )
+    max_epochs: float | None = Field(
+        default=None, gt=0, description="passes after which any source has run out; null: none ever does"
+    )
+    exhausted: Literal["reweight", "stop", "repeat"] = Field(
+        default="reweight",
+        description="when a source has run out: its share goes to the others, the run ends, or max_epochs only warns",
+    )
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig, description="tokenizer")
     document_mask: bool = Field(
         default=False, description="attention stays within a document, and positions start anew in each"

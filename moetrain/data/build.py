@@ -225,4 +225,5 @@ class Build:
         info = {s: SplitInfo(len(w.lengths), sum(w.lengths), sizes[s], w.sha256) for s, w in writers.items()}
         licence = self.cfg.sources[domain].licence
         removed = dict(sorted(self.removed[domain].items()))
-        return DomainInfo(licence, info["train"], info["val"], self.replaced[domain], removed)
+        group = self.cfg.sources[domain].domain or ""
+        return DomainInfo(licence, info["train"], info["val"], self.replaced[domain], removed, group)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,9 +49,9 @@ class Loader:
     """The micro-batches of one data rank. ``step(s)`` depends on nothing but its arguments, so resuming is asking for
     the next step.
 
-    Step s consists of the samples s*G .. s*G + G - 1 (G = ``global_batch``) in an order shuffled by (seed, s), so
-    that no rank always gets the same domain where the mixture is regular. Micro-batch m takes the m-th stretch of
-    ``micro_batch * dp_size`` of them, and rank r the r-th part of that: with the same number of micro-batches, a
+    Step s consists of the samples s*G .. s*G + G - 1 (G = ``global_batch``; see ``begin``) in an order shuffled by
+    (seed, s), so that no rank always gets the same domain where the mixture is regular. Micro-batch m takes the m-th
+    stretch of ``micro_batch * dp_size`` of them, and rank r the r-th part of that: with the same number of micro-batches, a
     micro-batch over all ranks holds the same samples under every mapping. ``prefetch`` steps are made ahead of the
     one asked for (0: none, no thread). ``waited_s``: seconds that ``step`` has waited for data. ``document_mask``:
     batches say which document a token belongs to.
@@ -81,9 +81,10 @@ class Loader:
         self.prefetch = prefetch
         self.document_mask = document_mask
         self.waited_s = 0.0
-        self._number = {name: i for i, name in enumerate(data.domains)}
+        self._number = {name: data.domains.index(domain) for name, domain in data.domain_of.items()}
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data") if prefetch else None
         self._ready: dict[int, Future[list[Batch]]] = {}
+        self._begin = (0, 0)  # a step, and its first sample
 
     def step(self, step: int) -> list[Batch]:
         """This rank's micro-batches of optimizer step ``step`` (from 0). Raises what went wrong in the thread,
@@ -100,12 +101,39 @@ class Loader:
                     self._ready[s] = self._thread.submit(self._make, s)
             batches = self._ready.pop(step).result()
         self.waited_s += time.perf_counter() - start
+        self.sampler.dealer.dealt = self.first_sample(step + 1)
         return batches
+
+    def first_sample(self, step: int) -> int:
+        """The first sample number of a step."""
+        return self._begin[1] + (step - self._begin[0]) * self.global_batch
+
+    def begin(self, step: int, sample: int) -> None:
+        """Step ``step`` begins with sample ``sample``: a resumed run goes on after the last sample that was dealt, also
+        when ``global_batch`` is not what it was."""
+        self.forget_ready()
+        self._begin = (step, sample)
+
+    def change(self, weights: Mapping[str, float], why: str) -> None:
+        """From the step after the one that was asked for last on, deal by ``weights``; see ``Sampler.change``. What has
+        been made ahead is made again."""
+        self.forget_ready()
+        self.sampler.change(self.sampler.dealer.dealt, weights, why)
+
+    def forget_ready(self) -> None:
+        """Forget the steps that were made ahead; returns when the background thread is idle."""
+        for future in self._ready.values():
+            if not future.cancel():
+                wait([future])
+        self._ready.clear()
 
     def sample_ids(self, step: int) -> list[int]:
         """Sample numbers of a whole step in the order in which they are dealt to micro-batches and ranks."""
-        order = Permutation(self.global_batch, seed_key(self.sampler.seed, "step", step))
-        return [step * self.global_batch + order[i] for i in range(self.global_batch)]
+        order, first = (
+            Permutation(self.global_batch, seed_key(self.sampler.seed, "step", step)),
+            self.first_sample(step),
+        )
+        return [first + order[i] for i in range(self.global_batch)]
 
     def close(self) -> None:
         """Stop the background thread."""
@@ -120,7 +148,7 @@ class Loader:
     def _batch(self, ids: list[int]) -> Batch:
         samples = [self.sampler.locate(i) for i in ids]
         windows = torch.from_numpy(np.stack([self.sampler.tokens(sample) for sample in samples]))
-        domain_B = torch.tensor([self._number[sample.domain] for sample in samples])
+        domain_B = torch.tensor([self._number[sample.source] for sample in samples])
         tokens_BS, targets_BS = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
         document_BS = documents(tokens_BS, self.data.eos_id) if self.document_mask else None
         return Batch(tokens_BS, targets_BS, ids, domain_B, document_BS)
@@ -137,7 +165,7 @@ def held_out_windows(tokens: int, seq_len: int, max_sequences: int = 0) -> range
 
 def validation_batches(
     data: TokenData,
-    domain: str,
+    source: str,
     seq_len: int,
     batch_size: int,
     max_sequences: int = 0,
@@ -145,14 +173,14 @@ def validation_batches(
     dp_size: int = 1,
     document_mask: bool = False,
 ) -> Iterator[Batch]:
-    """This rank's share of a domain's held-out windows, in batches of ``batch_size`` (B) sequences of ``seq_len`` (S)
+    """This rank's share of a source's held-out windows, in batches of ``batch_size`` (B) sequences of ``seq_len`` (S)
     tokens.
 
     Every rank gets the same number of batches. What is missing, at the end of the last window and as whole padding
     sequences, has targets of -100 and the end-of-document token as input. ``sample_ids`` are window numbers, -1 for
     padding. ``document_mask``: as for ``Loader``. Raises DataError for an id past the vocabulary.
     """
-    tokens = data.tokens(domain, "val")
+    tokens = data.tokens(source, "val")
     starts = held_out_windows(len(tokens), seq_len, max_sequences)
     per_pass = batch_size * dp_size
     for first in range(dp_rank * batch_size, -(-len(starts) // per_pass) * per_pass, per_pass):
@@ -165,7 +193,7 @@ def validation_batches(
                 inputs[row, : len(window) - 1], targets[row, : len(window) - 1] = window[:-1], window[1:]
         if max(inputs.max(), targets.max()) >= data.vocab_size:
             raise DataError(
-                f"held-out shard of domain '{domain}' holds token {max(inputs.max(), targets.max())}, past the "
+                f"held-out shard of source '{source}' holds token {max(inputs.max(), targets.max())}, past the "
                 f"vocabulary of {data.vocab_size}; it "
                 "is damaged or of another tokenizer: delete the prepared folder and run 'moetrain prepare' again"
             )
@@ -174,6 +202,6 @@ def validation_batches(
             tokens_BS,
             torch.from_numpy(targets),
             numbers,
-            torch.full((batch_size,), data.domains.index(domain)),
+            torch.full((batch_size,), data.domains.index(data.domain_of[source])),
             documents(tokens_BS, data.eos_id) if document_mask else None,
         )

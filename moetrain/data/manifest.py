@@ -29,7 +29,7 @@ class SplitInfo:
 
 @dataclass(frozen=True)
 class DomainInfo:
-    """One domain: its licence tag, its training and held-out shards, how many invalid UTF-8 sequences of its text were
+    """One source: its licence tag, its training and held-out shards, how many invalid UTF-8 sequences of its text were
     replaced, and how many documents were removed for which reason."""
 
     licence: str
@@ -37,6 +37,7 @@ class DomainInfo:
     val: SplitInfo
     replaced: int = 0
     removed: dict[str, int] = field(default_factory=dict)
+    domain: str = ""  # that the source belongs to; empty: its own name
 
     def split(self, name: str) -> SplitInfo:
         """The shard called 'train' or 'val'."""
@@ -67,7 +68,7 @@ class Manifest:
         """Write manifest.json into ``folder``."""
         content = {"format": FORMAT, "version": VERSION, **asdict(self)}
         for name, domain in self.domains.items():
-            for key in ("replaced", "removed"):  # said only where there is something to say
+            for key in ("replaced", "removed", "domain"):  # said only where there is something to say
                 if not getattr(domain, key):
                     del content["domains"][name][key]
             content["domains"][name]["bytes_per_token"] = round(domain.bytes_per_token, 4)
@@ -119,4 +120,11 @@ def removed_line(removed: Mapping[str, int]) -> str:
 
 def _domain(content: dict[str, Any]) -> DomainInfo:
     train, val = SplitInfo(**content["train"]), SplitInfo(**content["val"])
-    return DomainInfo(content["licence"], train, val, content.get("replaced", 0), content.get("removed", {}))
+    return DomainInfo(
+        content["licence"],
+        train,
+        val,
+        content.get("replaced", 0),
+        content.get("removed", {}),
+        content.get("domain", ""),
+    )

@@ -38,8 +38,7 @@ def finish(trainer: Trainer, evaluation: Evaluation) -> dict[str, Any]:
         log.info("sample     %r", text)
     summary = {
         **so_far(trainer, "finished"),
-        "val_loss": evaluation.loss,
-        "val_loss_by_domain": evaluation.by_domain,
+        **evaluation.metrics(),
         "val_tokens": evaluation.tokens,
         "unigram_nats": known.unigram,
         "bigram_nats": known.bigram,
@@ -134,8 +133,8 @@ def transformers_loss(trainer: Trainer) -> float:
     t, data = trainer.cfg.train, trainer.data
     model = AutoModelForCausalLM.from_pretrained(trainer.run_dir / "export", dtype="auto").eval()
     total, count = 0.0, 0
-    for domain in data.domains:
-        for batch in validation_batches(data, domain, t.seq_len, t.micro_batch, t.eval_sequences, 0, 1):
+    for source in data.sources:
+        for batch in validation_batches(data, source, t.seq_len, t.micro_batch, t.eval_sequences, 0, 1):
             logits = model(batch.tokens_BS).logits.flatten(0, 1).float()
             total += float(torch.nn.functional.cross_entropy(logits, batch.targets_BS.flatten(), reduction="sum"))
             count += int((batch.targets_BS >= 0).sum())

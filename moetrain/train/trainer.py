@@ -74,7 +74,7 @@ class Trainer:
 
             if self._due(cfg.train.eval_every) or self.step == cfg.train.steps:
                 evaluation = self.evaluate()
-                metrics |= {"val_loss": evaluation.loss, "val_loss_by_domain": evaluation.by_domain}
+                metrics |= evaluation.metrics()
             if self._due(cfg.log.every) or "val_loss" in metrics:
                 writer.write(self.step, metrics | meter.read() | load_metrics(self.last_loads))
             if self._due(cfg.checkpoint.every) or (cfg.checkpoint.at_end and self.step == cfg.train.steps):

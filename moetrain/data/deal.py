@@ -86,10 +86,10 @@ class Dealer:
         self._cut(first_sample)
         self._extend()
 
-    def restore(self, history: WeightHistory, samples: int) -> None:
-        """Take ``history`` as it is for the first ``samples`` samples; what was asked for holds from there on."""
+    def restore(self, history: WeightHistory, samples: int, asked: Iterable[Phase]) -> None:
+        """Take ``history``, of which ``samples`` samples were dealt, as it is; ``asked`` holds from there on."""
         self._cut(0)
-        self._asked = [p for p in self._asked if p.first_sample >= samples or not len(history)]
+        self._asked = sorted(asked, key=lambda phase: phase.first_sample)
         self.dealt = samples
         for phase in history:
             self._begin(phase)

@@ -53,10 +53,10 @@ class Loader:
 
     Step s consists of the samples s*G .. s*G + G - 1 (G = ``global_batch``; see ``begin``) in an order shuffled by
     (seed, s), so that no rank always gets the same domain where the mixture is regular. Micro-batch m takes the m-th
-    stretch of ``micro_batch * dp_size`` of them, and rank r the r-th part of that: with the same number of micro-batches, a
-    micro-batch over all ranks holds the same samples under every mapping. ``prefetch`` steps are made ahead of the
-    one asked for (0: none, no thread). ``waited_s``: seconds that ``step`` has waited for data. ``document_mask``:
-    batches say which document a token belongs to.
+    stretch of ``micro_batch * dp_size`` of them, and rank r the r-th part of that: with the same number of
+    micro-batches, a micro-batch over all ranks holds the same samples under every mapping. ``prefetch`` steps are made
+    ahead of the one asked for (0: none, no thread). ``waited_s``: seconds that ``step`` has waited for data.
+    ``document_mask``: batches say which document a token belongs to.
     """
 
     def __init__(
@@ -109,6 +109,10 @@ class Loader:
     def first_sample(self, step: int) -> int:
         """The first sample number of a step."""
         return self._begin[1] + (step - self._begin[0]) * self.global_batch
+
+    def step_of(self, sample: int) -> int:
+        """The step that a sample belongs to."""
+        return self._begin[0] + (sample - self._begin[1]) // self.global_batch
 
     def begin(self, step: int, sample: int) -> None:
         """Step ``step`` begins with sample ``sample``: a resumed run goes on after the last sample that was dealt, also

@@ -128,10 +128,10 @@ class Sampler:
         return found
 
     def spread(self, weights: Mapping[str, float], i: int) -> dict[str, float]:
-        """Shares of sources for ``weights`` of domains: within a domain they are what they are at sample ``i``, or, where
-        the domain has none there, in proportion to tokens."""
+        """Shares of sources for ``weights`` of domains: within a domain they are what they are at sample ``i``, or,
+        where the domain has none there, in proportion to tokens."""
         now, tokens = self.history.at(i).weights, {name: len(self.data.tokens(name)) for name in self.data.sources}
-        found = {}
+        found: dict[str, float] = {}
         for domain in self.data.domains:
             names = [name for name in self.data.sources if self.data.domain_of[name] == domain]
             inside = now if any(now[name] > 0 for name in names) else tokens

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from moetrain.config.errors import ConfigError
 from moetrain.config.schema import Config
+from moetrain.data.forecast import describe, warnings
 from moetrain.parallel.stages import all_stages
 from moetrain.train.trainer import Trainer
 
@@ -35,6 +36,10 @@ def announce(trainer: Trainer) -> None:
     log.info("memory     per rank: weights, gradients and optimizer %.2f GiB, activations about %.2f GiB",
              state, activation_gib(cfg))  # fmt: skip
     log.info("data       %s: %s", cfg.data.name, ", ".join(trainer.data.describe()))
+    for number, line in enumerate(describe(trainer.loader, trainer.step, t.steps)):
+        log.info("%s %s", " " * 10 if number else "mixture   ", line)
+    for line in warnings(trainer.loader, t.steps):
+        log.warning("           %s", line)
     log.info("tokens     %d steps x %d sequences x %d = %s (%d micro-batches a step and rank)",
              t.steps, t.global_batch, t.seq_len, short(t.steps * t.global_batch * t.seq_len), accumulate)  # fmt: skip
 

@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
+from moetrain.config.errors import DataError
 from moetrain.config.schema import Config
 from moetrain.convert.family import family_of
+from moetrain.data.asked import Asked, ask, domains_of
 from moetrain.data.dataset import TokenData
 from moetrain.data.sampler import Sampler
 
 
 def preflight(cfg: Config) -> None:
     """Check prepared data and export of ``cfg``. Raises DataError or ConvertError for what could not work later."""
-    open_sampler(cfg, TokenData.open(cfg.data.dir, vocab_size=cfg.model.vocab_size))
+    sampler, _ = open_sampler(cfg, open_data(cfg))
+    if sampler.end is not None and sampler.end < cfg.train.global_batch:
+        raise DataError(
+            f"the data runs out after {sampler.end} samples, before one step of {cfg.train.global_batch}; raise "
+            "max_epochs, give more text, or set data.exhausted=repeat"
+        )
     if cfg.export.at_end:
         family_of(cfg.model)
 
 
-def open_sampler(cfg: Config, data: TokenData) -> Sampler:
-    """The run's sampler over ``data``, with the weights of the config."""
-    weights = {name: source.weight for name, source in cfg.data.sources.items()}
-    return Sampler(data, cfg.seed, weights, cfg.train.seq_len)
+def open_data(cfg: Config) -> TokenData:
+    """The run's prepared data. Raises DataError."""
+    return TokenData.open(cfg.data.dir, vocab_size=cfg.model.vocab_size, domain_of=domains_of(cfg.data))
+
+
+def open_sampler(cfg: Config, data: TokenData) -> tuple[Sampler, Asked]:
+    """The run's sampler over ``data``, and what the config asks of it. Raises DataError."""
+    asked = asked_of(cfg, data)
+    first, *schedule = asked.phases
+    caps, exhausted = asked.max_epochs, asked.exhausted
+    sampler = Sampler(
+        data, cfg.seed, first.weights, cfg.train.seq_len, schedule=schedule, max_epochs=caps, exhausted=exhausted
+    )
+    return sampler, asked
+
+
+def asked_of(cfg: Config, data: TokenData, step: int = 0, sample: int = 0) -> Asked:
+    """What the config asks of the mixture, in a run whose step ``step`` begins with sample ``sample``."""
+    return ask(cfg, {name: len(data.tokens(name)) for name in data.sources}, step, sample)

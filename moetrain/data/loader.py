@@ -199,9 +199,9 @@ def window_batches(
     """This rank's share of ``windows``, (source, first token) each, in batches of ``batch_size`` (B) sequences of
     ``seq_len`` (S) tokens.
 
-    Every rank gets the same number of batches. What is missing, at the end of a text and as whole padding sequences, has
-    targets of -100 and the end-of-document token as input. ``sample_ids`` are places in ``windows``, -1 for padding.
-    ``document_mask``: as for ``Loader``. Raises DataError for an id past the vocabulary.
+    Every rank gets the same number of batches. What is missing, at the end of a text and as whole padding sequences,
+    has targets of -100 and the end-of-document token as input. ``sample_ids`` are places in ``windows``, -1 for
+    padding. ``document_mask``: as for ``Loader``. Raises DataError for an id past the vocabulary.
     """
     per_pass = batch_size * dp_size
     for first in range(dp_rank * batch_size, -(-len(windows) // per_pass) * per_pass, per_pass):
@@ -218,8 +218,8 @@ def window_batches(
                 if window.max() >= data.vocab_size:
                     raise DataError(
                         f"{'held-out' if split == 'val' else 'training'} shard of source '{source}' holds token "
-                        f"{window.max()}, past the vocabulary of {data.vocab_size}; it "
-                        "is damaged or of another tokenizer: delete the prepared folder and run 'moetrain prepare' again"
+                        f"{window.max()}, past the vocabulary of {data.vocab_size}; it is "
+                        "damaged or of another tokenizer: delete the prepared folder and run 'moetrain prepare' again"
                     )
         tokens_BS = torch.from_numpy(inputs)
         document_BS = documents(tokens_BS, data.eos_id) if document_mask else None

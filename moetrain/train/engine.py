@@ -51,8 +51,8 @@ class Engine(Protocol):
         ...
 
     def gradient(self, batches: list[Batch], step: int) -> Gradient:
-        """Gradient of the mean loss over ``batches`` (as many on every rank), without auxiliary terms, unclipped. Between
-        steps only; leaves everything as it was. Raises ConfigError where the engine keeps no gradients."""
+        """Gradient of the mean loss over ``batches`` (as many on every rank), without auxiliary terms, unclipped.
+        Between steps only; leaves everything as it was. Raises ConfigError where the engine keeps no gradients."""
         ...
 
     def next_logits(self, tokens_1N: Tensor, last: int) -> Tensor:

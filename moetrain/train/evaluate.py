@@ -42,8 +42,8 @@ def evaluate(
     document_mask: bool = False,
     split: Split = "val",
 ) -> Evaluation:
-    """Evaluate the engine's model on each source's held-out text, at most ``max_sequences`` a source (0: all), or on its
-    training text (``split``).
+    """Evaluate the engine's model on each source's held-out text, at most ``max_sequences`` a source (0: all), or on
+    its training text (``split``).
 
     Collective: every rank calls it and gets the same result.
     """

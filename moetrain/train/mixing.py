@@ -15,14 +15,13 @@ import torch
 import torch.distributed as dist
 
 from moetrain.comm.ranks import Ranks
-from moetrain.config.errors import ConfigError, TrainError
+from moetrain.config.errors import TrainError
 from moetrain.config.registry import MIXERS
 from moetrain.config.schema import Config
 from moetrain.data.dataset import TokenData
 from moetrain.data.loader import Batch, Loader, Split, held_out_windows, window_batches
 from moetrain.data.order import Mixture, Permutation, seed_key
-from moetrain.data.sampler import Sampler
-from moetrain.mixture.online import Decision, Mixer, Observation, on_grid
+from moetrain.mixture.online import Decision, Observation, build_mixer, on_grid
 from moetrain.parallel.mesh import ParallelDims
 from moetrain.train.engine import Engine
 from moetrain.train.evaluate import evaluate
@@ -50,35 +49,33 @@ class Mixing:
         """
         if self.mixer is None or step < self.until:
             return {}
-        began, notes, due = time.perf_counter(), {}, 0
+        began, due = time.perf_counter(), 0
+        notes: dict[str, Any] = {}
         while due == 0:
-            if self.weights is None:
-                decision = self._start(step)
-            else:
-                decision = self.mixer.decide(self._observe(step, left))
+            decision = self._start(step) if self.weights is None else self.mixer.decide(self._observe(step, left))
             self._put_in_force(decision)
             notes, due = notes | decision.notes, decision.steps
         self.until = step + due
         return {"mixture": self.weights, "mixer": notes, "mixer_s": time.perf_counter() - began}
 
     def state(self) -> dict[str, Any] | None:
-        """What a checkpoint keeps: all that later decisions depend on, as JSON has it; None before the first decision."""
+        """What a checkpoint keeps: all that later decisions depend on, as JSON has it; None before the first."""
         if self.mixer is None or self.weights is None:
             return None
         own = {"name": self.name, "domains": self.mixer.domains, "until": self.until}
         return {**own, "weights": self.weights, "inside": self.inside, "state": self.mixer.state()}
 
-    def load_state(self, state: dict[str, Any] | None, step: int) -> str:
-        """Take up what ``state`` gave at step ``step``; what there is to say about it. Where the mixer or the domains are
-        others now, the mixer begins anew from the weights in force."""
+    def load_state(self, state: dict[str, Any] | None, step: int) -> list[str]:
+        """Take up what ``state`` gave at step ``step``; lines that say what is not as it was. Where the mixer or the
+        domains are others now, the mixer begins anew from the weights in force."""
         if self.mixer is None or state is None:
-            return ""
+            return []
         if (state["name"], state["domains"]) != (self.name, self.mixer.domains):
             self.until = max(step, self.until)
-            return f"mixer {self.name} begins anew: this run had {state['name']} over {', '.join(state['domains'])}"
+            return [f"{self.name} begins anew: this run had {state['name']} over {', '.join(state['domains'])}"]
         self.until, self.weights, self.inside = state["until"], dict(state["weights"]), dict(state["inside"])
         self.mixer.load_state(state["state"])
-        return ""
+        return []
 
     def describe(self) -> str:
         """What the mixer costs, for the start of a run; empty where there is none."""
@@ -132,7 +129,9 @@ class Mixing:
         for what, values in (("loss", seen.losses), ("gradient product", seen.products)):
             for name, value in values.items():
                 if not math.isfinite(value):
-                    raise TrainError(f"mixer {self.name}: the {what} of domain '{name}' is {value} before step {step + 1}")
+                    raise TrainError(
+                        f"mixer {self.name}: the {what} of domain '{name}' is {value} before step {step + 1}"
+                    )
         return seen
 
     def _split(self) -> Split:
@@ -196,25 +195,11 @@ class Mixing:
         return shares if any(shares.values()) else {s: tokens[s] / sum(tokens.values()) for s in own}
 
 
-def build_mixer(cfg: Config, sampler: Sampler) -> Mixer | None:
-    """The mixer of ``cfg`` over the domains that have weight at the start of the run; None where it has none. Raises
-    ConfigError."""
-    entry = MIXERS.entry_of(cfg.mixer)
-    if entry.name == "none":
-        return None
-    shares = sampler.domain_weights(0)
-    domains = [name for name, share in shares.items() if share > 0]
-    if len(domains) < 2:
-        raise ConfigError(f"mixer={entry.name} needs two domains with weight or more; there is {', '.join(domains)}")
-    mixer: Mixer = entry.build(cfg.mixer, domains, cfg.seed)
-    return mixer
-
-
 def draw_windows(
     data: TokenData, shares: Mapping[str, float], n: int, seq_len: int, key: int, split: Split
 ) -> list[tuple[str, int]]:
-    """``n`` windows (source, first token) of the text of ``shares`` (source -> share), a function of the arguments alone;
-    no window twice, so fewer where a source has not as many as its share."""
+    """``n`` windows (source, first token) of the text of ``shares`` (source -> share), a function of the arguments
+    alone; no window twice, so fewer where a source has not as many as its share."""
     windows = []
     for source, count in sorted(Mixture(shares).counts(n).items()):
         starts = held_out_windows(len(data.tokens(source, split)), seq_len)

@@ -8,16 +8,18 @@ from moetrain.convert.family import family_of
 from moetrain.data.asked import Asked, ask, domains_of
 from moetrain.data.dataset import TokenData
 from moetrain.data.sampler import Sampler
+from moetrain.mixture.online import build_mixer
 
 
 def preflight(cfg: Config) -> None:
-    """Check prepared data and export of ``cfg``. Raises DataError or ConvertError for what could not work later."""
+    """Check prepared data and export of ``cfg``. Raises a UserError for what could not work later."""
     sampler, _ = open_sampler(cfg, open_data(cfg))
     if sampler.end is not None and sampler.end < cfg.train.global_batch:
         raise DataError(
             f"the data runs out after {sampler.end} samples, before one step of {cfg.train.global_batch}; raise "
             "max_epochs, give more text, or set data.exhausted=repeat"
         )
+    build_mixer(cfg, sampler)
     if cfg.export.at_end:
         family_of(cfg.model)
 

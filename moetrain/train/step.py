@@ -97,8 +97,8 @@ class Gradient:
     shards: dict[str, tuple[Tensor, int]]
 
     def share(self, other: Gradient) -> float:
-        """This rank's share of the inner product with ``other``; over all ranks of the world shares add up. A shard that
-        several ranks have counts once."""
+        """This rank's share of the inner product with ``other``; over all ranks of the world shares add up. A shard
+        that several ranks have counts once."""
         total = 0.0
         for name in [name for name in self.shards if name in other.shards]:
             (mine, copies), (theirs, _) = self.shards[name], other.shards[name]

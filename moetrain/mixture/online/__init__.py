@@ -2,8 +2,8 @@
 
 A mixer is a small deterministic state machine that knows no model: it decides on weights for a number of steps; when
 these are over it is told what was measured, and decides again. What it tries out (probes on other mixtures) is only a
-decision like any other. The trainer measures, and puts weights in force (``train.mixing``). A new method is one new file
-here and one preset in configs/mixer/.
+decision like any other. The trainer measures, and puts weights in force (``train.mixing``). A new method is one new
+file here and one preset in configs/mixer/.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from pydantic.dataclasses import dataclass
 
 from moetrain.config.errors import ConfigError
 from moetrain.config.presets import nearest
+from moetrain.config.registry import MIXERS
 from moetrain.config.schema import STRICT, Config, NonNegative, Positive
+from moetrain.data.sampler import Sampler
 
 GRID = 1_000_000  # weights are put in force as multiples of one millionth
 
@@ -80,7 +82,9 @@ class MixerOptions:
     def check(self, cfg: Config) -> None:
         """Raises ConfigError where the options do not fit the rest of the config."""
         if cfg.data.schedule:
-            raise ConfigError("a mixer decides on the weights, so data.schedule must be empty; remove it, or set mixer=none")
+            raise ConfigError(
+                "a mixer decides on the weights, so data.schedule must be empty; remove it, or set mixer=none"
+            )
         if self.start_step >= cfg.train.steps:
             raise ConfigError(
                 f"mixer.start_step={self.start_step} is not before the end of the run, train.steps={cfg.train.steps}"
@@ -121,6 +125,20 @@ class Mixer:
     def named(self, values: Sequence[float]) -> dict[str, float]:
         """``values`` in the order of ``domains``, by name."""
         return dict(zip(self.domains, map(float, values), strict=True))
+
+
+def build_mixer(cfg: Config, sampler: Sampler) -> Mixer | None:
+    """The mixer of ``cfg`` over the domains that have weight at the start of the run; None where it has none. Raises
+    ConfigError."""
+    entry = MIXERS.entry_of(cfg.mixer)
+    if entry.name == "none":
+        return None
+    shares = sampler.domain_weights(0)
+    domains = [name for name, share in shares.items() if share > 0]
+    if len(domains) < 2:
+        raise ConfigError(f"mixer={entry.name} needs two domains with weight or more; there is {', '.join(domains)}")
+    mixer: Mixer = entry.build(cfg.mixer, domains, cfg.seed)
+    return mixer
 
 
 def exponentiated(weights: Mapping[str, float], scores: Mapping[str, float], eta: float) -> dict[str, float]:

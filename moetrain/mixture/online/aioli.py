@@ -23,7 +23,9 @@ class AioliOptions(MixerOptions):
     every: Positive = Field(default=250, description="steps of a round, its probes included")
     sweeps: Positive = Field(default=4, description="probes of each domain in a round")
     probe_steps: Positive = Field(default=4, description="steps of a probe")
-    one_hot: float = Field(default=0.75, gt=0, le=1, description="share of the probed domain; the others share the rest")
+    one_hot: float = Field(
+        default=0.75, gt=0, le=1, description="share of the probed domain; the others share the rest"
+    )
     eta: float = Field(default=0.2, gt=0, description="step size of the exponentiated gradient")
     ema: float = Field(default=0.0, ge=0, lt=1, description="share of the law of earlier rounds that is kept")
 
@@ -88,7 +90,7 @@ class Aioli(Mixer):
             self.probe += 1
         self.losses = losses
         if self.probe < self.probes:
-            return Decision(self.named(self._mixture(self._probed(self.probe))), self.options.probe_steps)
+            return Decision(self.named(self._mixture(self._probed(self.probe)).tolist()), self.options.probe_steps)
         return self._update()
 
     def state(self) -> dict[str, Any]:

@@ -57,8 +57,8 @@ class SkillIt(Mixer):
     any loss is known, losses are taken as 1.
 
     A_ij is the share of j's loss that training on i alone takes off. The paper learns it in runs of their own that all
-    begin with the same model; here, without a ``graph``, by steps on each domain alone at the start, one domain after the
-    other, so later ones start from a better model. What makes a loss worse counts as 0.
+    begin with the same model; here, without a ``graph``, by steps on each domain alone at the start, one domain after
+    the other, so later ones start from a better model. What makes a loss worse counts as 0.
     """
 
     options: SkillItOptions

@@ -156,7 +156,8 @@ class Mixing:
         return {"losses": {name: found.by_domain[name] for name in self.mixer.domains}}
 
     def _products(self, step: int) -> dict[str, Any]:
-        """Inner products of the domains' gradients with the target's. Holds two gradients at a time."""
+        """Inner products of the domains' gradients with the target's, each clipped as a step clips it: one rare steep
+        batch must not decide alone. Holds two gradients at a time."""
         assert self.mixer is not None
         domains, parts = self.mixer.domains, self.cfg.mixer.target or self.mixer.domains
         target = self.engine.gradient(self._drawn("target", parts, step, self._split()), step)
@@ -167,9 +168,12 @@ class Mixing:
         sums = torch.tensor(shares, dtype=torch.float64, device=next(self.engine.model.parameters()).device)
         dist.all_reduce(sums)
         of_target, *rest = sums.tolist()
-        products = dict(zip(domains, rest[::2], strict=True))
-        norms = [math.sqrt(max(square * of_target, 0.0)) for square in rest[1::2]]
-        cosines = {n: products[n] / norm if norm > 0 else 0.0 for n, norm in zip(domains, norms, strict=True)}
+        products, cosines = {}, {}
+        for name, product, square in zip(domains, rest[::2], rest[1::2], strict=True):
+            norms = [math.sqrt(max(s, 0.0)) if math.isfinite(s) else math.nan for s in (square, of_target)]
+            most = self.cfg.train.clip_norm or math.inf
+            products[name] = product * math.prod(min(1.0, most / norm) if norm > 0 else 1.0 for norm in norms)
+            cosines[name] = product / math.prod(norms) if math.prod(norms) > 0 else 0.0
         return {"products": products, "cosines": cosines}
 
     def _drawn(self, what: str, parts: list[str], step: int, split: Split) -> list[Batch]:

@@ -43,8 +43,8 @@ class Observation:
     """What was measured when the steps of a decision were over, the same on all ranks.
 
     ``left``: steps that the run still has. ``losses``: domain -> mean loss in nats per token. ``products``: domain ->
-    inner product of its gradient with that of the target, of the whole model. ``cosines``: the same, divided by both
-    norms. Only what ``Mixer.wants`` names is there.
+    inner product of its gradient with that of the target, of the whole model, both clipped to ``train.clip_norm``.
+    ``cosines``: the same, divided by both norms. Only what ``Mixer.wants`` names is there.
     """
 
     left: int

@@ -126,7 +126,7 @@ class Aioli(Mixer):
     def _update(self) -> Decision:
         o, k = self.options, len(self.domains)
         mixtures_kk = np.stack([self._mixture(j) for j in range(k)])
-        found_kk = np.linalg.solve(mixtures_kk, self.drops_kk.T / o.sweeps).T
+        found_kk = np.linalg.solve(mixtures_kk, self.drops_kk.T / (o.sweeps * o.probe_steps)).T  # per step
         law_kk = found_kk - min(0.0, found_kk.min())
         law_kk = law_kk / law_kk.sum() if law_kk.sum() > 0 else np.full((k, k), 1 / k**2)
         self.law_kk = law_kk if self.law_kk is None else (1 - o.ema) * law_kk + o.ema * self.law_kk

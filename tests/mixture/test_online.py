@@ -126,6 +126,24 @@ def test_doremi_by_hand() -> None:
     assert made[2].notes["mean"] == pytest.approx({"a": (a + 1 - b) / 2, "b": (1 - a + b) / 2})
 
 
+def test_a_finished_run_is_the_reference_of_doremi(tmp_path: Path) -> None:
+    """Its losses are taken from its summary; evaluated on windows of another length or number they are refused."""
+    domains = ["plays", "novels", "jargon", "docs", "code"]
+    save(load(["train.eval_sequences=8", "train.seq_len=64"]), tmp_path / "config.yaml")
+    losses = {name: 3.0 + i for i, name in enumerate(domains)}
+    (tmp_path / "summary.json").write_text(json.dumps({"val_loss_by_domain": losses}))
+    words = ["mixer=doremi", f"mixer.reference_run={tmp_path}", "train.seq_len=64"]
+    cfg = load([*words, "train.eval_sequences=8"])
+    mixer = MIXERS.get("doremi").build(cfg.mixer, domains, 0)
+    assert mixer.reference == losses
+    with pytest.raises(ConfigError, match=r"mixer\.sequences is 0, but .* was evaluated with 8"):
+        load(words)
+    with pytest.raises(ConfigError, match=r"train\.seq_len is 32, but .* was evaluated with 64"):
+        load([*words, "train.eval_sequences=8", "train.seq_len=32"])
+    with pytest.raises(ConfigError, match="has losses on held-out text"):
+        load([*words, "train.eval_sequences=8", "mixer.text=train"])
+
+
 def test_skill_it_with_the_published_graph() -> None:
     """The graph of arXiv and StackExchange that the authors of Aioli measured for their runs of Skill-it."""
     graph = {"arxiv": {"arxiv": 0.758, "se": 0.522}, "se": {"arxiv": 0.668, "se": 0.719}}

@@ -10,6 +10,7 @@ from typing import Literal
 from moetrain.config.errors import DataError
 from moetrain.data.history import Phase, WeightHistory
 from moetrain.data.order import ONE, Mixture
+from moetrain.data.weights import check_weights
 
 Exhausted = Literal["repeat", "stop", "reweight"]
 KEPT_TREES = 4  # of the phases looked at last; others are built again when asked for
@@ -195,8 +196,6 @@ class Dealer:
 
 def usable(weights: Mapping[str, float], known: Iterable[str]) -> dict[str, float]:
     """``weights`` for all ``known`` sources (0 where none is given), summing to 1. Raises DataError."""
-    from moetrain.data.weights import check_weights
-
     names = list(known)
     check_weights({name: weights.get(name, 0.0) for name in names} | dict(weights), names)
     total = sum(weights.values())

@@ -65,14 +65,16 @@ class Manifest:
     domains: dict[str, DomainInfo]
 
     def save(self, folder: Path) -> None:
-        """Write manifest.json into ``folder``."""
+        """Write manifest.json into ``folder``, whole or not at all."""
         content = {"format": FORMAT, "version": VERSION, **asdict(self)}
         for name, domain in self.domains.items():
             for key in ("replaced", "removed", "domain"):  # said only where there is something to say
                 if not getattr(domain, key):
                     del content["domains"][name][key]
             content["domains"][name]["bytes_per_token"] = round(domain.bytes_per_token, 4)
-        (folder / FILE).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary = folder / f"{FILE}.tmp"
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.replace(folder / FILE)
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:

@@ -44,23 +44,35 @@ def restore(sampler: Sampler, asked: Asked, saved: dict[str, Any]) -> list[str]:
     samples, names = saved["samples"], list(sampler.windows)
     phases = WeightHistory.from_json(saved["history"])
     known = WeightHistory(Phase(p.first_sample, {n: p.weights.get(n, 0.0) for n in names}, p.why) for p in phases)
-    sampler.dealer.restore(known, samples, [phase for phase in asked.phases if phase.first_sample >= samples])
+    coming = [phase for phase in asked.phases if phase.first_sample >= samples]
+    sampler.dealer.restore(known, samples, coming)
     before, now = saved["asked"], _asked_at(asked, samples)
     if before == now:
         return []
     in_force = sampler.history.at(samples)
-    weights = asked.weights_at(samples)
-    if in_force.why.startswith("mixer") and before["weights"] == now["weights"]:
-        weights = in_force.weights  # what the mixer found stays; the caps are others
+    if before["first"] != now["first"]:
+        weights = asked.phases[0].weights  # said now, so it comes before a schedule that has begun
+    elif before["weights"] == now["weights"] and in_force.why.startswith("mixer"):
+        weights = in_force.weights  # only caps are others
+    else:
+        weights = asked.weights_at(samples)
     sampler.change(samples, weights, "user")
     changed = _difference(in_force.weights, sampler.history.at(samples).weights)
-    return [f"weights changed from sample {samples:,} on: {changed}"] if changed else []
+    if not changed:
+        sampler.dealer.restore(known, samples, coming)
+        return []
+    return [f"weights changed from sample {samples:,} on: {changed}"]
 
 
 def _asked_at(asked: Asked, samples: int) -> dict[str, Any]:
-    weights = {name: weight for name, weight in asked.weights_at(samples).items() if weight > 0}
-    caps = {name: cap for name, cap in asked.max_epochs.items() if cap is not None}
-    return {"weights": weights, "max_epochs": caps, "exhausted": asked.exhausted}
+    """What the config asks for at a sample, without zeros and nulls: a new source that gets nothing changes nothing."""
+    first, weights = asked.phases[0].weights, asked.weights_at(samples)
+    return {
+        "first": {name: weight for name, weight in first.items() if weight > 0},
+        "weights": {name: weight for name, weight in weights.items() if weight > 0},
+        "max_epochs": {name: cap for name, cap in asked.max_epochs.items() if cap is not None},
+        "exhausted": asked.exhausted,
+    }
 
 
 def _refuse_other_order(sampler: Sampler, saved: dict[str, Any]) -> None:

@@ -16,7 +16,8 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from moetrain.comm.ranks import Ranks
@@ -47,7 +48,7 @@ def prepare(cfg: DataConfig, progress: bool = True) -> Manifest:
     try:
         found = _current(cfg, out)
         if isinstance(found, Manifest):  # also on a read-only disk
-            return found
+            return _regrouped(cfg, out, found)
         out.parent.mkdir(parents=True, exist_ok=True)
         with _locked(out):
             found = _current(cfg, out)  # another process may just have made it
@@ -199,6 +200,17 @@ def _unchanged(out: Path, manifest: Manifest, files: dict[str, list[SourceFile]]
             else:
                 digests[name].append(file_digest(file.path))
     return fingerprint(manifest.recipe, digests) == manifest.fingerprint
+
+
+def _regrouped(cfg: DataConfig, out: Path, manifest: Manifest) -> Manifest:
+    """``manifest`` with the domains that its sources have in ``cfg``, which may change without preparing again; also in
+    ``out`` where that can be written."""
+    domains = {n: replace(info, domain=cfg.sources[n].domain or "") for n, info in manifest.domains.items()}
+    if domains != manifest.domains:
+        manifest = replace(manifest, domains=domains)
+        with suppress(OSError):
+            manifest.save(out)
+    return manifest
 
 
 def _replace(out: Path, partial: Path) -> None:

@@ -230,6 +230,12 @@ def test_presets_are_known_kinds_with_legal_values(tmp_path: Path) -> None:
         assert to_dict(cfg)["mixer"]["kind"] == kind
 
 
+def test_a_mixer_can_be_taken_out_on_resume(tmp_path: Path) -> None:
+    save(load(["mixer=dga", "train.steps=2000", "mixer.eta=0.5"]), tmp_path / "config.yaml")
+    assert to_dict(load(["mixer.eta=2"], base=tmp_path / "config.yaml"))["mixer"]["eta"] == 2
+    assert to_dict(load(["~mixer"], base=tmp_path / "config.yaml"))["mixer"] == {"kind": "none"}
+
+
 WRONG = [
     (["mixer=aiol"], "no preset of mixer is called 'aiol'; did you mean 'aioli'?"),
     (

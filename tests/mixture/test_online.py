@@ -15,7 +15,7 @@ import yaml
 from moetrain.config import load, save, to_dict
 from moetrain.config.errors import ConfigError
 from moetrain.config.registry import MIXERS
-from moetrain.mixture.online import Decision, Mixer, Observation, on_grid
+from moetrain.mixture.online import Decision, Mixer, Observation, build_mixer, on_grid
 
 DOMAINS = ["sea", "code", "food"]
 UNIFORM = dict.fromkeys(DOMAINS, 1 / 3)
@@ -223,8 +223,9 @@ def test_weights_on_the_grid_sum_to_one_and_swallow_rounding() -> None:
 
 def test_presets_are_known_kinds_with_legal_values(tmp_path: Path) -> None:
     for kind in MIXERS.names():
-        extra = ["mixer.reference={plays: 3.0, novels: 3, jargon: 3, docs: 3, code: 3}"] if kind == "doremi" else []
-        cfg = load([f"mixer={kind}", "train.steps=2000", *extra])
+        if kind.startswith("steady"):
+            continue  # of another test
+        cfg = load([f"mixer={kind}"])
         save(cfg, tmp_path / "config.yaml")
         assert yaml.safe_load((tmp_path / "config.yaml").read_text())["mixer"] == to_dict(cfg)["mixer"]
         assert to_dict(cfg)["mixer"]["kind"] == kind
@@ -246,13 +247,10 @@ WRONG = [
     (["mixer=dga", "mixer.every=0"], "mixer.every takes int >= 1; got 0"),
     (["mixer=aioli", "mixer.probe_steps=0"], "mixer.probe_steps takes int >= 1"),
     (["mixer=aioli", "mixer.one_hot=1.5"], "mixer.one_hot takes float > 0 and <= 1"),
-    (["mixer=dga", "mixer.every=2000"], "would update first at step 2000, not before the end of the run"),
-    (["mixer=aioli", "mixer.start_step=1999"], "leaves no time for"),
-    (["mixer=skill_it", "mixer.start_step=3000"], "mixer.start_step=3000 is not before the end of the run"),
     (["mixer=dga", "mixer.sequences=64"], "mixer.sequences=64 is more than train.global_batch=8"),
     (["mixer=dga", "mixer.sequences=1", "mixer.target=[code,docs]"], "has 2 names for the 1 sequences"),
     (["mixer=dga", "parallel.engine=deepspeed"], "parallel.engine=deepspeed does not keep"),
-    (["mixer=doremi"], "needs either mixer.reference or mixer.reference_run"),
+    (["mixer=doremi", "mixer.reference={code: 3.0}", "mixer.reference_run=x"], "not both"),
     (["mixer=doremi", "mixer.reference={prose: 3.0}"], "mixer.reference names 'prose', which is no domain"),
     (["mixer=doremi", "mixer.reference={code: -3.0}"], "mixer.reference"),
     (
@@ -277,6 +275,7 @@ def test_wrong_settings_are_refused_in_one_line(words: list[str], message: str) 
     [
         ("aioli", {"every": 48}, "leaves no steps beside the probes of 3 domains: 4 sweeps x 4 steps x 3 = 48"),
         ("aioli", {"one_hot": 0.3}, "must be more than an even share, 1/3"),
+        ("doremi", {}, "needs the losses of a reference model"),
         ("doremi", {"reference": {"sea": 1.0, "code": 2.0}}, "has no loss of food"),
         ("skill_it", {"graph": {"sea": {"sea": 1.0}}}, "mixer.graph.sea lacks code, food"),
     ],
@@ -284,3 +283,33 @@ def test_wrong_settings_are_refused_in_one_line(words: list[str], message: str) 
 def test_options_that_do_not_fit_the_domains(kind: str, options: Mapping[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build(kind, **options)
+
+
+class Shares:
+    """A sampler, as far as a mixer asks it."""
+
+    def __init__(self, **shares: float) -> None:
+        self.shares = shares
+
+    def domain_weights(self, i: int) -> dict[str, float]:
+        return self.shares
+
+
+@pytest.mark.parametrize(
+    ("words", "shares", "message"),
+    [
+        (
+            ["mixer=dga", "mixer.every=50"],
+            {"sea": 1.0, "code": 0.0},
+            "needs two domains with weight or more; there is sea",
+        ),
+        (["mixer=dga"], {"sea": 0.5, "code": 0.5}, "first change the weights at step 100, which train.steps=100"),
+        (["mixer=aioli", "mixer.start_step=70"], {"sea": 0.5, "code": 0.5}, "at step 102"),
+        (["mixer=skill_it", "mixer.start_step=100", "mixer.probe_steps=1"], {"a": 0.5, "b": 0.5}, "at step 102"),
+    ],
+)
+def test_mixers_that_could_decide_nothing(words: list[str], shares: dict[str, float], message: str) -> None:
+    sampler: Any = Shares(**shares)
+    with pytest.raises(ConfigError, match=message):
+        build_mixer(load(words), sampler)
+    assert build_mixer(load([]), sampler) is None

@@ -85,10 +85,6 @@ class MixerOptions:
             raise ConfigError(
                 "a mixer decides on the weights, so data.schedule must be empty; remove it, or set mixer=none"
             )
-        if self.start_step >= cfg.train.steps:
-            raise ConfigError(
-                f"mixer.start_step={self.start_step} is not before the end of the run, train.steps={cfg.train.steps}"
-            )
 
 
 class Mixer:
@@ -122,6 +118,10 @@ class Mixer:
         """What it takes in the long run."""
         raise NotImplementedError
 
+    def first(self) -> int:
+        """Steps after the start until it first knows better weights than it began with."""
+        return self.cost().steps
+
     def named(self, values: Sequence[float]) -> dict[str, float]:
         """``values`` in the order of ``domains``, by name."""
         return dict(zip(self.domains, map(float, values), strict=True))
@@ -138,6 +138,12 @@ def build_mixer(cfg: Config, sampler: Sampler) -> Mixer | None:
     if len(domains) < 2:
         raise ConfigError(f"mixer={entry.name} needs two domains with weight or more; there is {', '.join(domains)}")
     mixer: Mixer = entry.build(cfg.mixer, domains, cfg.seed)
+    first, steps = cfg.mixer.start_step + mixer.first(), cfg.train.steps
+    if first >= steps:
+        raise ConfigError(
+            f"mixer={entry.name} would first change the weights at step {first}, which train.steps={steps} does not "
+            "reach; lower its numbers of steps (mixer.every, mixer.start_step, probes), or train for longer"
+        )
     return mixer
 
 

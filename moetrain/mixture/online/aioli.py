@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 
 from moetrain.config.errors import ConfigError
 from moetrain.config.registry import MIXERS
-from moetrain.config.schema import STRICT, Config, Positive
+from moetrain.config.schema import STRICT, Positive
 from moetrain.data.order import Permutation, seed_key
 from moetrain.mixture.online import Cost, Decision, Mixer, MixerOptions, Observation, exponentiated
 
@@ -28,14 +28,6 @@ class AioliOptions(MixerOptions):
     )
     eta: float = Field(default=0.2, gt=0, description="step size of the exponentiated gradient")
     ema: float = Field(default=0.0, ge=0, lt=1, description="share of the law of earlier rounds that is kept")
-
-    def check(self, cfg: Config) -> None:
-        MixerOptions.check(self, cfg)
-        if self.start_step + self.probe_steps >= cfg.train.steps:
-            raise ConfigError(
-                f"mixer=aioli begins at step {self.start_step} with probes of {self.probe_steps} steps, which "
-                f"train.steps={cfg.train.steps} leaves no time for"
-            )
 
 
 @MIXERS.register("aioli", AioliOptions)
@@ -110,6 +102,9 @@ class Aioli(Mixer):
 
     def cost(self) -> Cost:
         return Cost(self.options.every, self.probes * self.options.probe_steps, evaluations=self.probes + 1)
+
+    def first(self) -> int:
+        return self.probes * self.options.probe_steps
 
     def _probed(self, probe: int) -> int:
         """The domain of a probe of this round: every sweep has an order of its own."""

@@ -52,11 +52,6 @@ class DgaOptions(MixerOptions):
                 f"mixer.target has {len(self.target or [])} names for the {n or most} sequences of its gradient; raise "
                 "mixer.sequences"
             )
-        if self.start_step + self.every >= cfg.train.steps:
-            raise ConfigError(
-                f"mixer=dga would update first at step {self.start_step + self.every}, not before the end of the run, "
-                f"train.steps={cfg.train.steps}; lower mixer.every"
-            )
 
 
 @MIXERS.register("dga", DgaOptions)

@@ -42,18 +42,13 @@ class DoremiOptions(MixerOptions):
 
     def check(self, cfg: Config) -> None:
         MixerOptions.check(self, cfg)
-        if (self.reference is None) == (self.reference_run is None):
-            raise ConfigError("mixer=doremi needs either mixer.reference or mixer.reference_run, and not both")
+        if self.reference is not None and self.reference_run is not None:
+            raise ConfigError("mixer=doremi takes mixer.reference or mixer.reference_run, not both")
         if self.reference_run is not None and self.text != "held_out":
             raise ConfigError("mixer.reference_run has losses on held-out text; set mixer.text=held_out")
         self.losses(cfg)
         if cfg.data.sources:
             refuse_unknown("mixer.reference", list(self.reference or {}), domains_in(cfg))
-        if self.start_step + self.every >= cfg.train.steps:
-            raise ConfigError(
-                f"mixer=doremi would update first at step {self.start_step + self.every}, not before the end of the "
-                f"run, train.steps={cfg.train.steps}; lower mixer.every"
-            )
 
     def losses(self, cfg: Config | None = None) -> dict[str, float]:
         """The reference losses by domain, read where they are in a run. Raises ConfigError. ``cfg``: the run that they
@@ -95,6 +90,11 @@ class Doremi(Mixer):
 
     def __init__(self, options: DoremiOptions, domains: Sequence[str], seed: int) -> None:
         super().__init__(options, domains, seed)
+        if options.reference is None and options.reference_run is None:
+            raise ConfigError(
+                "mixer=doremi needs the losses of a reference model: set mixer.reference_run to a finished run's "
+                "directory, or mixer.reference to {domain: loss}"
+            )
         self.reference = options.losses()
         missing = [name for name in self.domains if name not in self.reference]
         if missing:

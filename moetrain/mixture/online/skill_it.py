@@ -41,13 +41,6 @@ class SkillItOptions(MixerOptions):
         if self.graph is not None and cfg.data.sources:
             names = [*self.graph, *(name for row in self.graph.values() for name in row)]
             refuse_unknown("mixer.graph", names, domains_in(cfg))
-        first = self.probe_steps if self.graph is None else self.every
-        if self.start_step + first >= cfg.train.steps:
-            what = "probe_steps" if self.graph is None else "every"
-            raise ConfigError(
-                f"mixer=skill_it would decide first at step {self.start_step + first}, not before the end of the run, "
-                f"train.steps={cfg.train.steps}; lower mixer.{what}"
-            )
 
 
 @MIXERS.register("skill_it", SkillItOptions)
@@ -109,6 +102,9 @@ class SkillIt(Mixer):
 
     def cost(self) -> Cost:
         return Cost(self.options.every, evaluations=1)
+
+    def first(self) -> int:
+        return len(self.domains) * self.options.probe_steps if self.options.graph is None else 0
 
     def _update(self) -> Decision:
         high = {n: sum(losses[n] for losses in self.past) if self.past else 1.0 for n in self.domains}

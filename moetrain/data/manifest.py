@@ -93,7 +93,7 @@ class Manifest:
                     f"'{file}' has version {content['version']}, this program reads {VERSION}; delete "
                     f"'{folder}' and run 'moetrain prepare'"
                 )
-            domains = {name: _domain(d) for name, d in content["domains"].items()}
+            domains = {name: domain_info(d) for name, d in content["domains"].items()}
             fields = {k: v for k, v in content.items() if k not in ("format", "version", "domains")}
             return cls(**fields, domains=domains)
         except (ValueError, KeyError, TypeError, AttributeError):
@@ -120,7 +120,8 @@ def removed_line(removed: Mapping[str, int]) -> str:
     return ", ".join(f"{why} {count:,}" for why, count in sorted(removed.items(), key=lambda item: -item[1]))
 
 
-def _domain(content: dict[str, Any]) -> DomainInfo:
+def domain_info(content: dict[str, Any]) -> DomainInfo:
+    """What ``asdict`` gave of one. Raises KeyError or TypeError for anything else."""
     train, val = SplitInfo(**content["train"]), SplitInfo(**content["val"])
     return DomainInfo(
         content["licence"],

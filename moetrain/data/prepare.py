@@ -1,8 +1,8 @@
 """From text to token shards: `moetrain prepare`.
 
 The result is one folder: manifest.json, tokenizer.json, and for each domain a training and a held-out shard. It is
-built in a sibling folder and renamed when whole, so it is complete or absent. A second call does nothing while config
-and text are the same.
+built in a sibling folder and renamed when whole, so it is complete or absent. A call that was stopped is continued by
+the next (progress.py); a second call does nothing while config and text are the same.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from moetrain.config.errors import DataError
 from moetrain.config.schema import DataConfig, SourceConfig
 from moetrain.data.build import SOURCES_FILE, Build, fingerprint
 from moetrain.data.manifest import FILE, SPLITS, VERSION, Manifest
+from moetrain.data.progress import Progress, remove_notes
 from moetrain.data.read import file_digest
 from moetrain.data.shards import Shard, shard_prefix
 from moetrain.data.sources import SourceFile, find_files
@@ -39,8 +40,8 @@ def prepare(cfg: DataConfig, progress: bool = True) -> Manifest:
 
     For one process; the others wait for it. Calls from several jobs at once wait for each other (a lock file beside
     ``cfg.dir``). ``progress`` shows a bar on a terminal. Raises DataError, one line, for text, tokenizers, weights or
-    folders that cannot be used, and for a full disk; then nothing is left behind and an older prepared folder stays
-    as it was.
+    folders that cannot be used, and for a full disk; an older prepared folder then stays as it was, and what is
+    finished of the new one is kept beside it for the next call (``progress.py``).
     """
     _check(cfg)
     out = Path(cfg.dir)
@@ -54,13 +55,15 @@ def prepare(cfg: DataConfig, progress: bool = True) -> Manifest:
             found = _current(cfg, out)  # another process may just have made it
             if isinstance(found, Manifest):
                 return found
+            done = Progress(partial, _recipe(cfg))
             try:
-                shutil.rmtree(partial, ignore_errors=True)  # left by a call that was killed
-                partial.mkdir()
-                manifest = Build(cfg, found, partial, _recipe(cfg), progress).run()
-                _replace(out, partial)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
+                manifest = Build(cfg, found, partial, _recipe(cfg), progress, done).run()
+            except BaseException:
+                if not done.any():
+                    shutil.rmtree(partial, ignore_errors=True)
+                raise
+            _replace(out, partial)
+            remove_notes(out)
         logger.info("prepared '%s':\n%s", out, manifest.table())
         return manifest
     except OSError as error:
@@ -68,7 +71,8 @@ def prepare(cfg: DataConfig, progress: bool = True) -> Manifest:
             "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error.strerror or error).lower()
         )
         raise DataError(
-            f"cannot write prepared data to '{out}': {what}; free space or choose another data.dir, then run again"
+            f"cannot write prepared data to '{out}': {what}; free space and run again, which goes on from "
+            f"'{partial}', or choose another data.dir and delete that"
         ) from None
 
 

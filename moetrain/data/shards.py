@@ -11,7 +11,9 @@ writes.
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +48,32 @@ def idx_path(prefix: Path) -> Path:
 
 
 class ShardWriter:
-    """Writes one shard, document by document. After ``close`` both files are whole and ``sha256`` names their
-    contents."""
+    """Writes one shard, document by document. After ``close`` both files are whole, on disk, and ``sha256`` names their
+    contents.
 
-    def __init__(self, prefix: Path, dtype: np.dtype[Any]) -> None:
+    ``lengths``: tokens of the documents that are there already and stay; what follows them is cut off. Raises
+    ValueError when there are fewer.
+    """
+
+    def __init__(self, prefix: Path, dtype: np.dtype[Any], lengths: Sequence[int] = ()) -> None:
         self.prefix, self.dtype = prefix, dtype
-        self.lengths: list[int] = []
+        self.lengths: list[int] = list(lengths)
         self.sha256: dict[str, str] = {}
         self._digest = hashlib.sha256()
-        self._bin = open(bin_path(prefix), "wb")  # noqa: SIM115 closed by close()
+        self._bin = open(bin_path(prefix), "r+b" if lengths else "wb")  # noqa: SIM115 closed by close()
+        left = sum(self.lengths) * dtype.itemsize
+        while left:
+            block = self._bin.read(min(left, 1 << 20))
+            if not block:
+                raise ValueError(f"'{bin_path(prefix)}' is shorter than its journal says")
+            self._digest.update(block)
+            left -= len(block)
+        self._bin.truncate(self._bin.tell())
+
+    def flush(self) -> None:
+        """Wait until all documents so far are on disk."""
+        self._bin.flush()
+        os.fsync(self._bin.fileno())
 
     def add(self, ids: np.ndarray) -> None:
         """Append one document, its end-of-document token included."""
@@ -76,8 +95,12 @@ class ShardWriter:
             + pointers.tobytes()
             + bounds.tobytes()
         )
+        self.flush()
         self._bin.close()
-        idx_path(self.prefix).write_bytes(index)
+        with open(idx_path(self.prefix), "wb") as file:
+            file.write(index)
+            file.flush()
+            os.fsync(file.fileno())
         self.sha256 = {"bin": self._digest.hexdigest(), "idx": hashlib.sha256(index).hexdigest()}
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from moetrain_launch.fork import run_ranks
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from moetrain.config.check import check_mapping, resolve_sizes
@@ -38,7 +39,7 @@ OFTEN: dict[str, dict[str, Any]] = {
 class SteadyLossesOptions(MixerOptions):
     """For the test."""
 
-    target: list[str] | None = None
+    target: list[str] | None = Field(default=None, description="domains of the target")
 
 
 @MIXERS.register("steady_losses", SteadyLossesOptions)
@@ -92,8 +93,8 @@ def mixed(folder: Path, kind: str, words: list[str], run_dir: Path | None = None
     return cfg
 
 
-@pytest.mark.parametrize("routing", [SOFTMAX, SIGMOID], ids=["aux_loss", "bias"])
-def test_measuring_disturbs_nothing(prepared: Path, routing: list[str]) -> None:
+@pytest.mark.parametrize(("routing", "text"), [(SOFTMAX, "held_out"), (SIGMOID, "train")], ids=["aux_loss", "bias"])
+def test_measuring_disturbs_nothing(prepared: Path, routing: list[str], text: str) -> None:
     """Measuring losses, or gradients, before each step: every figure of every step and every weight is bit for bit what
     it is without a mixer, whatever balances the experts."""
 
@@ -106,7 +107,7 @@ def test_measuring_disturbs_nothing(prepared: Path, routing: list[str]) -> None:
     words = [*routing, "train.micro_batch=4", "model.moe.capacity_factor=1.5", "model.moe.drop_policy=random"]
     [(plain, weights)] = run_ranks(1, end, mixed(prepared, "none", words))
     for kind in ("steady_losses", "steady_gradients"):
-        [(rows, same)] = run_ranks(1, end, mixed(prepared, kind, words))
+        [(rows, same)] = run_ranks(1, end, mixed(prepared, kind, words, text=text))
         seen = [row.pop("mixer")["seen"] for row in rows]
         assert all(row.pop("mixture").keys() == {"letters", "digits"} for row in rows)
         assert rows == plain

@@ -487,6 +487,11 @@ class Config:
     )
     parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="parallel mapping")
     data: DataConfig = Field(default_factory=DataConfig, description="data")
+    mixer: Kind = Field(
+        default_factory=lambda: {"kind": "none"},
+        description="changes the weights of the domains during the run",
+        json_schema_extra={"registry": "MIXERS"},
+    )
     optim: Kind = Field(
         default_factory=lambda: {"kind": "adamw"}, description="optimizer", json_schema_extra={"registry": "OPTIMIZERS"}
     )

@@ -10,10 +10,11 @@ from moetrain.data.dataset import TokenData
 from moetrain.data.objectives import Objective, build_objective
 from moetrain.data.packing import pack
 from moetrain.data.sampler import Sampler
+from moetrain.mixture.online import build_mixer
 
 
 def preflight(cfg: Config) -> None:
-    """Check prepared data and export of ``cfg``. Raises DataError or ConvertError for what could not work later."""
+    """Check prepared data and export of ``cfg``. Raises a UserError for what could not work later."""
     data = open_data(cfg)
     sampler, _ = open_sampler(cfg, data)
     open_objective(cfg, data)
@@ -22,6 +23,7 @@ def preflight(cfg: Config) -> None:
             f"the data runs out after {sampler.end} samples, before one step of {cfg.train.global_batch}; raise "
             "max_epochs, give more text, or set data.exhausted=repeat"
         )
+    build_mixer(cfg, sampler)
     if cfg.export.at_end:
         family_of(cfg.model)
 

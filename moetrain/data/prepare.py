@@ -148,7 +148,7 @@ def _current(cfg: DataConfig, out: Path) -> Manifest | dict[str, list[SourceFile
         files = {name: find_sources(name, source) for name, source in cfg.sources.items()}
     except DataError as error:
         if old is None or old.recipe != recipe:
-            raise
+            raise DataError(f"{error}; make the text with: {cfg.made_by}" if cfg.made_by else str(error)) from None
         logger.warning("%s; going on with the data that was prepared from it in '%s'", error, out)
         return old
     return old if old is not None and old.recipe == recipe and _unchanged(cfg, out, old, files) else files

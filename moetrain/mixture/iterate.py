@@ -15,7 +15,7 @@ import numpy as np
 from moetrain.config.errors import TrainError
 from moetrain.mixture.propose import DRAWS, Proposal, propose
 from moetrain.mixture.runs import LEAST_FIT, Runs
-from moetrain.mixture.sampling import POOL, draw_many, sample, sample_best
+from moetrain.mixture.sampling import POOL, draw_pool, sample, sample_best
 from moetrain.mixture.study import fit_all
 
 logger = logging.getLogger("moetrain")
@@ -34,7 +34,8 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """How to search. rounds: runs of each round. target, predictor, cap, draws, seed: as the command explains them."""
+    """How to search. rounds: runs of each round. target, predictor, cap, draws, seed: as the command explains them.
+    pool: draws that a later round, and the proposal besides ``draws``, choose from."""
 
     rounds: Sequence[int]
     target: str
@@ -42,6 +43,7 @@ class Plan:
     cap: float | None = None
     draws: int = DRAWS
     seed: int = 0
+    pool: int = POOL
 
 
 def search(
@@ -61,7 +63,8 @@ def search(
         if predict is None:
             x_ND = sample(prior_D, count, plan.seed, plan.cap)
         else:
-            x_ND = sample_best(predict, prior_D, count, plan.seed + number, plan.cap, tried)
+            pool = draw_pool(prior_D, best_so_far(predict, runs), plan.pool, plan.seed + number, plan.cap)
+            x_ND = sample_best(predict, pool, count, plan.seed + number, tried)
         logger.info("round %d of %d: %d mixtures", number, len(plan.rounds), count)
         losses = runner.run(x_ND, number)
         tried = np.concatenate([tried, x_ND])
@@ -73,5 +76,12 @@ def search(
         seen(runs)
         predict = fit_all(runs, plan.seed, [plan.predictor]).loss_of(plan.predictor, plan.target)
     assert predict is not None
-    pool = draw_many(prior_D, POOL, np.random.default_rng(plan.seed), plan.cap)
+    pool = draw_pool(prior_D, best_so_far(predict, runs), plan.pool, plan.seed, plan.cap)
     return runs, propose(predict, prior_D, plan.seed, plan.cap, plan.draws, extra=pool), predict
+
+
+def best_so_far(predict: Callable[[np.ndarray], np.ndarray], runs: Runs) -> np.ndarray:
+    """(D,) the mean of the tenth of the runs for which the lowest losses are predicted, which noise misleads less than
+    losses measured once."""
+    order = np.argsort(predict(runs.weights), kind="stable")
+    return runs.weights[order[: max(1, len(order) // 10)]].mean(axis=0)

@@ -44,7 +44,8 @@ def test_topics_become_domains(words: list[str], tmp_path: Path, capsys: pytest.
     assert "use it: moetrain train --config-dir topics/presets data=topics" in out
     files = sorted(Path("topics/text").iterdir())
     found = [[json.loads(line)["text"] for line in file.read_text().splitlines()] for file in files]
-    texts = [json.loads(line)["text"] for name in ("one", "two") for line in open(f"{name}.jsonl")]
+    given = "".join(Path(f"{name}.jsonl").read_text() for name in ("one", "two"))
+    texts = [json.loads(line)["text"] for line in given.splitlines()]
     assert sorted(text for cluster in found for text in cluster) == sorted(texts)
     topics = [{name for name, about in TOPICS.items() if set(text.split()) & set(about.split())} for text in texts]
     by_text = dict(zip(texts, topics, strict=True))

@@ -22,8 +22,8 @@ X = np.array([[0.25, 0.75], [1.0, 0.0], [0.5, 0.5]])
 def leave_run(run: Path, weights: dict[str, float], losses: dict[str, float], reason: str = "finished") -> None:
     """What ``moetrain train`` leaves, as docs/run-directory.md says."""
     run.mkdir(parents=True)
-    sources = {name: {"weight": weight} for name, weight in weights.items()}
-    (run / "config.yaml").write_text(yaml.safe_dump({"data": {"dir": "prepared/d", "sources": sources}}))
+    sources = {name: {"weight": float(weight)} for name, weight in weights.items()}
+    (run / "config.yaml").write_text(yaml.safe_dump({"data": {"dir": "d", "sources": sources}}, sort_keys=False))
     (run / "summary.json").write_text(json.dumps({"exit_reason": reason, "val_loss_by_domain": losses}))
 
 

@@ -303,7 +303,7 @@ def get_ready(cfg: Config, resume: bool) -> None:
     if not resume:
         refuse_taken(Path(cfg.run_dir))
     prepare_data(cfg.data)
-    preflight(cfg)
+    preflight(cfg, resume)
 
 
 def start_ranks(cfg: Config, resume: Path | None, show_traceback: bool) -> int:

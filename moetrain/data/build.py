@@ -20,6 +20,7 @@ from tqdm import tqdm
 from moetrain.config.errors import DataError
 from moetrain.config.schema import DataConfig
 from moetrain.data.manifest import TOKENIZER_FILE, DomainInfo, Manifest, SplitInfo, removed_line
+from moetrain.data.objectives import special_tokens
 from moetrain.data.progress import Progress, Survey, Written
 from moetrain.data.read import Document, DocumentReader
 from moetrain.data.readers import check_files, open_reader
@@ -235,7 +236,7 @@ class Build:
             return describe_tokenizer(Tokenizer.from_file(str(self.done.tokenizer)), what)
         every = (found for domain in self.files for found in self._documents(domain))
         texts = (text for split, text, _ in every if split == "train" and isinstance(text, str))
-        trained = train_tokenizer(texts, self.cfg.tokenizer.vocab_size)
+        trained = train_tokenizer(texts, self.cfg.tokenizer.vocab_size, special_tokens(self.cfg))
         self.done.keep_tokenizer(trained.to_str())
         return describe_tokenizer(trained, what)
 

@@ -25,6 +25,7 @@ from moetrain.config.errors import DataError
 from moetrain.config.schema import DataConfig, SourceConfig
 from moetrain.data.build import SOURCES_FILE, Build, fingerprint
 from moetrain.data.manifest import FILE, SPLITS, VERSION, Manifest
+from moetrain.data.objectives import special_tokens
 from moetrain.data.progress import Progress, remove_notes
 from moetrain.data.readers import check_source, digest_of, find_sources
 from moetrain.data.shards import Shard, shard_prefix
@@ -147,7 +148,7 @@ def _current(cfg: DataConfig, out: Path) -> Manifest | dict[str, list[SourceFile
         files = {name: find_sources(name, source) for name, source in cfg.sources.items()}
     except DataError as error:
         if old is None or old.recipe != recipe:
-            raise
+            raise DataError(f"{error}; make the text with: {cfg.made_by}" if cfg.made_by else str(error)) from None
         logger.warning("%s; going on with the data that was prepared from it in '%s'", error, out)
         return old
     return old if old is not None and old.recipe == recipe and _unchanged(cfg, out, old, files) else files
@@ -173,7 +174,7 @@ def _existing(name: str, out: Path) -> Manifest | None:
 
 def _recipe(cfg: DataConfig) -> str:
     """Hash of all settings that decide the shards' bytes."""
-    tokenizer = f"trained:{cfg.tokenizer.vocab_size}"
+    tokenizer = ":".join(["trained", str(cfg.tokenizer.vocab_size), *special_tokens(cfg)])
     if cfg.tokenizer.path is not None:
         loaded = load_tokenizer(cfg.tokenizer.path)
         tokenizer = hashlib.sha256(f"{loaded.eos}\n{loaded.tokenizer.to_str()}".encode()).hexdigest()

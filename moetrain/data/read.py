@@ -1,8 +1,8 @@
 """One file's documents, read as a stream: text, JSON lines, parquet and Arrow streams, plain or compressed.
 
 JSON lines are read block by block, parquet row group by row group and Arrow record batch by record batch (pyarrow
-decodes one as a whole), so a file may be larger than memory. A text file is held in memory whole while it is read, since a
-delimiter is a regular expression that may span lines.
+decodes one as a whole), so a file may be larger than memory. A text file is held in memory whole while it is read,
+since a delimiter is a regular expression that may span lines.
 """
 
 from __future__ import annotations

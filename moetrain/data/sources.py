@@ -77,7 +77,7 @@ def find_files(domain: str, source: SourceConfig) -> list[SourceFile]:
     Raises DataError for a path that does not exist, a glob that matches no file, and a folder without text.
     """
     if not source.paths:
-        raise DataError(f"domain '{domain}' has no text: give data.sources.{domain}.paths, or remove the domain")
+        raise DataError(f"domain '{domain}' has no text: give data.sources.{domain}.paths, dataset or tokens")
     found: dict[Path, SourceFile] = {}
     for path in source.paths:
         for file in matching(domain, path):

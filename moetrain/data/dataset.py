@@ -101,8 +101,9 @@ class TokenData:
         return self._shards[source, split].tokens
 
     def read(self, source: str, start: int, stop: int) -> np.ndarray:
-        """Training tokens ``start`` to ``stop`` of a source, as ``tokens`` gives them."""
-        return self._shards[source, "train"].tokens[start:stop]
+        """Training tokens ``start`` to ``stop`` - 1 of a source, as ``tokens`` gives them. Raises DataError where the
+        shard no longer has them."""
+        return self._shards[source, "train"].tokens.read(start, stop)
 
     def documents(self, source: str, split: str = "train") -> np.ndarray:
         """Tokens of each document, the end-of-document token included (int32)."""

@@ -27,7 +27,6 @@ from moetrain.config.errors import DataError
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES: dict[int, np.dtype[Any]] = {4: np.dtype("<i4"), 8: np.dtype("<u2")}  # the codes that hold token ids
-PREAD_MOST = 1 << 30  # bytes; Linux reads 2 GiB at most at once
 UINT16_VOCAB = 65500  # Megatron's rule: from this vocabulary size on, int32
 
 
@@ -174,37 +173,45 @@ class TokenFile(Sequence[int]):
         if isinstance(where, slice):
             start, stop, step = where.indices(self._len)
             if step == 1:
-                return self._read(start, max(start, stop))
+                return self.read(start, max(start, stop))
             return np.asarray(self)[where]
         at = operator.index(where)
         if not -self._len <= at < self._len:
             raise IndexError(f"token {at} of {self._len}")
-        return self._read(at % self._len, at % self._len + 1)[0]
+        return self.read(at % self._len, at % self._len + 1)[0]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        array = self._read(0, self._len)
+        array = self.read(0, self._len)
         return array if dtype is None else array.astype(dtype, copy=False)
 
     def tolist(self) -> list[int]:
         """All ids."""
         return np.asarray(self).tolist()
 
-    def _read(self, start: int, stop: int) -> np.ndarray:
-        """Ids ``start`` to ``stop`` - 1."""
-        size, at = (stop - start) * self.dtype.itemsize, start * self.dtype.itemsize
-        parts: list[bytes] = []
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Ids ``start`` to ``stop`` - 1, both within the file."""
+        size = self.dtype.itemsize
+        left, at = (stop - start) * size, start * size
         try:
-            while size and (part := os.pread(self._fd, min(size, PREAD_MOST), at)):
-                parts.append(part)
-                size, at = size - len(part), at + len(part)
+            data = os.pread(self._fd, left, at)
+            if len(data) < left:  # of large reads the system gives less than was asked for
+                data = self._rest(data, left, at)
         except OSError as error:
             raise DataError(f"cannot read '{self.path}': {error.strerror}; see to the disk, then resume") from None
-        if size:
+        if len(data) < left:
             raise DataError(
                 f"'{self.path}' became shorter while it was in use: it ends before token {stop - 1}; restore it, or "
                 f"delete its folder and run 'moetrain prepare' again, then resume"
             )
-        return np.frombuffer(parts[0] if len(parts) == 1 else b"".join(parts), dtype=self.dtype)
+        return np.frombuffer(data, dtype=self.dtype)
+
+    def _rest(self, data: bytes, size: int, at: int) -> bytes:
+        """``data`` and what follows it in the file, up to ``size`` bytes from byte ``at``."""
+        parts, done = [data], len(data)
+        while done < size and (part := os.pread(self._fd, size - done, at + done)):
+            parts.append(part)
+            done += len(part)
+        return b"".join(parts)
 
 
 class Shard:

@@ -1,4 +1,4 @@
-"""Checks of the data's mixture that need no text: names, weights, schedule, caps."""
+"""Checks of the data that need no text: names, weights, schedule, caps, packing."""
 
 from __future__ import annotations
 
@@ -18,11 +18,39 @@ def check_data(cfg: Config) -> None:
     _check_domains(cfg.data)
     _check_schedule(cfg)
     data = cfg.data
+    if data.packing == "best_fit" and not data.document_mask:
+        raise ConfigError(
+            "data.packing=best_fit puts documents side by side that must not see each other; set "
+            "data.document_mask=true"
+        )
+    _check_objective(cfg)
     caps = [data.max_epochs, *(d.max_epochs for d in data.domains.values())]
     caps += [s.max_epochs for s in data.sources.values()]
     if data.exhausted == "stop" and all(cap is None for cap in caps):
         raise ConfigError(
             "data.exhausted=stop needs to know when data has run out; set data.max_epochs, 1 for one pass"
+        )
+
+
+def _check_objective(cfg: Config) -> None:
+    data, parallel = cfg.data, cfg.parallel
+    for name, tokens, count in (("fim.tokens", data.fim.tokens, 3), ("ul2.modes", data.ul2.modes, 3)):
+        if len(set(tokens)) != count:
+            raise ConfigError(f"data.{name} must be {count} different tokens, not {tokens}")
+    if "{}" not in data.ul2.sentinel:
+        raise ConfigError(f"data.ul2.sentinel='{data.ul2.sentinel}' needs {{}} where the number goes: <extra_id_{{}}>")
+    if data.objective != "ul2":
+        return
+    if data.packing != "cut" or data.document_mask:
+        raise ConfigError(
+            "data.objective=ul2 corrupts whole windows; set data.packing=cut and data.document_mask=false"
+        )
+    if cfg.train.seq_len < 16:
+        raise ConfigError(f"data.objective=ul2 needs train.seq_len of 16 or more, not {cfg.train.seq_len}")
+    if parallel.cp != 1 and parallel.context != "all_to_all":
+        raise ConfigError(
+            f"data.objective=ul2 lets prefixes see ahead, which parallel.context={parallel.context} does not move; set "
+            "parallel.context=all_to_all, or parallel.cp=1"
         )
 
 

@@ -19,7 +19,8 @@ SPLITS = ("train", "val")
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """One shard. ``tokens`` count the end-of-document tokens, one a document; ``bytes`` are UTF-8 bytes of text."""
+    """One shard. ``tokens`` count the end-of-document tokens, one a document; ``bytes`` are UTF-8 bytes of text, 0
+    where it came as tokens."""
 
     documents: int
     tokens: int
@@ -93,7 +94,7 @@ class Manifest:
                     f"'{file}' has version {content['version']}, this program reads {VERSION}; delete "
                     f"'{folder}' and run 'moetrain prepare'"
                 )
-            domains = {name: _domain(d) for name, d in content["domains"].items()}
+            domains = {name: domain_info(d) for name, d in content["domains"].items()}
             fields = {k: v for k, v in content.items() if k not in ("format", "version", "domains")}
             return cls(**fields, domains=domains)
         except (ValueError, KeyError, TypeError, AttributeError):
@@ -105,7 +106,7 @@ class Manifest:
         for name, d in self.domains.items():
             rows.append(
                 f"{name:<16}{d.train.documents + d.val.documents:>11,}{d.train.tokens:>13,}{d.val.tokens:>11,}"
-                f"{(d.train.bytes + d.val.bytes) / 1e6:>9.2f}{d.bytes_per_token:>13.2f}  {d.licence}".rstrip()
+                f"{_size(d)}  {d.licence}".rstrip()
             )
         for name, d in self.domains.items():
             if d.removed:
@@ -115,12 +116,19 @@ class Manifest:
         return "\n".join(rows)
 
 
+def _size(d: DomainInfo) -> str:
+    """Columns of the text's size, which is not known of what came as tokens."""
+    size = d.train.bytes + d.val.bytes
+    return f"{size / 1e6:>9.2f}{d.bytes_per_token:>13.2f}" if size else f"{'-':>9}{'-':>13}"
+
+
 def removed_line(removed: Mapping[str, int]) -> str:
     """Reasons and how many documents were removed for each, the most frequent first."""
     return ", ".join(f"{why} {count:,}" for why, count in sorted(removed.items(), key=lambda item: -item[1]))
 
 
-def _domain(content: dict[str, Any]) -> DomainInfo:
+def domain_info(content: dict[str, Any]) -> DomainInfo:
+    """What ``asdict`` gave of one. Raises KeyError or TypeError for anything else."""
     train, val = SplitInfo(**content["train"]), SplitInfo(**content["val"])
     return DomainInfo(
         content["licence"],

@@ -105,11 +105,12 @@ def refuse_other_order(sampler: Sampler, saved: dict[str, Any]) -> None:
         if cut is None:
             raise DataError(f"source '{name}' of this run is not in the data any more; keep it, with weight 0")
         digest = sampler.data.manifest.domains[name].train.sha256["bin"]
-        if (len(cut), digest) != (source["windows"], source["sha256"]):
+        now = (len(cut), cut.mean_tokens, digest)
+        if now != (source["windows"], source["mean_tokens"], source["sha256"]):
             raise DataError(
                 f"source '{name}' is not the text that this run began with, or is cut otherwise (now {len(cut):,} "
-                f"windows, then {source['windows']:,}): samples would be repeated or left out; restore it, or give new "
-                "text as a source of another name"
+                f"windows, then {source['windows']:,}): samples would be repeated or left out; restore it and "
+                "data.packing, or give new text as a source of another name"
             )
 
 

@@ -24,8 +24,9 @@ from moetrain.optim.groups import decay_groups, trainable
 from moetrain.parallel.mesh import ParallelDims
 from moetrain.parallel.run import Inputs, LossScale, local_inputs, sum_dtype
 from moetrain.parallel.zero import build_zero, import_deepspeed, is_expert, share_gathers
+from moetrain.train.deepspeed_nvme import get_file_access_ready
 from moetrain.train.deepspeed_state import ZeroState
-from moetrain.train.step import StepFigures, count_tokens, forget_loads, inputs_of
+from moetrain.train.step import Gradient, StepFigures, count_tokens, forget_loads, inputs_of
 
 # Elements that are reduced in one go; DeepSpeed's own choice of 5e8 takes 4 GB of buffers.
 BUCKET = 2**26
@@ -38,7 +39,7 @@ class DeepSpeedEngine:
         self.cfg, self.dims, self.device = cfg, dims, device
         deepspeed = import_deepspeed(device)
         if cfg.parallel.nvme is not None:
-            _need_file_access(cfg.parallel.nvme)
+            get_file_access_ready(cfg.parallel.nvme)
         self.model: Decoder = build_zero(cfg, dims, device)
         weights = {}
         if cfg.train.precision == "bf16":
@@ -80,13 +81,17 @@ class DeepSpeedEngine:
             grad_norm = float(self.engine.get_global_grad_norm())
         known = math.isfinite(grad_norm)
         loads = end_of_step(self.model, self.dims.stage_group, step) if known else forget_loads(self.model)
-        return StepFigures(loss_sum / max(targets, 1), aux, tokens, grad_norm, loads)
+        return StepFigures(loss_sum / max(targets, 1), aux, tokens, targets, grad_norm, loads)
 
     @torch.no_grad()
     def loss(self, batch: Batch, step: int) -> Tensor:
         """See ``Engine``."""
         loss: Tensor = self._forward(inputs_of(batch, self.device), step)[0]
         return loss
+
+    def gradient(self, batches: list[Batch], step: int) -> Gradient:
+        """See ``Engine``."""
+        raise ConfigError("parallel.engine=deepspeed keeps no gradients that could be compared; use torch")
 
     @torch.no_grad()
     def next_logits(self, tokens_1N: Tensor, last: int) -> Tensor:
@@ -149,17 +154,6 @@ def settings(cfg: Config, dims: ParallelDims, model: Decoder) -> dict[str, Any]:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
         config["communication_data_type"] = "fp32"
     return config
-
-
-def _need_file_access(nvme: str) -> None:
-    """Raises ConfigError where DeepSpeed cannot build its asynchronous file access, which it does at its first use."""
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    if not AsyncIOBuilder().is_compatible(verbose=False):
-        raise ConfigError(
-            f"parallel.nvme={nvme}: DeepSpeed's file access cannot be built here, it needs libaio with its headers; "
-            "install them (Debian: apt-get install libaio-dev) or set parallel.nvme=null"
-        )
 
 
 def _optimizer(options: Any, model: Decoder) -> torch.optim.AdamW:

@@ -65,6 +65,8 @@ def so_far(trainer: Trainer, exit_reason: str) -> dict[str, Any]:
         "steps": trainer.step,
         "tokens": trainer.tokens,
         "seconds": round(trainer.seconds, 3),
+        "data_wait_s": round(trainer.waited_s, 3),
+        "data_wait_share": round(trainer.waited_s / max(trainer.seconds, 1e-9), 6),
     }
 
 
@@ -78,6 +80,8 @@ def report(trainer: Trainer, evaluation: Evaluation, known: Baselines) -> None:
     for name, loss in evaluation.by_domain.items():
         log.info("  %-14s %.4f   (unigram %.4f, bigram %.4f)", name, loss,
                  known.by_domain[name].unigram, known.by_domain[name].bigram)  # fmt: skip
+    share = trainer.waited_s / max(trainer.seconds, 1e-9)
+    log.info("data wait  %.3g%% of the training time was waiting for data", 100 * share)
     loads = load_metrics(trainer.last_loads)
     if loads:
         per_layer = zip(loads["load_max_over_mean_by_layer"], loads["load_entropy_by_layer"], strict=True)

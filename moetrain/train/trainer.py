@@ -24,7 +24,8 @@ from moetrain.train import runtime
 from moetrain.train.engine import build_engine
 from moetrain.train.evaluate import Evaluation, evaluate
 from moetrain.train.metrics import Meter, load_metrics
-from moetrain.train.preflight import asked_of, open_data, open_sampler
+from moetrain.train.mixing import Mixing
+from moetrain.train.preflight import asked_of, open_data, open_objective, open_sampler
 from moetrain.train.sinks import Writer
 from moetrain.train.step import bad_step
 
@@ -42,12 +43,14 @@ class Trainer:
         self.sampler, self.asked = open_sampler(cfg, self.data)
         self.loader = self._loader()
         self.engine = build_engine(cfg, self.dims, self.device)
+        self.mixing = Mixing(cfg, self.engine, self.loader, self.dims)
         self.peak_lr: float = cfg.optim.lr
         self.checkpointer = Checkpointer(run_dir / "checkpoints", cfg.checkpoint.keep, cfg.checkpoint.asynchronous)
         self.parameters = count_parameters(cfg.model)
         self.step = 0
         self.tokens = 0
         self.seconds = 0.0
+        self.waited_s = 0.0  # of them, for data
         self.last_loads = Loads({}, {})
 
     def resume(self) -> None:
@@ -62,6 +65,7 @@ class Trainer:
         load(newest, state)
         progress = self.engine.load_state(state)
         self.step, self.tokens, self.seconds = progress["step"], progress["tokens"], progress["seconds"]
+        self.waited_s = progress.get("data_wait_s", 0.0)
         log.info("resumed from %s", newest)
         if "data" in progress:
             samples = progress["data"]["samples"]
@@ -69,6 +73,8 @@ class Trainer:
             self.asked = asked_of(cfg, self.data, self.step, samples)
             for line in restore(self.sampler, self.asked, progress["data"]):
                 log.info("data       %s", line)
+        for line in self.mixing.load_state(progress.get("mixer"), self.step):
+            log.info("mixer      %s", line)
 
     @property
     def last_step(self) -> int:
@@ -91,7 +97,7 @@ class Trainer:
             if self._due(cfg.train.eval_every) or self.step == self.last_step:
                 evaluation = self.evaluate()
                 metrics |= evaluation.metrics()
-            if self._due(cfg.log.every) or "val_loss" in metrics:
+            if self._due(cfg.log.every) or "val_loss" in metrics or "mixture" in metrics:
                 writer.write(self.step, metrics | meter.read() | load_metrics(self.last_loads))
             if self._due(cfg.checkpoint.every) or (cfg.checkpoint.at_end and self.step == self.last_step):
                 self.checkpointer.save(self.step, self.engine.state(self._progress()))
@@ -111,7 +117,9 @@ class Trainer:
 
     def train_step(self) -> dict[str, Any]:
         """One optimizer step; its figures by name, of the whole model. Raises TrainError when one is not finite."""
-        cfg, step, began = self.cfg, self.step, time.perf_counter()
+        cfg, step = self.cfg, self.step
+        mixed = self.mixing.before_step(step, self.last_step - step)
+        began = time.perf_counter()
         seed_step(cfg.seed, step, dist.get_rank())
         batches = self.loader.step(step)
         waited = time.perf_counter() - began
@@ -126,19 +134,23 @@ class Trainer:
         self.tokens += figures.tokens
         seconds = time.perf_counter() - began
         self.seconds += seconds
+        self.waited_s += waited
+        padding = {} if cfg.data.packing == "cut" else {"padding_share": 1 - figures.targets / figures.tokens}
         return {"step": self.step, "tokens": self.tokens, "loss": figures.loss, "grad_norm": figures.grad_norm,
                 "lr": self.peak_lr * factor, **figures.aux, "step_s": seconds, "data_wait_s": waited,
-                "step_tokens": figures.tokens}  # fmt: skip
+                "step_tokens": figures.tokens, **padding, **mixed}  # fmt: skip
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
     def _progress(self) -> dict[str, Any]:
         data = position(self.sampler, self.asked, self.loader.first_sample(self.step))
-        return {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "data": data}
+        counts = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "data_wait_s": self.waited_s}
+        return {**counts, "data": data, "mixer": self.mixing.state()}
 
     def _loader(self) -> Loader:
         cfg, t = self.cfg, self.cfg.train
         rank, size = self.dims.data_rank, self.dims.data_size
-        masked = cfg.data.document_mask
-        return Loader(self.data, self.sampler, t.global_batch, t.micro_batch, rank, size, cfg.data.workers, masked)
+        masked, pin, objective = cfg.data.document_mask, self.device.type == "cuda", open_objective(cfg, self.data)
+        batch = t.global_batch, t.micro_batch
+        return Loader(self.data, self.sampler, *batch, rank, size, cfg.data.workers, masked, pin, objective)

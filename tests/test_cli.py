@@ -91,7 +91,7 @@ def test_help_shows_every_setting_with_type_default_and_description(capsys: pyte
     shown = {words[0]: " ".join(words[1:]) for words in lines if words}
     kinds = {"model.router": "model.router.kind", "optim": "optim.kind", "dispatch": "dispatch.kind"}
     groups = {path.rpartition(".")[0] for path in paths_of(Config)}
-    for path in set(paths_of(Config)) - groups - {"balance", "data.sources"}:
+    for path in set(paths_of(Config)) - groups - {"balance", "data.sources", "data.domains"}:
         assert kinds.get(path, path) in shown, f"{path} is missing"
     assert shown["train.steps"] == "int >= 1 = 100 optimizer steps"
     for path in ("data.sources.NAME.weight", "balance.aux_loss.coef", "optim.lr", "model.router.score"):

@@ -41,9 +41,9 @@ log.every=1
 
 @dataclass(frozen=True)
 class Method:
-    """``settings``: overrides. ``every``: steps between updates. ``gradients``: batches that an update computes gradients
-    on besides training, for each of k domains and the target. ``evaluations``: sweeps of Aioli's probes, each of k
-    evaluations."""
+    """``settings``: overrides. ``every``: steps between updates. ``gradients``: batches that an update computes
+    gradients on besides training, for each of k domains and the target. ``evaluations``: sweeps of Aioli's probes,
+    each of k evaluations."""
 
     name: str
     settings: tuple[str, ...]

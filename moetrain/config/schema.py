@@ -324,7 +324,8 @@ class DataConfig:
         default=4.0, gt=0, description="unimax: most passes over a domain in train.steps; else shares are even"
     )
     schedule: list[MixtureStepConfig] = Field(
-        default_factory=list, description="changes of the weights during the run, in order"
+        default_factory=list,
+        description="changes of the weights, in order: {from_step (or from_tokens): N, weights: {NAME: share}}",
     )
     max_epochs: float | None = Field(
         default=None, gt=0, description="passes after which any source has run out; null: none ever does"

@@ -19,8 +19,7 @@ VERIFY_BELOW = 256_000_000  # bytes of shards that are hashed at every opening: 
 
 
 class TokenData:
-    """Token shards of all sources. ``open`` makes one; it may be shared by threads and inherited by
-    forks.
+    """Token shards of all sources. ``open`` makes one; it may be shared by threads and inherited by forks.
 
     ``sources``: names of all sources. ``domain_of``: source -> its domain. ``domains``: names of all domains, in the
     order of their first sources.
@@ -44,7 +43,6 @@ class TokenData:
         self.eos_id = manifest.eos_id
         self.tokenizer_path = folder / TOKENIZER_FILE
         self._shards = shards
-        self._train = {name: np.asarray(shard.tokens) for (name, split), shard in shards.items() if split == "train"}
 
     @classmethod
     def open(
@@ -103,9 +101,8 @@ class TokenData:
         return self._shards[source, split].tokens
 
     def read(self, source: str, start: int, stop: int) -> np.ndarray:
-        """Training tokens ``start`` to ``stop`` of a source, as ``tokens`` gives them, without what a slice of a memory
-        map costs."""
-        return self._train[source][start:stop]
+        """Training tokens ``start`` to ``stop`` of a source, as ``tokens`` gives them."""
+        return self._shards[source, "train"].tokens[start:stop]
 
     def documents(self, source: str, split: str = "train") -> np.ndarray:
         """Tokens of each document, the end-of-document token included (int32)."""

@@ -94,6 +94,6 @@ def test_entries_of_a_permutation_at_once_are_those_one_by_one() -> None:
     rng = random.Random(0)
     for n in (1, 2, 9, 1000, 2**31 + 11, 2**45 + 3):
         permutation = Permutation(n, rng.getrandbits(64))
-        numbers = [rng.randrange(n) for _ in range(50)]
+        numbers = [rng.randrange(n) for _ in range(200)]
         assert permutation.entries(numbers) == [permutation[i] for i in numbers]
         assert permutation.entries(numbers[:3]) == [permutation[i] for i in numbers[:3]]

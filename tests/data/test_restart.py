@@ -73,7 +73,7 @@ def test_killed_at_random_and_continued(tmp_path: Path, monkeypatch: pytest.Monk
     print(f"MOETRAIN_SEED={seed}")
     rng = random.Random(seed)
     small_steps(monkeypatch)
-    sources = write_corpus(tmp_path / "text", documents=30)
+    sources = write_corpus(tmp_path / "text", documents=15)
     in_files_of_ten(tmp_path / "text", sources)
     whole = config(tmp_path / "whole", sources, **options)
     manifest = prepare.prepare(whole, progress=False)
@@ -82,7 +82,7 @@ def test_killed_at_random_and_continued(tmp_path: Path, monkeypatch: pytest.Monk
     cfg = config(tmp_path / "killed", sources, **options)
     added, surveyed, kills = FORK.Value("i"), FORK.Value("i"), 0
     while True:
-        events = rng.randrange(1, 100) if kills < KILLS else 10**9
+        events = rng.randrange(1, 60) if kills < KILLS else 10**9
         process = FORK.Process(target=prepare_and_die, args=(cfg, events, added, surveyed))
         process.start()
         process.join(60)

@@ -388,8 +388,8 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += [
         "",
-        "| moetrain is better by | start | again | memory | samples/s | batches/s |",
-        "| --- |" + " --- |" * 5,
+        "| moetrain is better by | start | again | long | memory | samples/s | batches/s |",
+        "| --- |" + " --- |" * 6,
     ]
     for name, ratio in ratios(rows).items():
         lines.append(f"| {name} | " + " | ".join(f"{value:.2f}" if value else "" for value in ratio.values()) + " |")

@@ -27,6 +27,7 @@ from moetrain.config.errors import DataError
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES: dict[int, np.dtype[Any]] = {4: np.dtype("<i4"), 8: np.dtype("<u2")}  # the codes that hold token ids
+MAP_FROM = 1 << 16  # bytes of an index from which on it is mapped rather than read
 UINT16_VOCAB = 65500  # Megatron's rule: from this vocabulary size on, int32
 
 
@@ -66,11 +67,15 @@ def read_index(file: Path, dtypes: Mapping[int, np.dtype[Any]], remedy: str) -> 
     """Open ``file``. Raises DataError, which says ``remedy``, unless its size is what its header asks for and its dtype
     one of ``dtypes``."""
     try:
-        size = file.stat().st_size
         with open(file, "rb") as stream:
-            head = stream.read(HEADER.size)
+            size = os.fstat(stream.fileno()).st_size
+            # A map for each of thousands of small indexes would cost more than all else that opening does.
+            data = (
+                np.frombuffer(stream.read(), np.uint8) if size < MAP_FROM else np.asarray(np.memmap(stream, mode="r"))
+            )
     except OSError as error:
         raise _unreadable(file, error, remedy) from None
+    head = data[: HEADER.size].tobytes()
     if len(head) < HEADER.size or head[:9] != MAGIC:
         raise DataError(f"'{file}' is not a token index (Megatron .idx); {remedy}")
     _, version, code, sequences, bounds = HEADER.unpack(head)
@@ -82,12 +87,9 @@ def read_index(file: Path, dtypes: Mapping[int, np.dtype[Any]], remedy: str) -> 
         raise DataError(f"'{file}' has sequence modes (of a multimodal data set), which are not read; {remedy}")
     if size != expected:
         raise DataError(f"'{file}' is damaged: {size} bytes where its header asks for {expected}; {remedy}")
-    data = np.memmap(file, mode="r", dtype=np.uint8)
-    ends = np.cumsum([HEADER.size, 4 * sequences, 8 * sequences, 8 * bounds])
-    lengths, pointers, starts = (
-        data[first:end].view(kind) for first, end, kind in zip(ends, ends[1:], ("<i4", "<i8", "<i8"), strict=False)
-    )
-    return Index(dtypes[code], lengths, pointers, starts)
+    at = HEADER.size + 4 * sequences
+    lengths, pointers = data[HEADER.size : at].view("<i4"), data[at : at + 8 * sequences].view("<i8")
+    return Index(dtypes[code], lengths, pointers, data[at + 8 * sequences :].view("<i8"))
 
 
 class ShardWriter:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from moetrain.config.errors import ConfigError, DataError
 from moetrain.mixture.propose import propose
-from moetrain.mixture.report import last_line, score_table, show_plot, show_proposal
+from moetrain.mixture.report import last_line, show_plot, show_proposal, show_scores
 from moetrain.mixture.runs import LEAST_FIT, LEAST_TEST, Runs, check_same, find_target, read_runs, write_runs
 from moetrain.mixture.study import cross_validated, fit_all, predictions, score
 from moetrain.mixture.words import Asked
@@ -59,7 +59,7 @@ def fit(asked: Asked, console: Console) -> None:
         shown, predicted = test, predictions(study, test.weights)
         title = f"on {len(test.weights)} test runs, from {len(runs.weights)} runs"
     scores = score(predicted, shown)
-    console.print(score_table(scores, title))
+    show_scores(console, scores, title)
     loss_of = study.loss_of(asked.predictor, target)
     found = propose(loss_of, runs.weights.mean(axis=0), asked.seed, asked.cap, asked.draws)
     weights = show_proposal(console, runs.domains, found, target, asked.predictor)

@@ -19,7 +19,10 @@ def show_proposal(
     console: Console, domains: list[str], found: Proposal, target: str, predictor: str
 ) -> dict[str, float]:
     """Print the proposed mixture and the settings that ask for it; the rounded weights by domain."""
-    console.print(mixture_table(domains, found, target, predictor))
+    console.print(
+        f"proposed for {target} by {predictor}: loss {found.loss:.4f}; of the prior {found.prior_loss:.4f} (predicted)"
+    )
+    console.print(mixture_table(domains, found))
     weights = dict(zip(domains, rounded(found.weights), strict=True))
     print("settings for 'moetrain train', for sources of these names:")
     print(" ".join(f"data.sources.{name}.weight={share:g}" for name, share in weights.items()))
@@ -52,9 +55,10 @@ def rounded(weights: np.ndarray) -> list[float]:
     return [int(unit) / 10_000 for unit in units]
 
 
-def score_table(scores: dict[str, dict[str, float | None]], title: str) -> Table:
-    """A row for each target, a column for each predictor."""
-    table = Table(title=f"Spearman correlation x 100 {title}", title_justify="left")
+def show_scores(console: Console, scores: dict[str, dict[str, float | None]], title: str) -> None:
+    """Print a row for each target, a column for each predictor."""
+    console.print(f"Spearman correlation x 100 {title}")  # the title of a table would be as narrow as the table
+    table = Table()
     table.add_column("target")
     for name in scores:
         table.add_column(name, justify="right")
@@ -65,15 +69,12 @@ def score_table(scores: dict[str, dict[str, float | None]], title: str) -> Table
             table.add_section()
         cells = (row[target] for row in scores.values())
         table.add_row(labels.get(target, target), *("-" if cell is None else f"{100 * cell:.2f}" for cell in cells))
-    return table
+    console.print(table)
 
 
-def mixture_table(domains: list[str], found: Proposal, target: str, predictor: str) -> Table:
+def mixture_table(domains: list[str], found: Proposal) -> Table:
     """The proposed weights beside the prior."""
-    title = (
-        f"proposed for {target} by {predictor}: loss {found.loss:.4f}; of the prior {found.prior_loss:.4f} (predicted)"
-    )
-    table = Table(title=title, title_justify="left")
+    table = Table()
     for name in ("domain", "prior", "proposed"):
         table.add_column(name, justify="left" if name == "domain" else "right")
     for domain, before, after in zip(domains, found.prior, found.weights, strict=True):

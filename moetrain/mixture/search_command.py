@@ -22,7 +22,7 @@ from moetrain.mixture.iterate import search as search_in_rounds
 from moetrain.mixture.merged import MergedModels
 from moetrain.mixture.plot import check_plot
 from moetrain.mixture.presets import GROUP, write_preset
-from moetrain.mixture.report import last_line, score_table, show_plot, show_proposal
+from moetrain.mixture.report import last_line, show_plot, show_proposal, show_scores
 from moetrain.mixture.runs import Runs, find_target, write_runs
 from moetrain.mixture.sampling import sample
 from moetrain.mixture.specialists import train_specialists
@@ -69,7 +69,7 @@ def search(asked: Asked, config_dirs: Sequence[str], console: Console) -> None:
     predicted = cross_validated(runs, asked.seed, [asked.predictor])
     scores = score(predicted, runs)
     title = f"on {len(runs.weights)} runs, each predicted from others (cross-validation)"
-    console.print(score_table(scores, title))
+    show_scores(console, scores, title)
     weights = show_proposal(console, domains, found, target, asked.predictor)
     write_preset(folder / "presets", "best", domains, list(weights.values()))
     print(f"or: --config-dir {folder / 'presets'} +{GROUP}=best")

@@ -6,22 +6,19 @@ import argparse
 import json
 import logging
 import os
-import subprocess
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-import yaml
 from moetrain_launch import local
 
 from moetrain import __version__
 from moetrain.config import Config, load, save
 from moetrain.config.check import check_mapping, resolve_sizes
-from moetrain.config.errors import ConfigError, TrainError, UserError
+from moetrain.config.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,16 +46,16 @@ def command_parser(name: str) -> Parser:
 def train(argv: Sequence[str]) -> int:
     """Train a model; prepares the data and starts the ranks by itself."""
     parser = command_parser("train")
-    parser.add_argument("--resume", type=Path, metavar="DIR", help="continue the run in DIR from its newest checkpoint")
+    parser.add_argument("--resume", type=Path, metavar="DIR", help="continue the run (-m: sweep) in DIR")
     parser.add_argument("--config", type=Path, metavar="FILE", help="start from a saved config.yaml instead of presets")
     parser.add_argument("-m", "--multirun", action="store_true", help="run every combination of sweeps like a=1,2")
     args = parser.parse_intermixed_args(argv)
     if args.help:
         return show_help(parser, "train", args.overrides)
     if args.multirun:
-        if args.resume or args.config:
-            raise ConfigError("-m starts new runs; it does not go with --resume or --config")
-        return sweep(args.overrides, args.config_dir)
+        if args.config:
+            raise ConfigError("-m composes its runs from presets; it does not go with --config")
+        return sweep(args.overrides, args.config_dir, args.resume)
     started = "WORLD_SIZE" in os.environ and "RANK" in os.environ
     base = args.config
     if args.resume:
@@ -174,17 +171,18 @@ def parity(argv: Sequence[str]) -> int:
 
 
 def mixture(argv: Sequence[str]) -> int:
-    """Choose the data mixture from many small runs: fit=DIR test=DIR target=COLUMN ..."""
+    """Choose the data mixture by many small runs: search=DIR runs=64 ..., fit=DIR, cluster=DIR, collect=DIR."""
     parser = command_parser("mixture")
     args = parser.parse_intermixed_args(argv)
     # The matrices are small: more threads gain little, and on busy cores they wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    from moetrain.mixture.command import HELP, parse, run
+    from moetrain.mixture.command import run
+    from moetrain.mixture.words import HELP, parse
 
     if args.help:
         print(HELP)
         return 0
-    run(parse(args.overrides), wide_console())
+    run(parse(args.overrides), args.config_dir, wide_console())
     return 0
 
 
@@ -305,7 +303,7 @@ def get_ready(cfg: Config, resume: bool) -> None:
     if not resume:
         refuse_taken(Path(cfg.run_dir))
     prepare_data(cfg.data)
-    preflight(cfg)
+    preflight(cfg, resume)
 
 
 def start_ranks(cfg: Config, resume: Path | None, show_traceback: bool) -> int:
@@ -327,48 +325,21 @@ def start_ranks(cfg: Config, resume: Path | None, show_traceback: bool) -> int:
     return outcome.code
 
 
-@dataclass(frozen=True)
-class Job:
-    """One run of a sweep."""
+def sweep(overrides: Sequence[str], config_dirs: Sequence[str], resume: Path | None) -> int:
+    """Every combination of the sweeps in ``overrides``, one after the other, each in a directory of its own; or the
+    rest of the sweep in ``resume``. All configs are checked before the first run starts."""
+    from moetrain.train.sweep import plan_sweep, resume_sweep, start_sweep
 
-    name: str
-    overrides: list[str]
-    cfg: Config
-
-
-def sweep(overrides: Sequence[str], config_dirs: Sequence[str]) -> int:
-    """Every combination of the sweeps in ``overrides``, one after the other, each in a directory of its own.
-
-    All configs are checked before the first run starts. A run that fails does not stop the others.
-    """
-    from moetrain.config.presets import expand_sweep
-
-    jobs = []
-    for number, words in enumerate(expand_sweep(overrides, config_dirs)):
-        cfg = load(words, config_dirs=config_dirs, check=lambda cfg: check_mapping(cfg, cfg.launch.ranks))
-        if cfg.dry_run:
-            raise ConfigError("dry_run=true shows one mapping at a time; take out -m")
-        jobs.append(Job(f"{number:03d}", words, cfg))
+    if resume:
+        if overrides or config_dirs:
+            raise ConfigError("-m --resume DIR goes on with a sweep as it is; it takes no settings")
+        resume_sweep(resume)
+        return 0
+    jobs = plan_sweep(overrides, config_dirs)
     asked = asks("run_dir", overrides)
     if not asked:
         jobs[0].cfg.run_dir += "-sweep"
-    folder = pick_run_dir(jobs[0].cfg, asked)
-    if (folder / "sweep.yaml").exists():
-        raise ConfigError(f"{folder} already holds a sweep; choose another run_dir")
-    folder.mkdir(parents=True, exist_ok=True)
-    table = {"sweep_version": 1, "runs": {job.name: job.overrides for job in jobs}}
-    (folder / "sweep.yaml").write_text(yaml.safe_dump(table, sort_keys=False))
-    failed = []
-    for job in jobs:
-        print(f"sweep {folder}: run {job.name} of {len(jobs)}: {' '.join(job.overrides)}", flush=True)
-        job.cfg.run_dir = str(folder / job.name)
-        with tempfile.TemporaryDirectory(prefix="moetrain-config-") as temporary:
-            save(job.cfg, Path(temporary) / "config.yaml")
-            command = [sys.executable, "-m", "moetrain.cli", "train", "--config", f"{temporary}/config.yaml"]
-            if subprocess.run(command).returncode:
-                failed.append(job.name)
-    if failed:
-        raise TrainError(f"{len(failed)} of {len(jobs)} runs of the sweep {folder} failed: {', '.join(failed)}")
+    start_sweep(pick_run_dir(jobs[0].cfg, asked), jobs, config_dirs)
     return 0
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 
 from moetrain.config.errors import ConfigError
-from moetrain.config.schema import Config, DataConfig
+from moetrain.config.schema import Config, DataConfig, SourceConfig
 
 
 def check_data(cfg: Config) -> None:
     """Raises ConfigError for the first setting of the mixture that cannot be meant."""
+    _check_names(cfg.data)
     _check_weights(cfg.data)
     _check_domains(cfg.data)
     _check_schedule(cfg)
@@ -57,6 +59,17 @@ def _check_weights(data: DataConfig) -> None:
         for name, part in getattr(data, group).items():
             if part.weight is not None and not (math.isfinite(part.weight) and part.weight >= 0):
                 raise ConfigError(f"data.{group}.{name}.weight={part.weight} must be a share of 0 or more")
+
+
+def _check_names(data: DataConfig) -> None:
+    """A weight for a source that there is not makes one without text."""
+    empty = [
+        n for n, s in data.sources.items() if replace(s, weight=None, max_epochs=None, domain=None) == SourceConfig()
+    ]
+    for name in empty:
+        near = difflib.get_close_matches(name, [other for other in data.sources if other not in empty], n=1)
+        if near:
+            raise ConfigError(f"data.sources.{name} has no paths; did you mean '{near[0]}'?")
 
 
 def _check_domains(data: DataConfig) -> None:

@@ -208,6 +208,22 @@ class SourceConfig:
         default_factory=list,
         description="files, folders or globs; package: files that ship with moetrain start with 'moetrain:'",
     )
+    dataset: str | None = Field(
+        default=None,
+        description="instead of paths: a Hugging Face data set by name or folder, or a folder of save_to_disk",
+    )
+    dataset_config: str | None = Field(default=None, description="configuration of the data set; null: its default")
+    dataset_split: str | None = Field(default=None, description="split of the data set; null: train, or its only one")
+    dataset_revision: str | None = Field(
+        default=None, description="revision of a data set on the hub; null: the newest"
+    )
+    tokens: list[str] = Field(
+        default_factory=list,
+        description="instead of paths: files, folders or globs of ready tokens, .npy or Megatron's .idx with .bin",
+    )
+    token_dtype: Literal["uint16", "uint32"] | None = Field(
+        default=None, description="ids of .npy files without a header; null: uint16 up to 65,536 tokens, else uint32"
+    )
     domain: str | None = Field(default=None, description="domain that the source belongs to; null: its own name")
     weight: float | None = Field(
         default=None,
@@ -244,7 +260,8 @@ class MixtureStepConfig:
     """Weights that hold from a point of the run on."""
 
     weights: dict[str, float] = Field(
-        description="domain -> share of training tokens; those not named share the rest as they did before"
+        default_factory=dict,
+        description="domain -> share of training tokens; those not named share the rest as they did before",
     )
     from_step: NonNegative | None = Field(default=None, description="optimizer step from which the weights hold")
     from_tokens: NonNegative | None = Field(default=None, description="or training tokens before the weights hold")
@@ -292,6 +309,7 @@ class DataConfig:
         default="prepared/${data.name}", description="folder of prepared shards, made by 'moetrain prepare'"
     )
     sources: dict[str, SourceConfig] = Field(default_factory=dict, description="source name -> its text")
+    made_by: str = Field(default="", description="command that makes the raw text; named where a path does not exist")
     domains: dict[str, DomainConfig] = Field(
         default_factory=dict, description="weights and epochs of domains that have several sources"
     )
@@ -306,7 +324,8 @@ class DataConfig:
         default=4.0, gt=0, description="unimax: most passes over a domain in train.steps; else shares are even"
     )
     schedule: list[MixtureStepConfig] = Field(
-        default_factory=list, description="changes of the weights during the run, in order"
+        default_factory=list,
+        description="changes of the weights, in order: {from_step (or from_tokens): N, weights: {NAME: share}}",
     )
     max_epochs: float | None = Field(
         default=None, gt=0, description="passes after which any source has run out; null: none ever does"
@@ -470,6 +489,11 @@ class Config:
     )
     parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="parallel mapping")
     data: DataConfig = Field(default_factory=DataConfig, description="data")
+    mixer: Kind = Field(
+        default_factory=lambda: {"kind": "none"},
+        description="changes the weights of the domains during the run",
+        json_schema_extra={"registry": "MIXERS"},
+    )
     optim: Kind = Field(
         default_factory=lambda: {"kind": "adamw"}, description="optimizer", json_schema_extra={"registry": "OPTIMIZERS"}
     )

@@ -123,9 +123,9 @@ def _fit(data: TokenData, max_train_tokens: int) -> tuple[Unigram, Bigram]:
     codes, counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
     for source in data.sources:
         tokens = data.tokens(source)
-        tokens = tokens[: max(2, int(share * len(tokens)))]
-        for i in range(0, len(tokens), CHUNK):
-            chunk = tokens[i : i + CHUNK + 1].astype(np.int64)  # one more: the bigram over the border
+        end = max(2, int(share * len(tokens)))
+        for i in range(0, end, CHUNK):
+            chunk = tokens[i : min(i + CHUNK + 1, end)].astype(np.int64)  # one more: the bigram over the border
             unigrams += np.bincount(chunk[:CHUNK], minlength=vocab_size)
             new_codes, new_counts = np.unique(chunk[:-1] * vocab_size + chunk[1:], return_counts=True)
             codes, counts = _merge(codes, counts, new_codes, new_counts)

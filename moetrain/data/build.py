@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import time
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,10 +22,11 @@ from moetrain.config.schema import DataConfig
 from moetrain.data.manifest import TOKENIZER_FILE, DomainInfo, Manifest, SplitInfo, removed_line
 from moetrain.data.objectives import special_tokens
 from moetrain.data.progress import Progress, Survey, Written
-from moetrain.data.read import Reader, ReadOptions, check_packages
+from moetrain.data.read import Document, DocumentReader
+from moetrain.data.readers import check_files, open_reader
 from moetrain.data.shards import dtype_for
-from moetrain.data.sources import SourceFile, compile_delimiter
-from moetrain.data.split import DocumentKey, Keys, choose_held_out, cut_tail
+from moetrain.data.sources import SourceFile
+from moetrain.data.split import DocumentKey, HeldOut, Keys, choose_held_out, cut
 from moetrain.data.tokenizer import LoadedTokenizer, describe_tokenizer, load_tokenizer, train_tokenizer
 from moetrain.data.workers import Workers, look_at, tokenize
 
@@ -32,6 +34,7 @@ logger = logging.getLogger("moetrain")
 
 SOURCES_FILE = "sources.json"  # sizes, times and hashes of the files: shows quickly that nothing changed
 BATCH_CHARS = 1_000_000  # text handed to the tokenizer at once
+KEEP_SECONDS = 60  # between two notes of which files of a source are read
 JOURNAL_BATCHES = 32  # batches between two notes of how far a source is written: under a minute
 
 
@@ -50,14 +53,14 @@ def fingerprint(recipe: str, digests: dict[str, list[str]]) -> str:
     return hashlib.sha256(json.dumps([recipe, digests]).encode()).hexdigest()
 
 
-def batches(documents: Iterable[tuple[str, str, int]]) -> Iterator[tuple[Batch, list[str]]]:
-    """Runs of documents, each (split, text, source bytes read for it), with about BATCH_CHARS characters, and the texts
-    of those that are not empty."""
+def batches(documents: Iterable[tuple[str, Document, int]]) -> Iterator[tuple[Batch, list[Document]]]:
+    """Runs of documents, each (split, document, source bytes read for it), with about BATCH_CHARS characters or tokens,
+    and those that are not empty."""
     batch, chars = Batch(), 0
-    texts: list[str] = []
+    texts: list[Document] = []
     for split, text, read in documents:
-        if text:
-            batch.marks.append((split, len(text.encode("utf-8"))))
+        if len(text):
+            batch.marks.append((split, len(text.encode("utf-8")) if isinstance(text, str) else 0))
             texts.append(text)
         batch.items, batch.read, chars = batch.items + 1, batch.read + read, chars + len(text)
         if chars >= BATCH_CHARS:
@@ -66,7 +69,7 @@ def batches(documents: Iterable[tuple[str, str, int]]) -> Iterator[tuple[Batch, 
     yield batch, texts
 
 
-def _with_progress(reader: Reader) -> Iterator[tuple[str, str, int]]:
+def _with_progress(reader: DocumentReader) -> Iterator[tuple[str, Document, int]]:
     """The documents of a file before they have a split."""
     at = 0
     for text in reader:
@@ -100,8 +103,8 @@ class Build:
 
     def run(self) -> Manifest:
         """Fill ``out``; the manifest comes last."""
-        for file in (file for found in self.files.values() for file in found):
-            check_packages(file.path)
+        for source, found in self.files.items():
+            check_files(self.cfg, source, found)
         began = time.perf_counter()
         with Workers(self.cfg.processes) as workers:
             with self._bar("read") as bar:
@@ -141,13 +144,6 @@ class Build:
         size = sum(file.size for found in self.files.values() for file in found)
         return tqdm(total=size, unit="B", unit_scale=True, desc=what, disable=None if self.progress else True)
 
-    def _reader(self, domain: str, file: SourceFile) -> Reader:
-        source, cfg = self.cfg.sources[domain], self.cfg
-        options = ReadOptions(
-            domain, source.field, compile_delimiter(domain, source), cfg.max_line_mb, cfg.invalid_utf8 == "replace"
-        )
-        return Reader(file, options)
-
     def _survey_all(self, workers: Workers, bar: tqdm) -> None:
         """First reading of all sources, but for those whose survey was kept and still holds."""
         complete, kept = True, 0
@@ -155,44 +151,51 @@ class Build:
             # Which documents are duplicates depends on all sources before.
             usable = complete or not self.cfg.deduplicate
             survey = self.done.survey(source, files) if usable else None
-            if survey is None:
+            if survey is not None:
+                kept += len(survey.digests)
+                bar.update(sum(file.size for file in files[: len(survey.digests)]))
+                if self.cfg.deduplicate:
+                    digests = survey.keys.digests
+                    self.seen.update(bytes(digests[i : i + 16]) for i in range(0, len(digests), 16))
+            if survey is None or survey.held_out is None:
                 if complete:
                     self.done.forget_writing()
                 complete = False
-                survey = self._survey(source, workers, bar)
+                survey = self._survey(source, survey or Survey(), workers, bar)
                 self.done.keep_survey(source, files, survey)
-            else:
-                kept += 1
-                bar.update(sum(file.size for file in files))
-                if self.cfg.deduplicate:
-                    self.seen.update(bytes(survey.texts[i : i + 16]) for i in range(0, len(survey.texts), 16))
             self.surveys[source] = survey
         if kept:
-            logger.info("going on with a prepare that was stopped: %d of %d sources were read", kept, len(self.files))
+            every = sum(map(len, self.files.values()))
+            logger.info("going on with a prepare that was stopped: %d of %d files were read", kept, every)
 
-    def _survey(self, source: str, workers: Workers, bar: tqdm) -> Survey:
-        """First reading of a source: check every file, choose what is removed and what is held out."""
-        keys = Keys()
-        found, empty = Survey(), 0
+    def _survey(self, source: str, found: Survey, workers: Workers, bar: tqdm) -> Survey:
+        """First reading of a source, from where ``found`` ends: check every file, choose what is removed and what is
+        held out."""
+        files, last, wait = self.files[source], time.monotonic(), float(KEEP_SECONDS)
         look = partial(look_at, self.cfg.sources[source].filter)
-        for file in self.files[source]:
-            reader, before = self._reader(source, file), len(found.kept)
+        for number, file in enumerate(files[len(found.digests) :], start=len(found.digests) + 1):
+            reader, before = open_reader(self.cfg, source, file), len(found.kept)
             for batch, looks in workers.map(look, batches(_with_progress(reader))):
                 for key, rule in looks:
                     why = self._why_removed(source, key, rule)
                     found.kept.append(why is None)
                     if why is None:
-                        keys.add(key)
+                        found.keys.add(key)
                     else:
                         found.removed[why] += 1
                 bar.update(batch.read)
             found.digests.append(reader.digest)
             found.replaced += reader.replaced
-            empty += len(found.kept) == before
-        self._check_some_text(source, found, empty)
-        found.held_out = choose_held_out(keys, self.cfg.val_fraction)
-        if self.cfg.deduplicate:
-            found.texts = keys.digests
+            found.empty += len(found.kept) == before
+            if number < len(files) and time.monotonic() - last >= wait:
+                last = time.monotonic()
+                self.done.keep_survey(source, files[:number], found)
+                wait = KEEP_SECONDS * max(1, (time.monotonic() - last) / 3)  # 5% of the time at most
+        self._check_some_text(source, found)
+        found.held_out = choose_held_out(found.keys, self.cfg.val_fraction)
+        found.keys.sizes = array("q")
+        if not self.cfg.deduplicate:
+            found.keys = Keys()
         return found
 
     def _why_removed(self, domain: str, key: DocumentKey, rule: str | None) -> str | None:
@@ -206,8 +209,9 @@ class Build:
             self.seen.add(key.digest)
         return None
 
-    def _check_some_text(self, domain: str, found: Survey, empty: int) -> None:
-        """Raise DataError for a domain of which nothing is left; say how many of its files are ``empty``."""
+    def _check_some_text(self, domain: str, found: Survey) -> None:
+        """Raise DataError for a domain of which nothing is left; say how many of its files are empty."""
+        empty = found.empty
         if not found.kept:
             raise DataError(
                 f"domain '{domain}' has no text: its {empty} files are empty; correct "
@@ -230,23 +234,24 @@ class Build:
         what = "the trained tokenizer"
         if self.done.tokenizer is not None:
             return describe_tokenizer(Tokenizer.from_file(str(self.done.tokenizer)), what)
-        texts = (text for domain in self.files for split, text, _ in self._documents(domain) if split == "train")
+        every = (found for domain in self.files for found in self._documents(domain))
+        texts = (text for split, text, _ in every if split == "train" and isinstance(text, str))
         trained = train_tokenizer(texts, self.cfg.tokenizer.vocab_size, special_tokens(self.cfg))
         self.done.keep_tokenizer(trained.to_str())
         return describe_tokenizer(trained, what)
 
-    def _documents(self, domain: str) -> Iterator[tuple[str, str, int]]:
-        """(split, text, source bytes read since the last one) of every document that is kept, in order."""
+    def _documents(self, domain: str) -> Iterator[tuple[str, Document, int]]:
+        """(split, document, source bytes read since the last one) of every document that is kept, in order."""
         survey, number = self.surveys[domain], 0
-        held, kept = survey.held_out, iter(survey.kept)
+        held, kept = survey.held_out or HeldOut(frozenset(), None), iter(survey.kept)
         for file, digest in zip(self.files[domain], survey.digests, strict=True):
-            reader, at = self._reader(domain, file), 0
+            reader, at = open_reader(self.cfg, domain, file), 0
             for text in reader:
                 if not next(kept, 0):
                     continue
                 done, at = reader.position - at, reader.position
                 if held.cut is not None and held.cut[0] == number:
-                    head, tail = cut_tail(text, held.cut[1])
+                    head, tail = cut(text, held.cut[1])
                     yield "train", head, 0
                     yield "val", tail, done
                 else:

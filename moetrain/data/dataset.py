@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import resource
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,15 +12,14 @@ from tokenizers import Tokenizer
 
 from moetrain.config.errors import DataError
 from moetrain.data.manifest import SPLITS, TOKENIZER_FILE, Manifest
-from moetrain.data.shards import Shard, bin_path, idx_path, shard_prefix
+from moetrain.data.shards import Shard, TokenFile, bin_path, dtype_for, idx_path, shard_prefix
 from moetrain.data.weights import resolve_weights
 
 VERIFY_BELOW = 256_000_000  # bytes of shards that are hashed at every opening: about 0.2 s
 
 
 class TokenData:
-    """Memory-mapped token shards of all sources. ``open`` makes one; it may be shared by threads and inherited by
-    forks.
+    """Token shards of all sources. ``open`` makes one; it may be shared by threads and inherited by forks.
 
     ``sources``: names of all sources. ``domain_of``: source -> its domain. ``domains``: names of all domains, in the
     order of their first sources.
@@ -43,7 +43,6 @@ class TokenData:
         self.eos_id = manifest.eos_id
         self.tokenizer_path = folder / TOKENIZER_FILE
         self._shards = shards
-        self._train = {name: np.asarray(shard.tokens) for (name, split), shard in shards.items() if split == "train"}
 
     @classmethod
     def open(
@@ -69,10 +68,17 @@ class TokenData:
                 f"{vocab_size}; set model.vocab_size to "
                 f"{manifest.vocab_size} or more, or prepare the data with a smaller tokenizer"
             )
+        _allow_files(4 * len(manifest.domains))
         shards = {}
         for domain, info in manifest.domains.items():
             for split in SPLITS:
                 shard = Shard(shard_prefix(folder, domain, split))
+                if shard.dtype != dtype_for(manifest.vocab_size):
+                    raise DataError(
+                        f"{split} shard of '{domain}' in '{folder}' holds {shard.dtype} ids, its manifest's "
+                        f"{manifest.vocab_size} tokens need {dtype_for(manifest.vocab_size)}; run 'moetrain prepare' "
+                        f"again"
+                    )
                 wanted, got = (
                     (info.split(split).documents, info.split(split).tokens),
                     (shard.documents, len(shard.tokens)),
@@ -89,15 +95,15 @@ class TokenData:
             data.verify()
         return data
 
-    def tokens(self, source: str, split: str = "train") -> np.ndarray:
-        """All token ids of a source's 'train' or 'val' split in order, as a read-only view of the mapped file (uint16
-        or int32)."""
+    def tokens(self, source: str, split: str = "train") -> TokenFile:
+        """All token ids of a source's 'train' or 'val' split in order: slices of it are arrays (uint16 or int32), read
+        when they are asked for."""
         return self._shards[source, split].tokens
 
     def read(self, source: str, start: int, stop: int) -> np.ndarray:
-        """Training tokens ``start`` to ``stop`` of a source, as ``tokens`` gives them, without what a slice of a memory
-        map costs."""
-        return self._train[source][start:stop]
+        """Training tokens ``start`` to ``stop`` - 1 of a source, as ``tokens`` gives them. Raises DataError where the
+        shard no longer has them."""
+        return self._shards[source, "train"].tokens.read(start, stop)
 
     def documents(self, source: str, split: str = "train") -> np.ndarray:
         """Tokens of each document, the end-of-document token included (int32)."""
@@ -130,3 +136,14 @@ class TokenData:
                         f"'{path}' is damaged (its SHA-256 is not its manifest's); delete '{self.dir}' and run "
                         f"'moetrain prepare' again"
                     )
+
+
+def _allow_files(count: int) -> None:
+    """Let this process open ``count`` files more than the usual limit leaves room for, if the system allows that many:
+    a shard keeps two open, and the limit is often 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + 512
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
+        )

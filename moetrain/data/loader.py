@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from moetrain.data.gather import IGNORE, documents, gather
 from moetrain.data.objectives import Objective
 from moetrain.data.order import Permutation, seed_key
 from moetrain.data.sampler import Sample, Sampler
+
+Split = Literal["train", "val"]
 
 
 @dataclass(frozen=True)
@@ -185,35 +188,48 @@ def validation_batches(
     dp_rank: int = 0,
     dp_size: int = 1,
     document_mask: bool = False,
+    split: Split = "val",
 ) -> Iterator[Batch]:
     """This rank's share of a source's held-out windows, in batches of ``batch_size`` (B) sequences of ``seq_len`` (S)
-    tokens.
+    tokens; see ``window_batches``. ``split``: "train" takes its training text instead."""
+    windows = [(source, start) for start in held_out_windows(len(data.tokens(source, split)), seq_len, max_sequences)]
+    yield from window_batches(data, windows, seq_len, batch_size, dp_rank, dp_size, document_mask, split)
 
-    Every rank gets the same number of batches. What is missing, at the end of the last window and as whole padding
-    sequences, has targets of -100 and the end-of-document token as input. ``sample_ids`` are window numbers, -1 for
+
+def window_batches(
+    data: TokenData,
+    windows: Sequence[tuple[str, int]],
+    seq_len: int,
+    batch_size: int,
+    dp_rank: int = 0,
+    dp_size: int = 1,
+    document_mask: bool = False,
+    split: Split = "val",
+) -> Iterator[Batch]:
+    """This rank's share of ``windows``, (source, first token) each, in batches of ``batch_size`` (B) sequences of
+    ``seq_len`` (S) tokens.
+
+    Every rank gets the same number of batches. What is missing, at the end of a text and as whole padding sequences,
+    has targets of -100 and the end-of-document token as input. ``sample_ids`` are places in ``windows``, -1 for
     padding. ``document_mask``: as for ``Loader``. Raises DataError for an id past the vocabulary.
     """
-    tokens = data.tokens(source, "val")
-    starts = held_out_windows(len(tokens), seq_len, max_sequences)
     per_pass = batch_size * dp_size
-    for first in range(dp_rank * batch_size, -(-len(starts) // per_pass) * per_pass, per_pass):
+    for first in range(dp_rank * batch_size, -(-len(windows) // per_pass) * per_pass, per_pass):
         inputs = np.full((batch_size, seq_len), data.eos_id, dtype=np.int64)
         targets = np.full((batch_size, seq_len), IGNORE, dtype=np.int64)
-        numbers = [n if n < len(starts) else -1 for n in range(first, first + batch_size)]
+        numbers = [n if n < len(windows) else -1 for n in range(first, first + batch_size)]
+        domain_B = torch.zeros(batch_size, dtype=torch.int64)
         for row, number in enumerate(numbers):
+            source, start = windows[max(number, 0)]
+            domain_B[row] = data.domains.index(data.domain_of[source])
             if number >= 0:
-                window = tokens[starts[number] : starts[number] + seq_len + 1].astype(np.int64)
+                window = data.tokens(source, split)[start : start + seq_len + 1].astype(np.int64)
                 inputs[row, : len(window) - 1], targets[row, : len(window) - 1] = window[:-1], window[1:]
-        if max(inputs.max(), targets.max()) >= data.vocab_size:
-            raise DataError(
-                f"held-out shard of source '{source}' holds token {max(inputs.max(), targets.max())}, past the "
-                f"vocabulary of {data.vocab_size}; it "
-                "is damaged or of another tokenizer: delete the prepared folder and run 'moetrain prepare' again"
-            )
-        yield Batch(
-            torch.from_numpy(inputs),
-            torch.from_numpy(targets),
-            numbers,
-            torch.full((batch_size,), data.domains.index(data.domain_of[source])),
-            torch.from_numpy(documents(inputs, data.eos_id)) if document_mask else None,
-        )
+                if window.max() >= data.vocab_size:
+                    raise DataError(
+                        f"{'held-out' if split == 'val' else 'training'} shard of source '{source}' holds token "
+                        f"{window.max()}, past the vocabulary of {data.vocab_size}; it is "
+                        "damaged or of another tokenizer: delete the prepared folder and run 'moetrain prepare' again"
+                    )
+        document_BS = torch.from_numpy(documents(inputs, data.eos_id)) if document_mask else None
+        yield Batch(torch.from_numpy(inputs), torch.from_numpy(targets), numbers, domain_B, document_BS)

@@ -19,7 +19,8 @@ SPLITS = ("train", "val")
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """One shard. ``tokens`` count the end-of-document tokens, one a document; ``bytes`` are UTF-8 bytes of text."""
+    """One shard. ``tokens`` count the end-of-document tokens, one a document; ``bytes`` are UTF-8 bytes of text, 0
+    where it came as tokens."""
 
     documents: int
     tokens: int
@@ -105,7 +106,7 @@ class Manifest:
         for name, d in self.domains.items():
             rows.append(
                 f"{name:<16}{d.train.documents + d.val.documents:>11,}{d.train.tokens:>13,}{d.val.tokens:>11,}"
-                f"{(d.train.bytes + d.val.bytes) / 1e6:>9.2f}{d.bytes_per_token:>13.2f}  {d.licence}".rstrip()
+                f"{_size(d)}  {d.licence}".rstrip()
             )
         for name, d in self.domains.items():
             if d.removed:
@@ -113,6 +114,12 @@ class Manifest:
             if d.replaced:
                 rows.append(f"{name}: {d.replaced:,} invalid UTF-8 sequences were replaced")
         return "\n".join(rows)
+
+
+def _size(d: DomainInfo) -> str:
+    """Columns of the text's size, which is not known of what came as tokens."""
+    size = d.train.bytes + d.val.bytes
+    return f"{size / 1e6:>9.2f}{d.bytes_per_token:>13.2f}" if size else f"{'-':>9}{'-':>13}"
 
 
 def removed_line(removed: Mapping[str, int]) -> str:

@@ -90,8 +90,15 @@ class Mixture:
             left, right = node.left, node.right
             if left is None or right is None:
                 return node.name, count
-            before = node.left_count(count)
-            node, count = (left, before) if node.left_count(count + 1) > before else (right, count - before)
+            # left_count(count), and whether left_count(count + 1) is more, by one division
+            whole, part = 2 * node.weight, 2 * left.weight
+            before, rest = divmod(count * part + node.weight + node.shift, whole)
+            goes_left = rest + part >= whole
+            if before < 0:
+                before, goes_left = 0, False
+            elif before > count:
+                before, goes_left = count, True
+            node, count = (left, before) if goes_left else (right, count - before)
 
     def counts(self, i: int) -> dict[str, int]:
         """Samples of each source among the first ``i``."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from moetrain.checkpoint import load, newest
 from moetrain.config.errors import DataError
 from moetrain.data.asked import Asked
 from moetrain.data.history import Phase, WeightHistory
@@ -34,13 +36,24 @@ def position(sampler: Sampler, asked: Asked, samples: int) -> dict[str, Any]:
     }
 
 
+def saved_position(run_dir: Path) -> dict[str, Any] | None:
+    """What the newest checkpoint of a run keeps (of ``position``), without a look at its hashes; None where there is
+    none, or where it does not keep it. Collective. Raises CheckpointError when it cannot be read."""
+    path = newest(run_dir / "checkpoints", verify=False)
+    state: dict[str, Any] = {"train": {}}
+    if path is not None:
+        load(path, state)
+    found: dict[str, Any] | None = state["train"].get("data")
+    return found
+
+
 def restore(sampler: Sampler, asked: Asked, saved: dict[str, Any]) -> list[str]:
     """Take up ``saved`` (of ``position``): every sample is then what it would have been without the stop, unless the
     config asks for other weights or caps than it did; these hold from the next sample on. Returns lines that say so.
 
     Raises DataError when seed, windows or text of a source differ, since samples would be repeated or left out.
     """
-    _refuse_other_order(sampler, saved)
+    refuse_other_order(sampler, saved)
     samples, names = saved["samples"], list(sampler.windows)
     phases = WeightHistory.from_json(saved["history"])
     known = WeightHistory(Phase(p.first_sample, {n: p.weights.get(n, 0.0) for n in names}, p.why) for p in phases)
@@ -75,7 +88,8 @@ def _asked_at(asked: Asked, samples: int) -> dict[str, Any]:
     }
 
 
-def _refuse_other_order(sampler: Sampler, saved: dict[str, Any]) -> None:
+def refuse_other_order(sampler: Sampler, saved: dict[str, Any]) -> None:
+    """Raise DataError where samples would be repeated or left out."""
     if sampler.seed != saved["seed"]:
         raise DataError(
             f"seed={sampler.seed}, but this run began with seed {saved['seed']}, from which the order of its data "

@@ -27,13 +27,25 @@ from moetrain.data.build import SOURCES_FILE, Build, fingerprint
 from moetrain.data.manifest import FILE, SPLITS, VERSION, Manifest
 from moetrain.data.objectives import special_tokens
 from moetrain.data.progress import Progress, remove_notes
-from moetrain.data.read import file_digest
+from moetrain.data.readers import check_source, digest_of, find_sources
 from moetrain.data.shards import Shard, shard_prefix
-from moetrain.data.sources import SourceFile, find_files
+from moetrain.data.sources import SourceFile
 from moetrain.data.tokenizer import load_tokenizer
 from moetrain.data.weights import check_weights
 
 logger = logging.getLogger("moetrain")
+
+# settings of a source that came after the first version of the recipe
+SINCE_FIRST = (
+    "field",
+    "filter",
+    "dataset",
+    "dataset_config",
+    "dataset_split",
+    "dataset_revision",
+    "tokens",
+    "token_dtype",
+)
 
 
 def prepare(cfg: DataConfig, progress: bool = True) -> Manifest:
@@ -94,6 +106,7 @@ def _check(cfg: DataConfig) -> None:
     for name in cfg.sources:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise DataError(f"domain name '{name}' cannot be a file name; use letters, digits, '.', '_' and '-'")
+        check_source(cfg, name)
     _check_licences(cfg)
     check_weights({name: source.weight for name, source in cfg.sources.items()}, list(cfg.sources))
 
@@ -132,13 +145,13 @@ def _current(cfg: DataConfig, out: Path) -> Manifest | dict[str, list[SourceFile
     """The manifest of ``out`` if nothing has to be done, else the files of every domain. Writes nothing."""
     old, recipe = _existing(cfg.name, out), _recipe(cfg)
     try:
-        files = {name: find_files(name, source) for name, source in cfg.sources.items()}
+        files = {name: find_sources(name, source) for name, source in cfg.sources.items()}
     except DataError as error:
         if old is None or old.recipe != recipe:
-            raise
+            raise DataError(f"{error}; make the text with: {cfg.made_by}" if cfg.made_by else str(error)) from None
         logger.warning("%s; going on with the data that was prepared from it in '%s'", error, out)
         return old
-    return old if old is not None and old.recipe == recipe and _unchanged(out, old, files) else files
+    return old if old is not None and old.recipe == recipe and _unchanged(cfg, out, old, files) else files
 
 
 def _existing(name: str, out: Path) -> Manifest | None:
@@ -165,9 +178,7 @@ def _recipe(cfg: DataConfig) -> str:
     if cfg.tokenizer.path is not None:
         loaded = load_tokenizer(cfg.tokenizer.path)
         tokenizer = hashlib.sha256(f"{loaded.eos}\n{loaded.tokenizer.to_str()}".encode()).hexdigest()
-    sources = {
-        name: [s.paths, s.licence, s.delimiter, *_changed(s, "field", "filter")] for name, s in cfg.sources.items()
-    }
+    sources = {name: [s.paths, s.licence, s.delimiter, *_changed(s, *SINCE_FIRST)] for name, s in cfg.sources.items()}
     settings = [VERSION, sources, tokenizer, cfg.val_fraction, *_changed(cfg, "invalid_utf8", "deduplicate")]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
@@ -180,7 +191,7 @@ def _changed(cfg: DataConfig | SourceConfig, *names: str) -> list[dict[str, obje
     return [found] if found else []
 
 
-def _unchanged(out: Path, manifest: Manifest, files: dict[str, list[SourceFile]]) -> bool:
+def _unchanged(cfg: DataConfig, out: Path, manifest: Manifest, files: dict[str, list[SourceFile]]) -> bool:
     """Whether the shards are whole and the text is what they were made from; reads only text files whose size or
     time differ."""
     for name, domain in manifest.domains.items():
@@ -203,7 +214,7 @@ def _unchanged(out: Path, manifest: Manifest, files: dict[str, list[SourceFile]]
             if seen and seen[:2] == [file.size, file.mtime_ns]:
                 digests[name].append(seen[2])
             else:
-                digests[name].append(file_digest(file.path))
+                digests[name].append(digest_of(cfg, name, file))
     return fingerprint(manifest.recipe, digests) == manifest.fingerprint
 
 

@@ -1,8 +1,9 @@
 """What a prepare that was stopped has done: kept in the folder that it builds, so that the next call goes on.
 
 A source is surveyed (read, hashed, filtered), then written. Of each, what is finished is kept in a file that is written
-to the side, forced to disk and renamed; a source that is being written has a journal besides, which says how far its
-shards are on disk for certain. What lies beyond that is cut off.
+to the side, forced to disk and renamed: of a survey every file of the source that was read to its end, if a minute has
+passed since the last. A source that is being written has a journal besides, which says how far its shards are on disk
+for certain. What lies beyond that is cut off.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zipfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,7 +23,7 @@ import numpy as np
 from moetrain.data.manifest import SPLITS, DomainInfo, domain_info
 from moetrain.data.shards import Shard, ShardWriter, shard_prefix
 from moetrain.data.sources import SourceFile
-from moetrain.data.split import HeldOut
+from moetrain.data.split import HeldOut, Keys
 
 FOLDER = ".progress"
 RECIPE_FILE = "recipe"
@@ -30,16 +32,18 @@ TOKENIZER = "tokenizer.json"
 
 @dataclass
 class Survey:
-    """What the first reading of a source found. ``digests``: of its files. ``kept``: one byte a document, 1 where it is
-    kept. ``removed``: documents by the reason why they are not. ``texts``: BLAKE2b digests of the kept documents, one
-    after the other, where duplicates are searched for."""
+    """What the first reading of a source found. ``digests``: of the files that were read, the first of the source.
+    ``empty``: how many of them have no document. ``kept``: one byte a document, 1 where it is kept. ``removed``:
+    documents by the reason why they are not. ``held_out``: None while files are left to read. ``keys``: of the kept
+    documents, as long as they are needed."""
 
     digests: list[str] = field(default_factory=list)
+    empty: int = 0
     replaced: int = 0
     kept: bytearray = field(default_factory=bytearray)
     removed: Counter[str] = field(default_factory=Counter)
-    held_out: HeldOut = field(default_factory=lambda: HeldOut(frozenset(), None))
-    texts: bytearray = field(default_factory=bytearray)
+    held_out: HeldOut | None = None
+    keys: Keys = field(default_factory=Keys)
 
 
 @dataclass(frozen=True)
@@ -74,35 +78,43 @@ class Progress:
     # ---- surveys ---------------------------------------------------------------------------------------------------
 
     def survey(self, source: str, files: Sequence[SourceFile]) -> Survey | None:
-        """The survey of a source that was kept, if its files are still what they were by size and time."""
+        """The survey of a source that was kept, whole or of its first files, if these are still what they were by size
+        and time."""
         try:
             with np.load(self.folder / f"{source}.survey.npz") as found:
                 notes = json.loads(bytes(found["notes"]))
-                if notes["files"] != _stamps(files):
+                stamps, held_out, keys = _stamps(files), None, Keys()
+                if notes["files"] != (stamps if notes["whole"] else stamps[: len(notes["files"])]):
                     return None
-                cut = None if notes["cut"] is None else (int(notes["cut"][0]), int(notes["cut"][1]))
-                kept = np.unpackbits(found["kept"], count=notes["documents"])
-                held_out = HeldOut(frozenset(found["held_out"].tolist()), cut)
+                if notes["whole"]:
+                    cut = None if notes["cut"] is None else (int(notes["cut"][0]), int(notes["cut"][1]))
+                    held_out = HeldOut(frozenset(found["held_out"].tolist()), cut)
+                keys.digests.extend(found["texts"].tobytes())
+                keys.sizes.frombytes(found["sizes"].tobytes())
                 return Survey(
                     digests=notes["digests"],
+                    empty=notes["empty"],
                     replaced=notes["replaced"],
-                    kept=bytearray(kept.tobytes()),
+                    kept=bytearray(np.unpackbits(found["kept"], count=notes["documents"]).tobytes()),
                     removed=Counter(notes["removed"]),
                     held_out=held_out,
-                    texts=bytearray(found["texts"].tobytes()),
+                    keys=keys,
                 )
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
             return None
 
     def keep_survey(self, source: str, files: Sequence[SourceFile], survey: Survey) -> None:
-        """Keep a finished survey."""
+        """Keep a survey of ``files``, all those of the source or the first ones."""
+        held_out = survey.held_out
         notes = {
             "files": _stamps(files),
             "digests": survey.digests,
+            "empty": survey.empty,
             "replaced": survey.replaced,
             "removed": dict(survey.removed),
             "documents": len(survey.kept),
-            "cut": survey.held_out.cut,
+            "whole": held_out is not None,
+            "cut": held_out and held_out.cut,
         }
         temporary = self.folder / f"{source}.survey.tmp"
         with open(temporary, "wb") as file:
@@ -110,8 +122,9 @@ class Progress:
                 file,
                 notes=np.frombuffer(json.dumps(notes).encode(), dtype=np.uint8),
                 kept=np.packbits(np.frombuffer(survey.kept, dtype=np.uint8)),
-                held_out=np.asarray(sorted(survey.held_out.whole), dtype=np.int64),
-                texts=np.frombuffer(survey.texts, dtype=np.uint8),
+                held_out=np.asarray(sorted(held_out.whole) if held_out else [], dtype=np.int64),
+                texts=np.frombuffer(bytes(survey.keys.digests), dtype=np.uint8),
+                sizes=np.asarray(survey.keys.sizes, dtype=np.int64),
             )
             file.flush()
             os.fsync(file.fileno())

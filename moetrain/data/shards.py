@@ -11,9 +11,12 @@ writes.
 from __future__ import annotations
 
 import hashlib
+import operator
 import os
 import struct
-from collections.abc import Sequence
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from moetrain.config.errors import DataError
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES: dict[int, np.dtype[Any]] = {4: np.dtype("<i4"), 8: np.dtype("<u2")}  # the codes that hold token ids
+MAP_FROM = 1 << 16  # bytes of an index from which on it is mapped rather than read
 UINT16_VOCAB = 65500  # Megatron's rule: from this vocabulary size on, int32
 
 
@@ -45,6 +49,47 @@ def bin_path(prefix: Path) -> Path:
 def idx_path(prefix: Path) -> Path:
     """The file of document bounds."""
     return prefix.with_name(prefix.name + ".idx")
+
+
+@dataclass(frozen=True)
+class Index:
+    """What an .idx file says, as read-only views of the mapped file. ``lengths``: tokens of each sequence (int32);
+    ``pointers``: byte of the .bin at which it begins (int64); ``bounds``: sequences before each document, and in all
+    (int64)."""
+
+    dtype: np.dtype[Any]
+    lengths: np.ndarray
+    pointers: np.ndarray
+    bounds: np.ndarray
+
+
+def read_index(file: Path, dtypes: Mapping[int, np.dtype[Any]], remedy: str) -> Index:
+    """Open ``file``. Raises DataError, which says ``remedy``, unless its size is what its header asks for and its dtype
+    one of ``dtypes``."""
+    try:
+        with open(file, "rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            # A map for each of thousands of small indexes would cost more than all else that opening does.
+            data = (
+                np.frombuffer(stream.read(), np.uint8) if size < MAP_FROM else np.asarray(np.memmap(stream, mode="r"))
+            )
+    except OSError as error:
+        raise _unreadable(file, error, remedy) from None
+    head = data[: HEADER.size].tobytes()
+    if len(head) < HEADER.size or head[:9] != MAGIC:
+        raise DataError(f"'{file}' is not a token index (Megatron .idx); {remedy}")
+    _, version, code, sequences, bounds = HEADER.unpack(head)
+    if version != 1 or code not in dtypes:
+        known = " or ".join(f"{dtype.name} ({code})" for code, dtype in dtypes.items())
+        raise DataError(f"'{file}' has version {version} and dtype code {code}; only version 1 with {known} is read")
+    expected = HEADER.size + 12 * sequences + 8 * bounds
+    if sequences and size == expected + sequences:
+        raise DataError(f"'{file}' has sequence modes (of a multimodal data set), which are not read; {remedy}")
+    if size != expected:
+        raise DataError(f"'{file}' is damaged: {size} bytes where its header asks for {expected}; {remedy}")
+    at = HEADER.size + 4 * sequences
+    lengths, pointers = data[HEADER.size : at].view("<i4"), data[at : at + 8 * sequences].view("<i8")
+    return Index(dtypes[code], lengths, pointers, data[at + 8 * sequences :].view("<i8"))
 
 
 class ShardWriter:
@@ -104,43 +149,104 @@ class ShardWriter:
         self.sha256 = {"bin": self._digest.hexdigest(), "idx": hashlib.sha256(index).hexdigest()}
 
 
-class Shard:
-    """A shard read by memory map. ``tokens`` are all its ids in order, ``lengths`` the tokens of each sequence.
+class TokenFile(Sequence[int]):
+    """Token ids in a file, from its beginning: ``len`` of them, read by slices (``[a:b]`` gives those of an array).
 
-    Raises DataError for files that are missing, truncated, or not in this format.
+    Slices are read with ``pread``, so a file that is cut short, or whose disk fails, while a job runs is a DataError; a
+    memory map would end the process (SIGBUS). A file that is deleted stays readable on a local disk. May be shared by
+    threads and inherited by forks.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
+        self.path, self.dtype = path, dtype
+        self._fd = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._fd)
+        self._len = os.fstat(self._fd).st_size // dtype.itemsize
+
+    def __len__(self) -> int:
+        return self._len
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all ids."""
+        return self._len * self.dtype.itemsize
+
+    def __getitem__(self, where: Any) -> Any:
+        if isinstance(where, slice):
+            start, stop, step = where.indices(self._len)
+            if step == 1:
+                return self.read(start, max(start, stop))
+            return np.asarray(self)[where]
+        at = operator.index(where)
+        if not -self._len <= at < self._len:
+            raise IndexError(f"token {at} of {self._len}")
+        return self.read(at % self._len, at % self._len + 1)[0]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        array = self.read(0, self._len)
+        return array if dtype is None else array.astype(dtype, copy=False)
+
+    def tolist(self) -> list[int]:
+        """All ids."""
+        return np.asarray(self).tolist()
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Ids ``start`` to ``stop`` - 1, both within the file."""
+        size = self.dtype.itemsize
+        left, at = (stop - start) * size, start * size
+        try:
+            data = os.pread(self._fd, left, at)
+            if len(data) < left:  # of large reads the system gives less than was asked for
+                data = self._rest(data, left, at)
+        except OSError as error:
+            raise DataError(f"cannot read '{self.path}': {error.strerror}; see to the disk, then resume") from None
+        if len(data) < left:
+            raise DataError(
+                f"'{self.path}' became shorter while it was in use: it ends before token {stop - 1}; restore it, or "
+                f"delete its folder and run 'moetrain prepare' again, then resume"
+            )
+        return np.frombuffer(data, dtype=self.dtype)
+
+    def _rest(self, data: bytes, size: int, at: int) -> bytes:
+        """``data`` and what follows it in the file, up to ``size`` bytes from byte ``at``."""
+        parts, done = [data], len(data)
+        while done < size and (part := os.pread(self._fd, size - done, at + done)):
+            parts.append(part)
+            done += len(part)
+        return b"".join(parts)
+
+
+class Shard:
+    """A shard as ``ShardWriter`` writes it, opened for reading. ``tokens`` are all its ids in order, ``lengths`` the
+    tokens of each document.
+
+    Raises DataError for files that are missing, unreadable, truncated, not in this format, or written by another
+    program that puts several sequences in a document.
     """
 
     def __init__(self, prefix: Path) -> None:
+        again = "run 'moetrain prepare' again"
         index_file, data_file = idx_path(prefix), bin_path(prefix)
-        for path in (index_file, data_file):
-            if not path.is_file():
-                raise DataError(f"shard file '{path}' is missing; run 'moetrain prepare' again")
-        size = index_file.stat().st_size
-        with open(index_file, "rb") as file:
-            head = file.read(HEADER.size)
-        if len(head) < HEADER.size or head[:9] != MAGIC:
-            raise DataError(f"'{index_file}' is not a token index (Megatron .idx); run 'moetrain prepare' again")
-        _, version, code, sequences, bounds = HEADER.unpack(head)
-        if version != 1 or code not in DTYPES:
+        index = read_index(index_file, DTYPES, again)
+        self.dtype, self.lengths, self.documents = index.dtype, index.lengths, len(index.lengths)
+        bounds = index.bounds
+        if len(bounds) != self.documents + 1 or bounds[0] != 0 or bounds[-1] != self.documents:
             raise DataError(
-                f"'{index_file}' has version {version} and dtype code {code}; only version 1 with uint16 (8) or "
-                f"int32 (4) is read"
+                f"'{index_file}' is not one sequence a document ({len(bounds) - 1} documents, {self.documents} "
+                f"sequences); it is damaged or of another program: {again}"
             )
-        expected = HEADER.size + 12 * sequences + 8 * bounds
-        if size != expected:
+        try:
+            size = data_file.stat().st_size
+            self.tokens = TokenFile(data_file, self.dtype)
+        except OSError as error:
+            raise _unreadable(data_file, error, again) from None
+        wanted = int(self.lengths.sum(dtype=np.int64))
+        if size != wanted * self.dtype.itemsize or size == 0:
             raise DataError(
-                f"'{index_file}' is damaged: {size} bytes where its header asks for {expected}; run 'moetrain "
-                f"prepare' again"
+                f"'{data_file}' is damaged: {size} bytes do not hold the {wanted} tokens of its index; {again}"
             )
-        index = np.memmap(index_file, mode="r", dtype=np.uint8)
-        self.dtype = DTYPES[code]
-        self.lengths = index[HEADER.size : HEADER.size + 4 * sequences].view("<i4")
-        self.documents = bounds - 1
-        count, left = divmod(data_file.stat().st_size, self.dtype.itemsize)
-        if left or count != int(self.lengths.sum(dtype=np.int64)) or count == 0:
-            raise DataError(
-                f"'{data_file}' is damaged: {data_file.stat().st_size} bytes do not hold the "
-                f"{int(self.lengths.sum(dtype=np.int64))} tokens "
-                "of its index; run 'moetrain prepare' again"
-            )
-        self.tokens = np.memmap(data_file, mode="r", dtype=self.dtype)
+
+
+def _unreadable(path: Path, error: OSError, remedy: str) -> DataError:
+    why = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+    return DataError(f"shard file '{path}' {why}; {remedy}")

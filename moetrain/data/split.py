@@ -12,21 +12,24 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class DocumentKey:
-    """A document as the split sees it: a hash of its text and its length in bytes."""
+    """A document as the split sees it: a hash of its text or its token ids, and its length in bytes or in tokens."""
 
     digest: bytes
     size: int
 
     @classmethod
-    def of(cls, text: str) -> DocumentKey:
-        """Key of a document's text."""
-        data = text.encode("utf-8")
+    def of(cls, document: str | np.ndarray) -> DocumentKey:
+        """Key of a document's text or token ids."""
+        if isinstance(document, np.ndarray):
+            ids = document.astype("<i8").tobytes()
+            return cls(hashlib.blake2b(ids, digest_size=16, person=b"tokens").digest(), len(document))
+        data = document.encode("utf-8")
         return cls(hashlib.blake2b(data, digest_size=16).digest(), len(data))
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Documents that are held out whole, by number, and at most one (number, bytes) whose tail is."""
+    """Documents that are held out whole, by number, and at most one (number, bytes or tokens) whose tail is."""
 
     whole: frozenset[int]
     cut: tuple[int, int] | None
@@ -78,6 +81,14 @@ def choose_held_out(documents: Keys, fraction: float) -> HeldOut:
     others = np.setdiff1d(np.arange(len(order)), held)
     longest = others[np.lexsort((-others, low[others], high[others], sizes[others], single[others]))[-1]]
     return HeldOut(whole, (int(longest), max(1, round(wanted - taken))))
+
+
+def cut(document: str | np.ndarray, tail: int) -> tuple[str | np.ndarray, str | np.ndarray]:
+    """A document in two, the second about ``tail`` UTF-8 bytes or exactly ``tail`` tokens long."""
+    if isinstance(document, np.ndarray):
+        at = max(1, len(document) - tail)
+        return document[:at], document[at:]
+    return cut_tail(document, tail)
 
 
 def cut_tail(text: str, tail: int) -> tuple[str, str]:

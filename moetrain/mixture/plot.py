@@ -24,13 +24,13 @@ def check_plot(file: str) -> None:
 def draw_plot(
     file: str, title: str, predicted_N: np.ndarray, true_N: np.ndarray, domains: list[str], found: Proposal
 ) -> None:
-    """Write ``file``: predicted against true losses of the test rows; proposed weights beside the prior."""
+    """Write ``file``: predicted against true losses of runs; proposed weights beside the prior."""
     figure = need("matplotlib.figure").Figure(figsize=(12, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.scatter(true_N, predicted_N, s=8)
     ends = [min(true_N.min(), predicted_N.min()), max(true_N.max(), predicted_N.max())]
     left.plot(ends, ends, color="grey", linewidth=1)
-    left.set(xlabel="true loss of the test runs", ylabel="predicted loss", title=title)
+    left.set(xlabel="true loss", ylabel="predicted loss", title=title)
     rows = np.arange(len(domains))
     right.barh(rows - 0.2, found.prior, height=0.4, label=f"prior: predicted {found.prior_loss:.4f}")
     right.barh(rows + 0.2, found.weights, height=0.4, label=f"proposed: predicted {found.loss:.4f}")

@@ -27,15 +27,18 @@ def propose(
     cap: float | None = None,
     draws: int = DRAWS,
     best: int = BEST,
+    extra: np.ndarray | None = None,
 ) -> Proposal:
     """The mean of the ``best`` of ``draws`` mixtures by ``predict`` ((N, D) mixtures -> (N,) losses, lower is better).
 
     The draws are Dirichlet with the prior itself as parameters, so most are near corners and edges and their mean is
-    the prior. cap: no domain gets more than cap times its prior.
+    the prior. cap: no domain gets more than cap times its prior. extra: (N, D) further mixtures to choose from.
     """
     drawn = draw(prior_D, draws, seed)
     if cap is not None:
         drawn = capped(drawn, cap * prior_D)
+    if extra is not None:
+        drawn = np.concatenate([drawn, extra])
     order = np.argsort(predict(drawn), kind="stable")
     weights = drawn[order[:best]].mean(axis=0)
     loss, prior_loss = predict(np.stack([weights, prior_D]))

@@ -18,6 +18,7 @@ from moetrain.config.presets import nearest
 
 # The published weights are rounded to 0.001 and sum to 0.996 ... 1.003. A sum further off is a mistake.
 SUM_SLACK = 0.05
+LEAST_FIT, LEAST_TEST = 10, 3
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,12 @@ class Runs:
     weights: np.ndarray
     losses: np.ndarray
 
+    def of(self, target: str) -> np.ndarray:
+        """(N,) losses on one target, or of "mean" their mean."""
+        return self.losses.mean(axis=1) if target == "mean" else self.losses[:, self.targets.index(target)]
+
     def pick(self, rows: np.ndarray) -> Runs:
-        """Only these rows."""
+        """Only these rows: numbers, or a mask."""
         return Runs(self.domains, self.targets, self.weights[rows], self.losses[rows])
 
 
@@ -183,3 +188,20 @@ def find_target(word: str, targets: list[str]) -> str:
     if len(ends) > 1:
         raise ConfigError(f"target={word} may mean {' or '.join(ends)}; give the whole name")
     raise ConfigError(f"no target is called '{word}'; {nearest(word, [*targets, 'mean'])}")
+
+
+def write_runs(folder: Path, runs: Runs) -> None:
+    """Write ``runs`` as train_mixture.csv and train_loss.csv, whole or not at all, in the layout of ``read_runs``."""
+    losses = [f"metric/{name}_val_loss" for name in runs.targets]
+    write_sheet(folder / "train_mixture.csv", [f"train_{name}" for name in runs.domains], runs.weights)
+    write_sheet(folder / "train_loss.csv", losses, runs.losses)
+
+
+def write_sheet(file: Path, columns: list[str], values: np.ndarray) -> None:
+    """Write one CSV file with an index from 1."""
+    temporary = file.with_name(file.name + ".tmp")
+    with temporary.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(["index", *columns])
+        writer.writerows([number, *(f"{value:.6g}" for value in row)] for number, row in enumerate(values, 1))
+    temporary.replace(file)

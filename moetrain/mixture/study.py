@@ -18,6 +18,7 @@ from moetrain.mixture.runs import Runs
 logger = logging.getLogger("moetrain")
 
 MEAN, AVERAGE = "mean", "average"
+FOLDS = 5
 
 
 @dataclass(frozen=True)
@@ -46,19 +47,35 @@ def fit_all(fit: Runs, seed: int = 0, names: list[str] | None = None) -> Study:
     return Study(fit, fitted)
 
 
-def score(study: Study, test: Runs) -> dict[str, dict[str, float | None]]:
-    """Predictor -> target -> Spearman correlation of predicted and true losses over the rows of ``test``.
+def predictions(study: Study, x_ND: np.ndarray) -> dict[str, np.ndarray]:
+    """Predictor -> (N, M) losses of these mixtures on all targets."""
+    return {name: np.column_stack([one.predict(x_ND) for one in each]) for name, each in study.fitted.items()}
+
+
+def cross_validated(fit: Runs, seed: int = 0, names: list[str] | None = None) -> dict[str, np.ndarray]:
+    """Predictor -> (N, M) losses of the fit runs, each predicted from the four fifths of the runs it is not in."""
+    folds = np.random.default_rng(seed).permutation(len(fit.weights)) % FOLDS
+    found = {name: np.empty_like(fit.losses) for name in names or PREDICTORS}
+    for fold in range(FOLDS):
+        logger.info("cross-validation, part %d of %d", fold + 1, FOLDS)
+        out = folds == fold
+        for name, values in predictions(fit_all(fit.pick(~out), seed, names), fit.weights[out]).items():
+            found[name][out] = values
+    return found
+
+
+def score(predicted: dict[str, np.ndarray], test: Runs) -> dict[str, dict[str, float | None]]:
+    """Predictor -> target -> Spearman correlation of ``predicted`` ((N, M) a predictor) and the losses of ``test``.
 
     Besides the targets, "average": the mean of these correlations; and "mean": the correlation for the mean of all
     losses. None where a predictor says the same of every row.
     """
     table: dict[str, dict[str, float | None]] = {}
-    for name, one_each in study.fitted.items():
-        predicted = np.column_stack([one.predict(test.weights) for one in one_each])
-        row = {target: spearman(predicted[:, i], test.losses[:, i]) for i, target in enumerate(test.targets)}
+    for name, losses_NM in predicted.items():
+        row = {target: spearman(losses_NM[:, i], test.losses[:, i]) for i, target in enumerate(test.targets)}
         known = [value for value in row.values() if value is not None]
         row[AVERAGE] = sum(known) / len(known) if len(known) == len(row) else None
-        row[MEAN] = spearman(predicted.mean(axis=1), test.losses.mean(axis=1))
+        row[MEAN] = spearman(losses_NM.mean(axis=1), test.losses.mean(axis=1))
         table[name] = row
     return table
 

@@ -45,6 +45,8 @@ def announce(trainer: Trainer) -> None:
         log.info("%s %s", " " * 10 if number else "mixture   ", line)
     for line in warnings(trainer.loader, t.steps):
         log.warning("           %s", line)
+    if trainer.mixing.mixer is not None:
+        log.info("mixer      %s", trainer.mixing.describe())
     log.info("tokens     %d steps x %d sequences x %d = %s (%d micro-batches a step and rank)",
              t.steps, t.global_batch, t.seq_len, short(t.steps * t.global_batch * t.seq_len), accumulate)  # fmt: skip
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moetrain.data.dataset import TokenData
-from moetrain.data.loader import validation_batches
+from moetrain.data.loader import Split, validation_batches
 from moetrain.parallel.mesh import ParallelDims
 from moetrain.train.engine import Engine
 
@@ -40,8 +40,10 @@ def evaluate(
     dims: ParallelDims,
     step: int,
     document_mask: bool = False,
+    split: Split = "val",
 ) -> Evaluation:
-    """Evaluate the engine's model on each source's held-out text, at most ``max_sequences`` a source (0: all).
+    """Evaluate the engine's model on each source's held-out text, at most ``max_sequences`` a source (0: all), or on
+    its training text (``split``).
 
     Collective: every rank calls it and gets the same result.
     """
@@ -51,7 +53,7 @@ def evaluate(
     counts = torch.zeros(len(data.sources), dtype=torch.int64)
     for s, source in enumerate(data.sources):
         for batch in validation_batches(
-            data, source, seq_len, batch_size, max_sequences, dims.data_rank, dims.data_size, document_mask
+            data, source, seq_len, batch_size, max_sequences, dims.data_rank, dims.data_size, document_mask, split
         ):
             sums[s] += engine.loss(batch, step).double().cpu()
             counts[s] += int((batch.targets_BS >= 0).sum())

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
-from moetrain.config.errors import DataError
+from contextlib import suppress
+from pathlib import Path
+
+from moetrain.config.errors import CheckpointError, DataError
 from moetrain.config.schema import Config
 from moetrain.convert.family import family_of
 from moetrain.data.asked import Asked, ask, domains_of
 from moetrain.data.dataset import TokenData
 from moetrain.data.objectives import Objective, build_objective
 from moetrain.data.packing import pack
+from moetrain.data.position import refuse_other_order, saved_position
 from moetrain.data.sampler import Sampler
+from moetrain.mixture.online import build_mixer
 
 
-def preflight(cfg: Config) -> None:
-    """Check prepared data and export of ``cfg``. Raises DataError or ConvertError for what could not work later."""
+def preflight(cfg: Config, resume: bool = False) -> None:
+    """Check prepared data and export of ``cfg``, and whether it can go on with the run in ``cfg.run_dir``. Collective.
+    Raises a UserError for what could not work later."""
     data = open_data(cfg)
     sampler, _ = open_sampler(cfg, data)
     open_objective(cfg, data)
+    if resume:
+        with suppress(CheckpointError):  # the resume itself looks for a whole one and says what is wrong
+            saved = saved_position(Path(cfg.run_dir))
+            if saved is not None:
+                refuse_other_order(sampler, saved)
     if sampler.end is not None and sampler.end < cfg.train.global_batch:
         raise DataError(
             f"the data runs out after {sampler.end} samples, before one step of {cfg.train.global_batch}; raise "
             "max_epochs, give more text, or set data.exhausted=repeat"
         )
+    build_mixer(cfg, sampler)
     if cfg.export.at_end:
         family_of(cfg.model)
 

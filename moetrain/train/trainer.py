@@ -24,6 +24,7 @@ from moetrain.train import runtime
 from moetrain.train.engine import build_engine
 from moetrain.train.evaluate import Evaluation, evaluate
 from moetrain.train.metrics import Meter, load_metrics
+from moetrain.train.mixing import Mixing
 from moetrain.train.preflight import asked_of, open_data, open_objective, open_sampler
 from moetrain.train.sinks import Writer
 from moetrain.train.step import bad_step
@@ -42,6 +43,7 @@ class Trainer:
         self.sampler, self.asked = open_sampler(cfg, self.data)
         self.loader = self._loader()
         self.engine = build_engine(cfg, self.dims, self.device)
+        self.mixing = Mixing(cfg, self.engine, self.loader, self.dims)
         self.peak_lr: float = cfg.optim.lr
         self.checkpointer = Checkpointer(run_dir / "checkpoints", cfg.checkpoint.keep, cfg.checkpoint.asynchronous)
         self.parameters = count_parameters(cfg.model)
@@ -71,6 +73,8 @@ class Trainer:
             self.asked = asked_of(cfg, self.data, self.step, samples)
             for line in restore(self.sampler, self.asked, progress["data"]):
                 log.info("data       %s", line)
+        for line in self.mixing.load_state(progress.get("mixer"), self.step):
+            log.info("mixer      %s", line)
 
     @property
     def last_step(self) -> int:
@@ -93,7 +97,7 @@ class Trainer:
             if self._due(cfg.train.eval_every) or self.step == self.last_step:
                 evaluation = self.evaluate()
                 metrics |= evaluation.metrics()
-            if self._due(cfg.log.every) or "val_loss" in metrics:
+            if self._due(cfg.log.every) or "val_loss" in metrics or "mixture" in metrics:
                 writer.write(self.step, metrics | meter.read() | load_metrics(self.last_loads))
             if self._due(cfg.checkpoint.every) or (cfg.checkpoint.at_end and self.step == self.last_step):
                 self.checkpointer.save(self.step, self.engine.state(self._progress()))
@@ -113,7 +117,9 @@ class Trainer:
 
     def train_step(self) -> dict[str, Any]:
         """One optimizer step; its figures by name, of the whole model. Raises TrainError when one is not finite."""
-        cfg, step, began = self.cfg, self.step, time.perf_counter()
+        cfg, step = self.cfg, self.step
+        mixed = self.mixing.before_step(step, self.last_step - step)
+        began = time.perf_counter()
         seed_step(cfg.seed, step, dist.get_rank())
         batches = self.loader.step(step)
         waited = time.perf_counter() - began
@@ -132,7 +138,7 @@ class Trainer:
         padding = {} if cfg.data.packing == "cut" else {"padding_share": 1 - figures.targets / figures.tokens}
         return {"step": self.step, "tokens": self.tokens, "loss": figures.loss, "grad_norm": figures.grad_norm,
                 "lr": self.peak_lr * factor, **figures.aux, "step_s": seconds, "data_wait_s": waited,
-                "step_tokens": figures.tokens, **padding}  # fmt: skip
+                "step_tokens": figures.tokens, **padding, **mixed}  # fmt: skip
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -140,7 +146,7 @@ class Trainer:
     def _progress(self) -> dict[str, Any]:
         data = position(self.sampler, self.asked, self.loader.first_sample(self.step))
         counts = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "data_wait_s": self.waited_s}
-        return {**counts, "data": data}
+        return {**counts, "data": data, "mixer": self.mixing.state()}
 
     def _loader(self) -> Loader:
         cfg, t = self.cfg, self.cfg.train

@@ -92,7 +92,12 @@ def preset_files() -> Iterator[tuple[str, str]]:
 def test_every_preset_loads(group: str, name: str) -> None:
     """Each file that ships passes the schema and all checks; an experiment also fits the ranks that it asks for."""
     # A router with groups of experts needs a model that has as many; DeepEP moves bfloat16 only.
-    needs = {"sigmoid_group": ["model=deepseek-v3"], "deep_ep": ["train.precision=bf16"]}
+    # A tokenizer that is trained here has the size that its data asks for.
+    needs = {
+        "sigmoid_group": ["model=deepseek-v3"],
+        "deep_ep": ["train.precision=bf16"],
+        "domains": ["model.vocab_size=8192"],
+    }
     cfg = load([*needs.get(name, []), f"{group}={name}"])
     if group == "experiment":
         check_mapping(cfg, cfg.launch.ranks)
@@ -124,7 +129,7 @@ def test_interpolations_are_resolved() -> None:
 
 def test_every_registered_kind_has_described_options() -> None:
     """What --help promises: each option of each kind, and each field of the schema, has a default and a description."""
-    kinds = [registries.ROUTERS, registries.BALANCE, registries.DISPATCHERS, registries.OPTIMIZERS]
+    kinds = [registries.ROUTERS, registries.BALANCE, registries.DISPATCHERS, registries.OPTIMIZERS, registries.MIXERS]
     groups = [value for value in vars(schema).values() if hasattr(value, "__pydantic_fields__")]
     for cls in [kind.get(name).options for kind in kinds for name in kind.names()] + groups:
         assert cls.__doc__

@@ -123,6 +123,7 @@ def test_caps_are_those_of_the_source_its_domain_or_all() -> None:
 
 
 REFUSED = {
+    "+data.sources.playz.weight=1": "data.sources.playz has no paths; did you mean 'plays'",
     "data.sources.plays.weight=-1": "data.sources.plays.weight=-1.0 must be a share of 0 or more",
     "data.sources.plays.weight=.nan": "data.sources.plays.weight",
     "data.sources.plays.max_epochs=0": "data.sources.plays.max_epochs",

@@ -201,6 +201,12 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path: Path, case: str) -> 
         assert not (tmp_path / ".prepared.partial").exists()
 
 
+def test_missing_text_says_what_makes_it(tmp_path: Path) -> None:
+    cfg = config(tmp_path, {"a": SourceConfig(paths=["nowhere"])}, made_by="python make.py")
+    with pytest.raises(DataError, match=r"'nowhere' does not exist .*; make the text with: python make.py$"):
+        prepare(cfg, progress=False)
+
+
 def test_a_line_of_the_limit_is_read(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"short\n" + b"ab " * 333_333 + b"\nshort\n")
     cfg = config(tmp_path, {"a": SourceConfig(paths=[str(tmp_path / "a.txt")])}, max_line_mb=1)

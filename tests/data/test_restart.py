@@ -13,24 +13,26 @@ from typing import Any
 import pytest
 
 from moetrain.config.errors import DataError
-from moetrain.config.schema import DataConfig, TokenizerConfig
+from moetrain.config.schema import DataConfig, SourceConfig, TokenizerConfig
 from moetrain.data import build, prepare, shards
 from moetrain.data.dataset import TokenData
-from tests.data.conftest import config, contents, write_corpus
+from tests.data.conftest import DELIMITER, config, contents, write_corpus
 
 KILLS = 12
 FORK = multiprocessing.get_context("fork")
 
 
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A journal entry for about every second document, so that a small corpus has many instants."""
+    """A journal entry for about every second document, and a note of every file, so that a small corpus has many
+    instants."""
     monkeypatch.setattr(build, "BATCH_CHARS", 400)
     monkeypatch.setattr(build, "JOURNAL_BATCHES", 1)
+    monkeypatch.setattr(build, "KEEP_SECONDS", 0)
 
 
 def prepare_and_die(cfg: DataConfig, events: int, added: Any, surveyed: Any) -> None:
     """Prepare in a process that kills itself at one of its documents, file system syncs and renames. ``added``: shared
-    count of documents that were written; ``surveyed``: of sources that were read."""
+    count of documents that were written; ``surveyed``: of documents that were read for the first time."""
     left = [events]
 
     def counted(function: Callable[..., Any], count: Any = None) -> Callable[..., Any]:
@@ -45,11 +47,21 @@ def prepare_and_die(cfg: DataConfig, events: int, added: Any, surveyed: Any) -> 
         return call
 
     shards.ShardWriter.add = counted(shards.ShardWriter.add, added)  # type: ignore[method-assign]
-    build.Build._survey = counted(build.Build._survey, surveyed)  # type: ignore[method-assign]
+    build.Build._why_removed = counted(build.Build._why_removed, surveyed)  # type: ignore[method-assign]
     os.fsync = counted(os.fsync)
     os.rename = counted(os.rename)
     Path.replace = counted(Path.replace)  # type: ignore[method-assign]
     prepare.prepare(cfg, progress=False)
+
+
+def in_files_of_ten(folder: Path, sources: dict[str, SourceConfig]) -> None:
+    """Cut each source's file into files of ten documents."""
+    for name, source in sources.items():
+        documents = (folder / f"{name}.txt").read_text(encoding="utf-8").split(DELIMITER)
+        for i in range(0, len(documents), 10):
+            text = DELIMITER.join(documents[i : i + 10])
+            (folder / f"{name}.{i:03}.txt").write_text(text, encoding="utf-8")
+        source.paths = [str(folder / f"{name}.*.txt")]
 
 
 GIVEN = TokenizerConfig(path="moetrain:data/demo/tokenizer.json")
@@ -61,14 +73,16 @@ def test_killed_at_random_and_continued(tmp_path: Path, monkeypatch: pytest.Monk
     print(f"MOETRAIN_SEED={seed}")
     rng = random.Random(seed)
     small_steps(monkeypatch)
-    sources = write_corpus(tmp_path / "text", documents=30)
+    sources = write_corpus(tmp_path / "text", documents=15)
+    in_files_of_ten(tmp_path / "text", sources)
     whole = config(tmp_path / "whole", sources, **options)
     manifest = prepare.prepare(whole, progress=False)
     documents = sum(info.train.documents + info.val.documents for info in manifest.domains.values())
+    removed = sum(sum(info.removed.values()) for info in manifest.domains.values())
     cfg = config(tmp_path / "killed", sources, **options)
     added, surveyed, kills = FORK.Value("i"), FORK.Value("i"), 0
     while True:
-        events = rng.randrange(1, 40) if kills < KILLS else 10**9
+        events = rng.randrange(1, 60) if kills < KILLS else 10**9
         process = FORK.Process(target=prepare_and_die, args=(cfg, events, added, surveyed))
         process.start()
         process.join(60)
@@ -82,16 +96,16 @@ def test_killed_at_random_and_continued(tmp_path: Path, monkeypatch: pytest.Monk
     assert contents(Path(cfg.dir)) == contents(Path(whole.dir))
     assert kills >= 3
     assert documents <= added.value <= documents + 3 * kills  # a batch holds one document or a few
-    assert surveyed.value <= len(sources) + kills
+    assert surveyed.value <= documents + removed + 10 * kills
 
 
 @pytest.mark.parametrize("change", ["text", "recipe", "journal", "shard"])
 def test_what_no_longer_holds_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
     """Stopped in the last shards; then the text, a setting, or what was kept is changed behind its back."""
     small_steps(monkeypatch)
-    sources = write_corpus(tmp_path / "text", documents=30)
+    sources = write_corpus(tmp_path / "text", documents=10)
     cfg = config(tmp_path / "killed", sources)
-    process = FORK.Process(target=prepare_and_die, args=(cfg, 90, FORK.Value("i"), FORK.Value("i")))
+    process = FORK.Process(target=prepare_and_die, args=(cfg, 100, FORK.Value("i"), FORK.Value("i")))
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL

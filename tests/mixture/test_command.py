@@ -140,10 +140,27 @@ def test_folders_without_a_pair(folder: Path, capsys: pytest.CaptureFixture[str]
             "found test_pile_loss_1m.csv, test_pile_loss_60m.csv; name the two files",
         ),
         (["fit=nowhere", f"test={folder}"], "there is no such folder"),
-        ([f"fit={folder}"], "give test=DIR"),
+        ([f"test={folder}"], "give one of search, fit, cluster, collect"),
     ):
         assert main(["mixture", *words]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_without_test_runs_scores_come_from_cross_validation(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of runs that follow a law, the law predicts those that it was not fitted to; of shuffled losses it cannot."""
+    words = [f"fit={folder}", "draws=1000", "rows=25"]
+    _, last = run(capsys, *words)
+    assert last["test_rows"] == 0
+    assert last["spearman"]["law"]["web"] > 0.99
+
+    def shuffle(lines: list[str]) -> list[str]:
+        values = [line.split(",", 1)[1] for line in lines[1:]]
+        values = [values[i] for i in np.random.default_rng(0).permutation(len(values))]
+        return [lines[0], *(f"{i},{value}" for i, value in enumerate(values, 1))]
+
+    edit(folder / "train_pile_loss_1m.csv", shuffle)
+    _, last = run(capsys, *words)
+    assert last["spearman"]["law"]["web"] < 0.6
 
 
 def test_a_missing_package_is_named(
@@ -157,4 +174,18 @@ def test_a_missing_package_is_named(
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["mixture", "--help"]) == 0
     out = capsys.readouterr().out
-    assert all(word in out for word in ("fit=DIR", "test=DIR", "target=", "predictor=", "rows=", "cap=", "plot="))
+    assert all(
+        word in out
+        for word in (
+            "search=DIR",
+            "fit=DIR",
+            "test=DIR",
+            "cluster=DIR",
+            "collect=DIR",
+            "target=",
+            "predictor=",
+            "rows=",
+            "cap=",
+            "plot=",
+        )
+    )

@@ -99,7 +99,7 @@ def test_killed_at_random_and_resumed_on_other_ranks(tmp_path: Path, capsys: pyt
     for life in range(40):
         record, world = tmp_path / f"life-{life}", rng.choice([1, 2])
         record.mkdir()
-        die_in, moment = (rng.randint(1, 12), rng.uniform(0, 0.05)) if life < 4 else (-1, 0.0)
+        die_in, moment = (rng.randint(1, 12), rng.uniform(0, 0.05)) if life < 3 else (-1, 0.0)
         try:
             run_ranks(world, train, load(tmp_path, rng.choice([4, 8])), record, die_in, moment)
         except (RuntimeError, FileNotFoundError):  # a lost peer, no result

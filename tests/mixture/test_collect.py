@@ -1,0 +1,127 @@
+"""Sweeps of proxies: what is written for them, and what is read from the run directories that they leave."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from moetrain.cli import main
+from moetrain.config import load
+from moetrain.config.presets import expand_sweep
+from moetrain.mixture.runs import read_runs
+from moetrain.mixture.trained import TrainedProxies
+
+X = np.array([[0.25, 0.75], [1.0, 0.0], [0.5, 0.5]])
+
+
+def leave_run(run: Path, weights: dict[str, float], losses: dict[str, float], reason: str = "finished") -> None:
+    """What ``moetrain train`` leaves, as docs/run-directory.md says."""
+    run.mkdir(parents=True)
+    sources = {name: {"weight": float(weight)} for name, weight in weights.items()}
+    (run / "config.yaml").write_text(yaml.safe_dump({"data": {"dir": "d", "sources": sources}}, sort_keys=False))
+    (run / "summary.json").write_text(json.dumps({"exit_reason": reason, "val_loss_by_domain": losses}))
+
+
+def losses_of(weights: dict[str, float]) -> dict[str, float]:
+    return {name: 5 - weight for name, weight in weights.items()}
+
+
+def test_a_sweep_of_ones_own_becomes_files_for_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights are normalised; a domain that no run trains on is a target only; what did not finish is left out."""
+    rows = [{"web": 2.0, "code": 6.0, "exam": 0.0}, {"web": 1.0, "code": 0.0, "exam": 0.0}]
+    for number, weights in enumerate(rows):
+        leave_run(tmp_path / f"{number:03d}", weights, losses_of(weights))
+    leave_run(tmp_path / "002", rows[0], {}, reason="loss is nan")
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({"runs": {f"{n:03d}": [] for n in range(4)}}))
+    assert main(["mixture", f"collect={tmp_path}"]) == 0
+    shown = capsys.readouterr()
+    assert "2 runs of 2 domains" in shown.out
+    assert "not finished: 002, 003" in shown.err
+    runs = read_runs(str(tmp_path), "train")
+    assert (runs.domains, runs.targets) == (["web", "code"], ["web", "code", "exam"])
+    np.testing.assert_allclose(runs.weights, [[0.25, 0.75], [1, 0]])
+    np.testing.assert_allclose(runs.losses, [[3, -1, 5], [4, 5, 5]])
+    assert (tmp_path / "train_mixture.csv").read_text().splitlines()[0] == "index,train_web,train_code"
+    assert (tmp_path / "train_loss.csv").read_text().startswith("index,metric/web_val_loss,")
+
+
+def test_proxies_are_a_sweep_over_presets_and_finished_ones_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for the subprocess trains all mixtures but the last, then is called again for the rest."""
+    commands: list[list[str]] = []
+    names = ["plays", "code"]
+
+    def job(command: list[str]) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        sweep = tmp_path / "round-1"
+        if "--resume" in command:
+            leave_run(sweep / "002", dict(zip(names, X[2], strict=True)), {"plays": 4.5, "code": 4.5})
+            return subprocess.CompletedProcess(command, 0)
+        dirs = [command[at + 1] for at, word in enumerate(command) if word == "--config-dir"]
+        words = [word for word in command[5:] if "=" in word]
+        jobs = list(expand_sweep(words, dirs))
+        assert len(jobs) == 3
+        (sweep).mkdir()
+        (sweep / "sweep.yaml").write_text("")
+        for number, words in enumerate(jobs):
+            cfg = load(words, config_dirs=dirs, kinds=False)
+            assert (cfg.train.steps, cfg.checkpoint.at_end) == (7, False)
+            weights = {name: float(cfg.data.sources[name].weight or 0) for name in names}
+            assert list(weights.values()) == pytest.approx(list(X[number]))
+            if number < 2:
+                leave_run(sweep / f"{number:03d}", weights, losses_of(weights))
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(subprocess, "run", job)
+    proxies = TrainedProxies(tmp_path, names, names, ["data=demo", "train.steps=7"], [])
+    found = proxies.run(X, 1)
+    np.testing.assert_allclose(found[:2], 5 - X[:2])
+    assert np.isnan(found[2]).all()
+    np.testing.assert_allclose(proxies.run(X, 1), 5 - X)
+    proxies.run(X, 1)
+    assert len(commands) == 2
+    with pytest.raises(Exception, match="trained on another mixture"):
+        proxies.run(X[::-1], 1)
+
+
+WRONG = [
+    (["collect=nowhere"], "not a sweep of 'moetrain train -m'"),
+    (["search=s"], "give runs=N"),
+    (["search=s", "runs=9"], "the first round needs 10"),
+    (["search=s", "runs=ten"], "runs takes a number"),
+    (["search=s", "runs=10", "predicter=law"], "did you mean 'predictor'"),
+    (["search=s", "runs=10", "train.stepz=3"], "stepz"),
+    (["search=s", "runs=10", "data=dem"], "did you mean 'demo'"),
+    (["search=s", "runs=10", "run_dir=x"], "has its own folders"),
+    (["search=s", "runs=10", "start=5"], "for proxy=merged"),
+    (["search=s", "runs=10", "proxy=merge"], "proxy takes trained or merged"),
+    (["search=s", "runs=10", "proxy=merged", "models=nowhere"], "there is no such folder"),
+    (["search=s", "fit=s"], "search and fit do not go together"),
+    (["search=s", "runs=10", "rows=10"], "rows= does not go with search="),
+    (["cluster=c", "clusters=1"], "clusters takes a whole number of 2 or more"),
+    (["cluster=c", "embed=nowhere"], "there is no such folder"),
+    ([], "give one of search, fit, cluster, collect"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), WRONG, ids=[message for _, message in WRONG])
+def test_wrong_words_are_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    message: str,
+) -> None:
+    """Nothing is written either."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["mixture", *words]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert not list(tmp_path.iterdir())

@@ -158,7 +158,7 @@ class Ul2:
     T5 draws them (arXiv 1910.10683): random partitions of the corrupted and of the other tokens.
 
     As in T5, a row reads as many tokens of its window as make it full and no more: 2 for each span and 2 besides are
-    not text, and the rest of the window is left out (5% of it at rate 0.15 and mean 8, 25% at 0.5 and 3).
+    not text, and the rest of the window is left out (4% of it at rate 0.15 and mean 8, 25% at 0.5 and 3).
 
     Raises DataError when there are fewer ``sentinels`` than the largest number of spans.
     """

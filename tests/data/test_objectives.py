@@ -20,9 +20,9 @@ from moetrain.data.objectives import DENOISERS, FillInTheMiddle, Ul2, build_obje
 from moetrain.data.packing import pack
 from moetrain.data.prepare import prepare
 from moetrain.data.sampler import Sample, Sampler
+from moetrain.data.toy import toy_data
 from moetrain.model.attention.kernels import attend
 from moetrain.model.places import Places
-from moetrain.data.toy import toy_data
 from tests.data.conftest import config, write_corpus
 
 EOS, PRE, MID, SUF = 0, 901, 902, 903

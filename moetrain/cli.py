@@ -99,6 +99,21 @@ def prepare(argv: Sequence[str]) -> int:
     return 0
 
 
+def data(argv: Sequence[str]) -> int:
+    """Show how a run's weights changed, and how much of each domain it has read: data RUN_DIR."""
+    parser = Parser(prog="moetrain data", allow_abbrev=False)
+    parser.add_argument(
+        "run_dir", type=Path, metavar="RUN_DIR", help="the run directory; its newest checkpoint is read"
+    )
+    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(argv)
+    refuse_no_run(args.run_dir, "data")
+    from moetrain.data.show import show
+
+    show(args.run_dir, wide_console())
+    return 0
+
+
 def mapping(argv: Sequence[str]) -> int:
     """Show which rank is where in both grids and what each group is for: world=16 node=8 parallel.tp=2 ..."""
     parser = command_parser("mapping")
@@ -184,6 +199,7 @@ def version(argv: Sequence[str]) -> int:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "prepare": prepare,
+    "data": data,
     "mapping": mapping,
     "parity": parity,
     "mixture": mixture,
@@ -239,12 +255,12 @@ def show_dry_run(cfg: Config) -> int:
     return 0
 
 
-def refuse_no_run(folder: Path) -> None:
-    """Raise ConfigError unless ``folder`` is a run directory."""
+def refuse_no_run(folder: Path, what: str = "--resume") -> None:
+    """Raise ConfigError unless ``folder``, which was given to ``what``, is a run directory."""
     if not folder.is_dir():
-        raise ConfigError(f"--resume {folder}: there is no such folder")
+        raise ConfigError(f"{what} {folder}: there is no such folder")
     if not (folder / "config.yaml").is_file():
-        raise ConfigError(f"--resume {folder}: not a run directory, it has no config.yaml")
+        raise ConfigError(f"{what} {folder}: not a run directory, it has no config.yaml")
 
 
 def take_numbers(words: Sequence[str], names: Sequence[str]) -> tuple[dict[str, int], list[str]]:
@@ -287,7 +303,7 @@ def get_ready(cfg: Config, resume: bool) -> None:
     if not resume:
         refuse_taken(Path(cfg.run_dir))
     prepare_data(cfg.data)
-    preflight(cfg)
+    preflight(cfg, resume)
 
 
 def start_ranks(cfg: Config, resume: Path | None, show_traceback: bool) -> int:

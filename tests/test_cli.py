@@ -45,7 +45,7 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
         ("train --resume .", 2, "--resume .: not a run directory, it has no config.yaml"),
         ("train --config nothing.yaml", 2, "nothing.yaml cannot be read"),
         ("train --config-dir nowhere", 2, "is not a folder"),
-        ("train -m --resume . seed=1,2", 2, "-m starts new runs"),
+        ("train -m --resume . seed=1,2", 2, "-m --resume DIR goes on with a sweep"),
         ("train -m seed=1,2 train.steps=0,1", 2, "train.steps takes int >= 1; got 0"),
         ("train --help trian", 2, "'trian' is not a setting or a group"),
         ("mapping world=6 parallel.tp=4", 2, "tp 4 = 4 must divide the world size 6"),

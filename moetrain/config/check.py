@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-
 from moetrain.config.advice import enforce
+from moetrain.config.check_data import check_data
 from moetrain.config.check_mapping import batch, check_mapping
 from moetrain.config.errors import ConfigError
 from moetrain.config.schema import Config, ModelConfig
@@ -34,10 +33,7 @@ def check_config(cfg: Config) -> None:
             f"data.tokenizer.vocab_size={tokenizer.vocab_size} is larger than model.vocab_size={model.vocab_size}; "
             "the embedding needs a row for every token"
         )
-    weights = {name: source.weight for name, source in cfg.data.sources.items() if source.weight is not None}
-    for name, weight in weights.items():
-        if not (math.isfinite(weight) and weight >= 0):
-            raise ConfigError(f"data.sources.{name}.weight={weight} must be a share of 0 or more")
+    check_data(cfg)
 
 
 def _check_attention(model: ModelConfig) -> None:

@@ -129,14 +129,15 @@ def resolve(tree: DictConfig) -> dict[str, Any]:
 
 
 def refuse_presets(overrides: Sequence[Override]) -> None:
-    """Raise ConfigError for overrides that choose presets, where a finished config is the base."""
+    """Raise ConfigError for overrides that choose presets, where a finished config is the base; ``~group`` takes one
+    out."""
     groups = Presets.find().groups()
     for override in overrides:
         if override.is_sweep_override():
             raise ConfigError(
                 f"'{override.input_line}' is a sweep over several values; a saved config takes single ones"
             )
-        if _is_group(override, groups):
+        if _is_group(override, groups) and not override.is_delete():
             raise ConfigError(f"'{override.input_line}' chooses a preset; over a saved config, set single keys instead")
 
 

@@ -202,14 +202,36 @@ class ParallelConfig:
 
 @dataclass(config=STRICT)
 class SourceConfig:
-    """One domain's text."""
+    """One source of text; by default it is a domain of its own."""
 
     paths: list[str] = Field(
         default_factory=list,
         description="files, folders or globs; package: files that ship with moetrain start with 'moetrain:'",
     )
+    dataset: str | None = Field(
+        default=None,
+        description="instead of paths: a Hugging Face data set by name or folder, or a folder of save_to_disk",
+    )
+    dataset_config: str | None = Field(default=None, description="configuration of the data set; null: its default")
+    dataset_split: str | None = Field(default=None, description="split of the data set; null: train, or its only one")
+    dataset_revision: str | None = Field(
+        default=None, description="revision of a data set on the hub; null: the newest"
+    )
+    tokens: list[str] = Field(
+        default_factory=list,
+        description="instead of paths: files, folders or globs of ready tokens, .npy or Megatron's .idx with .bin",
+    )
+    token_dtype: Literal["uint16", "uint32"] | None = Field(
+        default=None, description="ids of .npy files without a header; null: uint16 up to 65,536 tokens, else uint32"
+    )
+    domain: str | None = Field(default=None, description="domain that the source belongs to; null: its own name")
     weight: float | None = Field(
-        default=None, description="share of training tokens; null: in proportion to the domain's tokens"
+        default=None,
+        description="share of training tokens (of its domain's, where that has several sources); null: in proportion "
+        "to its tokens",
+    )
+    max_epochs: float | None = Field(
+        default=None, gt=0, description="passes after which the source has run out; null: as its domain"
     )
     licence: str = Field(default="", description="licence tag of the text")
     delimiter: str | None = Field(
@@ -219,6 +241,30 @@ class SourceConfig:
     filter: Literal["none", "gopher"] = Field(
         default="none", description="quality filter; gopher: rules for web pages in English, arXiv 2112.11446 A.1"
     )
+
+
+@dataclass(config=STRICT)
+class DomainConfig:
+    """A domain, a group of sources."""
+
+    weight: float | None = Field(
+        default=None, description="share of training tokens; null: in proportion to the domain's tokens"
+    )
+    max_epochs: float | None = Field(
+        default=None, gt=0, description="passes after which a source of the domain has run out; null: data.max_epochs"
+    )
+
+
+@dataclass(config=STRICT)
+class MixtureStepConfig:
+    """Weights that hold from a point of the run on."""
+
+    weights: dict[str, float] = Field(
+        default_factory=dict,
+        description="domain -> share of training tokens; those not named share the rest as they did before",
+    )
+    from_step: NonNegative | None = Field(default=None, description="optimizer step from which the weights hold")
+    from_tokens: NonNegative | None = Field(default=None, description="or training tokens before the weights hold")
 
 
 @dataclass(config=STRICT)
@@ -232,6 +278,29 @@ class TokenizerConfig:
 
 
 @dataclass(config=STRICT)
+class FimConfig:
+    """Fill-in-the-middle (arXiv 2207.14255): data.objective=fim."""
+
+    rate: float = Field(default=0.5, ge=0, le=1, description="share of documents that are rewritten")
+    spm_rate: float = Field(default=0.5, ge=0, le=1, description="share of these with the suffix before the prefix")
+    tokens: list[str] = Field(
+        default_factory=lambda: ["<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"],
+        description="the tokenizer's tokens for prefix, middle and suffix, in this order",
+    )
+
+
+@dataclass(config=STRICT)
+class Ul2Config:
+    """UL2's mixture of denoisers (arXiv 2205.05131): data.objective=ul2."""
+
+    modes: list[str] = Field(
+        default_factory=lambda: ["[R]", "[S]", "[X]"], description="the tokenizer's tokens for the three modes"
+    )
+    sentinel: str = Field(default="<extra_id_{}>", description="its sentinel tokens, {} is their number from 0")
+    sentinels: Positive = Field(default=100, description="how many sentinel tokens there are")
+
+
+@dataclass(config=STRICT)
 class DataConfig:
     """Text sources and where their tokens are kept."""
 
@@ -239,8 +308,42 @@ class DataConfig:
     dir: str = Field(
         default="prepared/${data.name}", description="folder of prepared shards, made by 'moetrain prepare'"
     )
-    sources: dict[str, SourceConfig] = Field(default_factory=dict, description="domain name -> its text")
+    sources: dict[str, SourceConfig] = Field(default_factory=dict, description="source name -> its text")
+    made_by: str = Field(default="", description="command that makes the raw text; named where a path does not exist")
+    domains: dict[str, DomainConfig] = Field(
+        default_factory=dict, description="weights and epochs of domains that have several sources"
+    )
+    mixture: Literal["given", "proportional", "uniform", "temperature", "unimax"] = Field(
+        default="given",
+        description="weights of domains: as given, or a rule on their tokens instead (weight 0 still leaves one out)",
+    )
+    temperature: float = Field(
+        default=2.0, gt=0, description="temperature: shares in proportion to tokens^(1/this); 1: proportional"
+    )
+    unimax_epochs: float = Field(
+        default=4.0, gt=0, description="unimax: most passes over a domain in train.steps; else shares are even"
+    )
+    schedule: list[MixtureStepConfig] = Field(
+        default_factory=list, description="changes of the weights during the run, in order"
+    )
+    max_epochs: float | None = Field(
+        default=None, gt=0, description="passes after which any source has run out; null: none ever does"
+    )
+    exhausted: Literal["reweight", "stop", "repeat"] = Field(
+        default="reweight",
+        description="when a source has run out: its share goes to the others, the run ends, or max_epochs only warns",
+    )
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig, description="tokenizer")
+    packing: Literal["cut", "best_fit"] = Field(
+        default="cut",
+        description="windows of one stream of text, or of whole documents with padding (needs document_mask)",
+    )
+    objective: Literal["next_token", "fim", "ul2"] = Field(
+        default="next_token",
+        description="what training predicts: next tokens, a document's middle (fim), or corrupted spans (ul2)",
+    )
+    fim: FimConfig = Field(default_factory=FimConfig, description="fill-in-the-middle")
+    ul2: Ul2Config = Field(default_factory=Ul2Config, description="mixture of denoisers")
     document_mask: bool = Field(
         default=False, description="attention stays within a document, and positions start anew in each"
     )
@@ -385,6 +488,11 @@ class Config:
     )
     parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="parallel mapping")
     data: DataConfig = Field(default_factory=DataConfig, description="data")
+    mixer: Kind = Field(
+        default_factory=lambda: {"kind": "none"},
+        description="changes the weights of the domains during the run",
+        json_schema_extra={"registry": "MIXERS"},
+    )
     optim: Kind = Field(
         default_factory=lambda: {"kind": "adamw"}, description="optimizer", json_schema_extra={"registry": "OPTIMIZERS"}
     )

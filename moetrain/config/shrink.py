@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from moetrain.config.advice import setting
+from moetrain.config.registry import MIXERS
 from moetrain.config.schema import Config, ModelConfig
 from moetrain.config.sizes import Sizes, divisors
 
@@ -23,6 +24,7 @@ def shrink(cfg: Config, sizes: Sizes) -> Config:
     drawn wide and the learning rate is high, so that 20 steps change something.
     """
     small = copy.deepcopy(cfg)
+    small.mixer = MIXERS.get("none").options()  # it knows the domains of the text, and decides after many steps
     _batch(small, cfg, sizes)
     _layers(small.model, cfg, sizes)
     _attention(small.model, cfg, sizes)

@@ -91,14 +91,14 @@ def baselines(
     """Both baselines on exactly the tokens that ``validation_batches`` predicts with the same ``seq_len`` and
     ``max_sequences``; while that is 0 these are all held-out tokens but each domain's first, whatever ``seq_len`` is.
 
-    Of a training split of more than ``max_train_tokens``, each domain's leading share is counted, and a log line says
+    Of a training split of more than ``max_train_tokens``, each source's leading share is counted, and a log line says
     so.
     """
     models = _fit(data, max_train_tokens)
     sums = {domain: np.zeros(3) for domain in data.domains}  # unigram, bigram, tokens
     length = seq_len if max_sequences > 0 else CHUNK
-    for domain in data.domains:
-        held_out = data.tokens(domain, "val")
+    for source in data.sources:
+        held_out, domain = data.tokens(source, "val"), data.domain_of[source]
         for start in held_out_windows(len(held_out), length, max_sequences):
             window = held_out[start : start + length + 1].astype(np.int64)
             previous, token = window[:-1], window[1:]
@@ -113,19 +113,19 @@ def _per_token(sums: np.ndarray) -> Nats:
 
 
 def _fit(data: TokenData, max_train_tokens: int) -> tuple[Unigram, Bigram]:
-    """Count the training split; bigrams do not cross from one domain to the next."""
+    """Count the training split; bigrams do not cross from one source to the next."""
     vocab_size = data.manifest.vocab_size
-    available = sum(len(data.tokens(domain)) for domain in data.domains)
+    available = sum(len(data.tokens(source)) for source in data.sources)
     share = min(1.0, max_train_tokens / available)
     if share < 1:
-        logger.info("baselines: counting the first %.1f%% of each domain's %d training tokens", 100 * share, available)
+        logger.info("baselines: counting the first %.1f%% of each source's %d training tokens", 100 * share, available)
     unigrams = np.zeros(vocab_size, dtype=np.int64)
     codes, counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
-    for domain in data.domains:
-        tokens = data.tokens(domain)
-        tokens = tokens[: max(2, int(share * len(tokens)))]
-        for i in range(0, len(tokens), CHUNK):
-            chunk = tokens[i : i + CHUNK + 1].astype(np.int64)  # one more: the bigram over the border
+    for source in data.sources:
+        tokens = data.tokens(source)
+        end = max(2, int(share * len(tokens)))
+        for i in range(0, end, CHUNK):
+            chunk = tokens[i : min(i + CHUNK + 1, end)].astype(np.int64)  # one more: the bigram over the border
             unigrams += np.bincount(chunk[:CHUNK], minlength=vocab_size)
             new_codes, new_counts = np.unique(chunk[:-1] * vocab_size + chunk[1:], return_counts=True)
             codes, counts = _merge(codes, counts, new_codes, new_counts)

@@ -5,22 +5,28 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections import Counter
+import time
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from moetrain.config.errors import DataError
 from moetrain.config.schema import DataConfig
-from moetrain.data.manifest import SPLITS, TOKENIZER_FILE, DomainInfo, Manifest, SplitInfo, removed_line
-from moetrain.data.read import Reader, ReadOptions, check_packages
-from moetrain.data.shards import ShardWriter, dtype_for, shard_prefix
-from moetrain.data.sources import SourceFile, compile_delimiter
-from moetrain.data.split import DocumentKey, HeldOut, choose_held_out, cut_tail
+from moetrain.data.manifest import TOKENIZER_FILE, DomainInfo, Manifest, SplitInfo, removed_line
+from moetrain.data.objectives import special_tokens
+from moetrain.data.progress import Progress, Survey, Written
+from moetrain.data.read import Document, DocumentReader
+from moetrain.data.readers import check_files, open_reader
+from moetrain.data.shards import dtype_for
+from moetrain.data.sources import SourceFile
+from moetrain.data.split import DocumentKey, HeldOut, Keys, choose_held_out, cut
 from moetrain.data.tokenizer import LoadedTokenizer, describe_tokenizer, load_tokenizer, train_tokenizer
 from moetrain.data.workers import Workers, look_at, tokenize
 
@@ -28,6 +34,18 @@ logger = logging.getLogger("moetrain")
 
 SOURCES_FILE = "sources.json"  # sizes, times and hashes of the files: shows quickly that nothing changed
 BATCH_CHARS = 1_000_000  # text handed to the tokenizer at once
+KEEP_SECONDS = 60  # between two notes of which files of a source are read
+JOURNAL_BATCHES = 32  # batches between two notes of how far a source is written: under a minute
+
+
+@dataclass
+class Batch:
+    """Documents that are tokenised together. ``marks``: (split, UTF-8 bytes) of each that is not empty; ``items``: how
+    many there are with the empty ones; ``read``: bytes of source files that were read for them."""
+
+    marks: list[tuple[str, int]] = field(default_factory=list)
+    items: int = 0
+    read: int = 0
 
 
 def fingerprint(recipe: str, digests: dict[str, list[str]]) -> str:
@@ -35,24 +53,23 @@ def fingerprint(recipe: str, digests: dict[str, list[str]]) -> str:
     return hashlib.sha256(json.dumps([recipe, digests]).encode()).hexdigest()
 
 
-def batches(documents: Iterable[tuple[str, str, int]]) -> Iterator[tuple[tuple[list[tuple[str, int]], int], list[str]]]:
-    """Runs of documents, each (split, text, source bytes read for it), with about BATCH_CHARS characters: (((split,
-    UTF-8 bytes) of each, source bytes read for all), texts)."""
-    marks: list[tuple[str, int]] = []
-    texts: list[str] = []
-    chars = done = 0
+def batches(documents: Iterable[tuple[str, Document, int]]) -> Iterator[tuple[Batch, list[Document]]]:
+    """Runs of documents, each (split, document, source bytes read for it), with about BATCH_CHARS characters or tokens,
+    and those that are not empty."""
+    batch, chars = Batch(), 0
+    texts: list[Document] = []
     for split, text, read in documents:
-        if text:
-            marks.append((split, len(text.encode("utf-8"))))
+        if len(text):
+            batch.marks.append((split, len(text.encode("utf-8")) if isinstance(text, str) else 0))
             texts.append(text)
-        chars, done = chars + len(text), done + read
+        batch.items, batch.read, chars = batch.items + 1, batch.read + read, chars + len(text)
         if chars >= BATCH_CHARS:
-            yield (marks, done), texts
-            marks, texts, chars, done = [], [], 0, 0
-    yield (marks, done), texts
+            yield batch, texts
+            batch, chars, texts = Batch(), 0, []
+    yield batch, texts
 
 
-def _with_progress(reader: Reader) -> Iterator[tuple[str, str, int]]:
+def _with_progress(reader: DocumentReader) -> Iterator[tuple[str, Document, int]]:
     """The documents of a file before they have a split."""
     at = 0
     for text in reader:
@@ -65,9 +82,12 @@ class Build:
     """One data set in the making. ``run`` reads all files twice (three times when a tokenizer is trained), so that no
     text has to be kept in memory.
 
-    What is kept: a hash and a size of each document of a domain (0.3 GB per million while the hold-out is chosen), one
-    byte per document of all domains, and with ``data.deduplicate`` a set of the 16-byte digests of all different texts,
-    about 0.1 GB per million.
+    ``done`` keeps what is finished, so that a call which was stopped is continued by the next: surveys of sources, a
+    trained tokenizer, shards, and of a source that was being written all but the last JOURNAL_BATCHES batches.
+
+    What is in memory: a hash and a size of each document of a source (0.06 GB per million while the hold-out is
+    chosen), one byte per document of all sources, and with ``data.deduplicate`` a set of the 16-byte digests of all
+    different texts, about 0.1 GB per million.
     """
 
     cfg: DataConfig
@@ -75,29 +95,30 @@ class Build:
     out: Path
     recipe: str
     progress: bool
-    digests: dict[str, list[str]] = field(default_factory=dict)
-    held_out: dict[str, HeldOut] = field(default_factory=dict)
-    replaced: dict[str, int] = field(default_factory=dict)
-    kept: dict[str, bytearray] = field(default_factory=dict)  # one byte a document: 1 where it is kept
-    removed: dict[str, Counter[str]] = field(default_factory=dict)  # documents by the reason why they are not
+    done: Progress
+    surveys: dict[str, Survey] = field(default_factory=dict)
     seen: set[bytes] = field(default_factory=set)  # digests of all texts that are kept, for the search of duplicates
+    tokens: int = 0  # that this call has written
+    tokens_before: int = 0  # that were written when it began
 
     def run(self) -> Manifest:
         """Fill ``out``; the manifest comes last."""
-        for file in (file for found in self.files.values() for file in found):
-            check_packages(file.path)
+        for source, found in self.files.items():
+            check_files(self.cfg, source, found)
+        began = time.perf_counter()
         with Workers(self.cfg.processes) as workers:
             with self._bar("read") as bar:
-                for domain in self.files:
-                    self._survey(domain, workers, bar)
+                self._survey_all(workers, bar)
             tokenizer = self._tokenizer()
             tokenizer.save(self.out / TOKENIZER_FILE)
             with self._bar("prepare") as bar:
-                domains = {domain: self._write(domain, tokenizer, workers, bar) for domain in self.files}
+                domains = {source: self._write(source, tokenizer, workers, bar) for source in self.files}
+        self._say_speed(domains, time.perf_counter() - began)
+        digests = {source: survey.digests for source, survey in self.surveys.items()}
         manifest = Manifest(
             name=self.cfg.name,
             recipe=self.recipe,
-            fingerprint=fingerprint(self.recipe, self.digests),
+            fingerprint=fingerprint(self.recipe, digests),
             vocab_size=tokenizer.vocab_size,
             eos=tokenizer.eos,
             eos_id=tokenizer.eos_id,
@@ -106,48 +127,76 @@ class Build:
         )
         known = {
             str(file.path): [file.size, file.mtime_ns, digest]
-            for domain, found in self.files.items()
-            for file, digest in zip(found, self.digests[domain], strict=True)
+            for source, found in self.files.items()
+            for file, digest in zip(found, digests[source], strict=True)
         }
         (self.out / SOURCES_FILE).write_text(json.dumps(known, indent=0, ensure_ascii=False), encoding="utf-8")
         manifest.save(self.out)
         return manifest
+
+    def _say_speed(self, domains: dict[str, DomainInfo], seconds: float) -> None:
+        """Log the tokens that this call has written a second, reading and filtering included."""
+        tokens = self.tokens
+        logger.info("%s tokens in %.1f s: %s tokens/s", f"{tokens:,}", seconds, f"{tokens / max(seconds, 1e-9):,.0f}")
 
     def _bar(self, what: str) -> tqdm:
         """A progress bar over the bytes of all files, on a terminal."""
         size = sum(file.size for found in self.files.values() for file in found)
         return tqdm(total=size, unit="B", unit_scale=True, desc=what, disable=None if self.progress else True)
 
-    def _reader(self, domain: str, file: SourceFile) -> Reader:
-        source, cfg = self.cfg.sources[domain], self.cfg
-        options = ReadOptions(
-            domain, source.field, compile_delimiter(domain, source), cfg.max_line_mb, cfg.invalid_utf8 == "replace"
-        )
-        return Reader(file, options)
+    def _survey_all(self, workers: Workers, bar: tqdm) -> None:
+        """First reading of all sources, but for those whose survey was kept and still holds."""
+        complete, kept = True, 0
+        for source, files in self.files.items():
+            # Which documents are duplicates depends on all sources before.
+            usable = complete or not self.cfg.deduplicate
+            survey = self.done.survey(source, files) if usable else None
+            if survey is not None:
+                kept += len(survey.digests)
+                bar.update(sum(file.size for file in files[: len(survey.digests)]))
+                if self.cfg.deduplicate:
+                    digests = survey.keys.digests
+                    self.seen.update(bytes(digests[i : i + 16]) for i in range(0, len(digests), 16))
+            if survey is None or survey.held_out is None:
+                if complete:
+                    self.done.forget_writing()
+                complete = False
+                survey = self._survey(source, survey or Survey(), workers, bar)
+                self.done.keep_survey(source, files, survey)
+            self.surveys[source] = survey
+        if kept:
+            every = sum(map(len, self.files.values()))
+            logger.info("going on with a prepare that was stopped: %d of %d files were read", kept, every)
 
-    def _survey(self, domain: str, workers: Workers, bar: tqdm) -> None:
-        """First reading: check every file, and choose the documents that are removed and those that are held out."""
-        keys: list[DocumentKey] = []
-        kept, removed, empty = bytearray(), Counter[str](), 0
-        self.digests[domain], self.replaced[domain] = [], 0
-        self.kept[domain], self.removed[domain] = kept, removed
-        look = partial(look_at, self.cfg.sources[domain].filter)
-        for file in self.files[domain]:
-            reader, before = self._reader(domain, file), len(kept)
-            for (_, done), looks in workers.map(look, batches(_with_progress(reader))):
+    def _survey(self, source: str, found: Survey, workers: Workers, bar: tqdm) -> Survey:
+        """First reading of a source, from where ``found`` ends: check every file, choose what is removed and what is
+        held out."""
+        files, last, wait = self.files[source], time.monotonic(), float(KEEP_SECONDS)
+        look = partial(look_at, self.cfg.sources[source].filter)
+        for number, file in enumerate(files[len(found.digests) :], start=len(found.digests) + 1):
+            reader, before = open_reader(self.cfg, source, file), len(found.kept)
+            for batch, looks in workers.map(look, batches(_with_progress(reader))):
                 for key, rule in looks:
-                    why = self._why_removed(domain, key, rule)
-                    kept.append(why is None)
+                    why = self._why_removed(source, key, rule)
+                    found.kept.append(why is None)
                     if why is None:
-                        keys.append(key)
+                        found.keys.add(key)
                     else:
-                        removed[why] += 1
-                bar.update(done)
-            self.digests[domain].append(reader.digest)
-            self.replaced[domain] += reader.replaced
-            empty += len(kept) == before
-        self._check_some_text(domain, empty)
-        self.held_out[domain] = choose_held_out(keys, self.cfg.val_fraction)
+                        found.removed[why] += 1
+                bar.update(batch.read)
+            found.digests.append(reader.digest)
+            found.replaced += reader.replaced
+            found.empty += len(found.kept) == before
+            if number < len(files) and time.monotonic() - last >= wait:
+                last = time.monotonic()
+                self.done.keep_survey(source, files[:number], found)
+                wait = KEEP_SECONDS * max(1, (time.monotonic() - last) / 3)  # 5% of the time at most
+        self._check_some_text(source, found)
+        found.held_out = choose_held_out(found.keys, self.cfg.val_fraction)
+        found.keys.sizes = array("q")
+        if not self.cfg.deduplicate:
+            found.keys = Keys()
+        return found
 
     def _why_removed(self, domain: str, key: DocumentKey, rule: str | None) -> str | None:
         """Why a document is left out, None where it is kept. Two texts are the same when their BLAKE2b digests of 128
@@ -160,17 +209,18 @@ class Build:
             self.seen.add(key.digest)
         return None
 
-    def _check_some_text(self, domain: str, empty: int) -> None:
-        """Raise DataError for a domain of which nothing is left; say how many of its files are ``empty``."""
-        if not self.kept[domain]:
+    def _check_some_text(self, domain: str, found: Survey) -> None:
+        """Raise DataError for a domain of which nothing is left; say how many of its files are empty."""
+        empty = found.empty
+        if not found.kept:
             raise DataError(
                 f"domain '{domain}' has no text: its {empty} files are empty; correct "
                 f"data.sources.{domain}.paths or remove the domain"
             )
-        if not any(self.kept[domain]):
+        if not any(found.kept):
             raise DataError(
-                f"domain '{domain}' has no text left: all its {len(self.kept[domain]):,} documents were removed "
-                f"({removed_line(self.removed[domain])}); remove the domain, or change what removes them"
+                f"domain '{domain}' has no text left: all its {len(found.kept):,} documents were removed "
+                f"({removed_line(found.removed)}); remove the domain, or change what removes them"
             )
         if empty:
             logger.info(
@@ -181,21 +231,27 @@ class Build:
         """The tokenizer asked for, or one trained on the training documents alone."""
         if self.cfg.tokenizer.path is not None:
             return load_tokenizer(self.cfg.tokenizer.path)
-        texts = (text for domain in self.files for split, text, _ in self._documents(domain) if split == "train")
-        return describe_tokenizer(train_tokenizer(texts, self.cfg.tokenizer.vocab_size), "the trained tokenizer")
+        what = "the trained tokenizer"
+        if self.done.tokenizer is not None:
+            return describe_tokenizer(Tokenizer.from_file(str(self.done.tokenizer)), what)
+        every = (found for domain in self.files for found in self._documents(domain))
+        texts = (text for split, text, _ in every if split == "train" and isinstance(text, str))
+        trained = train_tokenizer(texts, self.cfg.tokenizer.vocab_size, special_tokens(self.cfg))
+        self.done.keep_tokenizer(trained.to_str())
+        return describe_tokenizer(trained, what)
 
-    def _documents(self, domain: str) -> Iterator[tuple[str, str, int]]:
-        """(split, text, source bytes read since the last one) of every document that is kept, in order."""
-        held, number = self.held_out[domain], 0
-        kept = iter(self.kept[domain])
-        for file, digest in zip(self.files[domain], self.digests[domain], strict=True):
-            reader, at = self._reader(domain, file), 0
+    def _documents(self, domain: str) -> Iterator[tuple[str, Document, int]]:
+        """(split, document, source bytes read since the last one) of every document that is kept, in order."""
+        survey, number = self.surveys[domain], 0
+        held, kept = survey.held_out or HeldOut(frozenset(), None), iter(survey.kept)
+        for file, digest in zip(self.files[domain], survey.digests, strict=True):
+            reader, at = open_reader(self.cfg, domain, file), 0
             for text in reader:
                 if not next(kept, 0):
                     continue
                 done, at = reader.position - at, reader.position
                 if held.cut is not None and held.cut[0] == number:
-                    head, tail = cut_tail(text, held.cut[1])
+                    head, tail = cut(text, held.cut[1])
                     yield "train", head, 0
                     yield "val", tail, done
                 else:
@@ -204,25 +260,45 @@ class Build:
             if reader.digest != digest:
                 raise DataError(f"'{file.path}' changed while it was read; run again when nothing writes to it")
 
-    def _write(self, domain: str, tokenizer: LoadedTokenizer, workers: Workers, bar: tqdm) -> DomainInfo:
-        """Second reading: tokenise in batches and write the domain's two shards."""
-        dtype = dtype_for(tokenizer.vocab_size)
-        writers = {split: ShardWriter(shard_prefix(self.out, domain, split), dtype) for split in SPLITS}
-        sizes = dict.fromkeys(SPLITS, 0)
+    def _write(self, source: str, tokenizer: LoadedTokenizer, workers: Workers, bar: tqdm) -> DomainInfo:
+        """Second reading: tokenise in batches and write the source's two shards, or what a call that was stopped has
+        left of them."""
+        info = self.done.info(source)
+        if info is not None:
+            self.tokens_before += info.train.tokens + info.val.tokens
+            bar.update(sum(file.size for file in self.files[source]))
+            return info
+        writers, written = self.done.writers(source, dtype_for(tokenizer.vocab_size))
+        self.tokens_before += sum(sum(writer.lengths) for writer in writers.values())
+        sizes, items, read = dict(written.sizes), written.items, written.read
+        bar.update(read)
         work = partial(tokenize, self.out / TOKENIZER_FILE)
-        for (marks, done), found in workers.map(work, batches(self._documents(domain))):
-            for (split, size), ids in zip(marks, found, strict=True):
+        documents = islice(self._documents(source), items, None)
+        for number, (batch, found) in enumerate(workers.map(work, batches(documents)), start=1):
+            for (split, size), ids in zip(batch.marks, found, strict=True):
                 writers[split].add(np.append(ids, tokenizer.eos_id))
                 sizes[split] += size
-            bar.update(done)
+                self.tokens += len(ids) + 1
+            items, read = items + batch.items, read + batch.read
+            bar.update(batch.read)
+            bar.set_postfix_str(f"{self.tokens / max(bar.format_dict['elapsed'], 1e-9):,.0f} tokens/s", refresh=False)
+            if number % JOURNAL_BATCHES == 0:
+                counts = {split: len(writer.lengths) for split, writer in writers.items()}
+                now = Written(items, read, counts, dict(sizes))
+                self.done.keep_written(source, writers, written, now)
+                written = now
         for writer in writers.values():
             writer.close()
             if not writer.lengths:
                 raise DataError(
-                    f"domain '{domain}' has too little text for a training and a held-out part with "
+                    f"domain '{source}' has too little text for a training and a held-out part with "
                     f"data.val_fraction={self.cfg.val_fraction}; give it more text or remove it"
                 )
-        info = {s: SplitInfo(len(w.lengths), sum(w.lengths), sizes[s], w.sha256) for s, w in writers.items()}
-        licence = self.cfg.sources[domain].licence
-        removed = dict(sorted(self.removed[domain].items()))
-        return DomainInfo(licence, info["train"], info["val"], self.replaced[domain], removed)
+        splits = {s: SplitInfo(len(w.lengths), sum(w.lengths), sizes[s], w.sha256) for s, w in writers.items()}
+        survey, options = self.surveys[source], self.cfg.sources[source]
+        removed = dict(sorted(survey.removed.items()))
+        info = DomainInfo(
+            options.licence, splits["train"], splits["val"], survey.replaced, removed, options.domain or ""
+        )
+        self.done.keep_info(source, info)
+        return info

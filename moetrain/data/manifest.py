@@ -19,7 +19,8 @@ SPLITS = ("train", "val")
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """One shard. ``tokens`` count the end-of-document tokens, one a document; ``bytes`` are UTF-8 bytes of text."""
+    """One shard. ``tokens`` count the end-of-document tokens, one a document; ``bytes`` are UTF-8 bytes of text, 0
+    where it came as tokens."""
 
     documents: int
     tokens: int
@@ -29,7 +30,7 @@ class SplitInfo:
 
 @dataclass(frozen=True)
 class DomainInfo:
-    """One domain: its licence tag, its training and held-out shards, how many invalid UTF-8 sequences of its text were
+    """One source: its licence tag, its training and held-out shards, how many invalid UTF-8 sequences of its text were
     replaced, and how many documents were removed for which reason."""
 
     licence: str
@@ -37,6 +38,7 @@ class DomainInfo:
     val: SplitInfo
     replaced: int = 0
     removed: dict[str, int] = field(default_factory=dict)
+    domain: str = ""  # that the source belongs to; empty: its own name
 
     def split(self, name: str) -> SplitInfo:
         """The shard called 'train' or 'val'."""
@@ -64,14 +66,16 @@ class Manifest:
     domains: dict[str, DomainInfo]
 
     def save(self, folder: Path) -> None:
-        """Write manifest.json into ``folder``."""
+        """Write manifest.json into ``folder``, whole or not at all."""
         content = {"format": FORMAT, "version": VERSION, **asdict(self)}
         for name, domain in self.domains.items():
-            for key in ("replaced", "removed"):  # said only where there is something to say
+            for key in ("replaced", "removed", "domain"):  # said only where there is something to say
                 if not getattr(domain, key):
                     del content["domains"][name][key]
             content["domains"][name]["bytes_per_token"] = round(domain.bytes_per_token, 4)
-        (folder / FILE).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary = folder / f"{FILE}.tmp"
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.replace(folder / FILE)
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
@@ -90,7 +94,7 @@ class Manifest:
                     f"'{file}' has version {content['version']}, this program reads {VERSION}; delete "
                     f"'{folder}' and run 'moetrain prepare'"
                 )
-            domains = {name: _domain(d) for name, d in content["domains"].items()}
+            domains = {name: domain_info(d) for name, d in content["domains"].items()}
             fields = {k: v for k, v in content.items() if k not in ("format", "version", "domains")}
             return cls(**fields, domains=domains)
         except (ValueError, KeyError, TypeError, AttributeError):
@@ -102,7 +106,7 @@ class Manifest:
         for name, d in self.domains.items():
             rows.append(
                 f"{name:<16}{d.train.documents + d.val.documents:>11,}{d.train.tokens:>13,}{d.val.tokens:>11,}"
-                f"{(d.train.bytes + d.val.bytes) / 1e6:>9.2f}{d.bytes_per_token:>13.2f}  {d.licence}".rstrip()
+                f"{_size(d)}  {d.licence}".rstrip()
             )
         for name, d in self.domains.items():
             if d.removed:
@@ -112,11 +116,25 @@ class Manifest:
         return "\n".join(rows)
 
 
+def _size(d: DomainInfo) -> str:
+    """Columns of the text's size, which is not known of what came as tokens."""
+    size = d.train.bytes + d.val.bytes
+    return f"{size / 1e6:>9.2f}{d.bytes_per_token:>13.2f}" if size else f"{'-':>9}{'-':>13}"
+
+
 def removed_line(removed: Mapping[str, int]) -> str:
     """Reasons and how many documents were removed for each, the most frequent first."""
     return ", ".join(f"{why} {count:,}" for why, count in sorted(removed.items(), key=lambda item: -item[1]))
 
 
-def _domain(content: dict[str, Any]) -> DomainInfo:
+def domain_info(content: dict[str, Any]) -> DomainInfo:
+    """What ``asdict`` gave of one. Raises KeyError or TypeError for anything else."""
     train, val = SplitInfo(**content["train"]), SplitInfo(**content["val"])
-    return DomainInfo(content["licence"], train, val, content.get("replaced", 0), content.get("removed", {}))
+    return DomainInfo(
+        content["licence"],
+        train,
+        val,
+        content.get("replaced", 0),
+        content.get("removed", {}),
+        content.get("domain", ""),
+    )

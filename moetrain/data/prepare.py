@@ -1,8 +1,8 @@
 """From text to token shards: `moetrain prepare`.
 
 The result is one folder: manifest.json, tokenizer.json, and for each domain a training and a held-out shard. It is
-built in a sibling folder and renamed when whole, so it is complete or absent. A second call does nothing while config
-and text are the same.
+built in a sibling folder and renamed when whole, so it is complete or absent. A call that was stopped is continued by
+the next (progress.py); a second call does nothing while config and text are the same.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from moetrain.comm.ranks import Ranks
@@ -24,13 +25,27 @@ from moetrain.config.errors import DataError
 from moetrain.config.schema import DataConfig, SourceConfig
 from moetrain.data.build import SOURCES_FILE, Build, fingerprint
 from moetrain.data.manifest import FILE, SPLITS, VERSION, Manifest
-from moetrain.data.read import file_digest
+from moetrain.data.objectives import special_tokens
+from moetrain.data.progress import Progress, remove_notes
+from moetrain.data.readers import check_source, digest_of, find_sources
 from moetrain.data.shards import Shard, shard_prefix
-from moetrain.data.sources import SourceFile, find_files
+from moetrain.data.sources import SourceFile
 from moetrain.data.tokenizer import load_tokenizer
 from moetrain.data.weights import check_weights
 
 logger = logging.getLogger("moetrain")
+
+# settings of a source that came after the first version of the recipe
+SINCE_FIRST = (
+    "field",
+    "filter",
+    "dataset",
+    "dataset_config",
+    "dataset_split",
+    "dataset_revision",
+    "tokens",
+    "token_dtype",
+)
 
 
 def prepare(cfg: DataConfig, progress: bool = True) -> Manifest:
@@ -38,8 +53,8 @@ def prepare(cfg: DataConfig, progress: bool = True) -> Manifest:
 
     For one process; the others wait for it. Calls from several jobs at once wait for each other (a lock file beside
     ``cfg.dir``). ``progress`` shows a bar on a terminal. Raises DataError, one line, for text, tokenizers, weights or
-    folders that cannot be used, and for a full disk; then nothing is left behind and an older prepared folder stays
-    as it was.
+    folders that cannot be used, and for a full disk; an older prepared folder then stays as it was, and what is
+    finished of the new one is kept beside it for the next call (``progress.py``).
     """
     _check(cfg)
     out = Path(cfg.dir)
@@ -47,19 +62,21 @@ def prepare(cfg: DataConfig, progress: bool = True) -> Manifest:
     try:
         found = _current(cfg, out)
         if isinstance(found, Manifest):  # also on a read-only disk
-            return found
+            return _regrouped(cfg, out, found)
         out.parent.mkdir(parents=True, exist_ok=True)
         with _locked(out):
             found = _current(cfg, out)  # another process may just have made it
             if isinstance(found, Manifest):
                 return found
+            done = Progress(partial, _recipe(cfg))
             try:
-                shutil.rmtree(partial, ignore_errors=True)  # left by a call that was killed
-                partial.mkdir()
-                manifest = Build(cfg, found, partial, _recipe(cfg), progress).run()
-                _replace(out, partial)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
+                manifest = Build(cfg, found, partial, _recipe(cfg), progress, done).run()
+            except BaseException:
+                if not done.any():
+                    shutil.rmtree(partial, ignore_errors=True)
+                raise
+            _replace(out, partial)
+            remove_notes(out)
         logger.info("prepared '%s':\n%s", out, manifest.table())
         return manifest
     except OSError as error:
@@ -67,7 +84,8 @@ def prepare(cfg: DataConfig, progress: bool = True) -> Manifest:
             "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error.strerror or error).lower()
         )
         raise DataError(
-            f"cannot write prepared data to '{out}': {what}; free space or choose another data.dir, then run again"
+            f"cannot write prepared data to '{out}': {what}; free space and run again, which goes on from "
+            f"'{partial}', or choose another data.dir and delete that"
         ) from None
 
 
@@ -88,6 +106,7 @@ def _check(cfg: DataConfig) -> None:
     for name in cfg.sources:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise DataError(f"domain name '{name}' cannot be a file name; use letters, digits, '.', '_' and '-'")
+        check_source(cfg, name)
     _check_licences(cfg)
     check_weights({name: source.weight for name, source in cfg.sources.items()}, list(cfg.sources))
 
@@ -126,13 +145,13 @@ def _current(cfg: DataConfig, out: Path) -> Manifest | dict[str, list[SourceFile
     """The manifest of ``out`` if nothing has to be done, else the files of every domain. Writes nothing."""
     old, recipe = _existing(cfg.name, out), _recipe(cfg)
     try:
-        files = {name: find_files(name, source) for name, source in cfg.sources.items()}
+        files = {name: find_sources(name, source) for name, source in cfg.sources.items()}
     except DataError as error:
         if old is None or old.recipe != recipe:
-            raise
+            raise DataError(f"{error}; make the text with: {cfg.made_by}" if cfg.made_by else str(error)) from None
         logger.warning("%s; going on with the data that was prepared from it in '%s'", error, out)
         return old
-    return old if old is not None and old.recipe == recipe and _unchanged(out, old, files) else files
+    return old if old is not None and old.recipe == recipe and _unchanged(cfg, out, old, files) else files
 
 
 def _existing(name: str, out: Path) -> Manifest | None:
@@ -155,13 +174,11 @@ def _existing(name: str, out: Path) -> Manifest | None:
 
 def _recipe(cfg: DataConfig) -> str:
     """Hash of all settings that decide the shards' bytes."""
-    tokenizer = f"trained:{cfg.tokenizer.vocab_size}"
+    tokenizer = ":".join(["trained", str(cfg.tokenizer.vocab_size), *special_tokens(cfg)])
     if cfg.tokenizer.path is not None:
         loaded = load_tokenizer(cfg.tokenizer.path)
         tokenizer = hashlib.sha256(f"{loaded.eos}\n{loaded.tokenizer.to_str()}".encode()).hexdigest()
-    sources = {
-        name: [s.paths, s.licence, s.delimiter, *_changed(s, "field", "filter")] for name, s in cfg.sources.items()
-    }
+    sources = {name: [s.paths, s.licence, s.delimiter, *_changed(s, *SINCE_FIRST)] for name, s in cfg.sources.items()}
     settings = [VERSION, sources, tokenizer, cfg.val_fraction, *_changed(cfg, "invalid_utf8", "deduplicate")]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
@@ -174,7 +191,7 @@ def _changed(cfg: DataConfig | SourceConfig, *names: str) -> list[dict[str, obje
     return [found] if found else []
 
 
-def _unchanged(out: Path, manifest: Manifest, files: dict[str, list[SourceFile]]) -> bool:
+def _unchanged(cfg: DataConfig, out: Path, manifest: Manifest, files: dict[str, list[SourceFile]]) -> bool:
     """Whether the shards are whole and the text is what they were made from; reads only text files whose size or
     time differ."""
     for name, domain in manifest.domains.items():
@@ -197,8 +214,19 @@ def _unchanged(out: Path, manifest: Manifest, files: dict[str, list[SourceFile]]
             if seen and seen[:2] == [file.size, file.mtime_ns]:
                 digests[name].append(seen[2])
             else:
-                digests[name].append(file_digest(file.path))
+                digests[name].append(digest_of(cfg, name, file))
     return fingerprint(manifest.recipe, digests) == manifest.fingerprint
+
+
+def _regrouped(cfg: DataConfig, out: Path, manifest: Manifest) -> Manifest:
+    """``manifest`` with the domains that its sources have in ``cfg``, which may change without preparing again; also in
+    ``out`` where that can be written."""
+    domains = {n: replace(info, domain=cfg.sources[n].domain or "") for n, info in manifest.domains.items()}
+    if domains != manifest.domains:
+        manifest = replace(manifest, domains=domains)
+        with suppress(OSError):
+            manifest.save(out)
+    return manifest
 
 
 def _replace(out: Path, partial: Path) -> None:

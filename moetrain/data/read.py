@@ -1,8 +1,8 @@
-"""One file's documents, read as a stream: text, JSON lines and parquet, plain or compressed.
+"""One file's documents, read as a stream: text, JSON lines, parquet and Arrow streams, plain or compressed.
 
-JSON lines are read block by block and parquet row group by row group (pyarrow decodes one as a whole), so a file may be
-larger than memory. A text file is held in memory whole while it is read, since a delimiter is a regular expression that
-may span lines.
+JSON lines are read block by block, parquet row group by row group and Arrow record batch by record batch (pyarrow
+decodes one as a whole), so a file may be larger than memory. A text file is held in memory whole while it is read,
+since a delimiter is a regular expression that may span lines.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+import numpy as np
 
 from moetrain.config.errors import DataError
 from moetrain.data.sources import SourceFile, compression_of, kind_of
@@ -26,7 +28,7 @@ ROWS = 128  # parquet rows that are Python objects at once
 BOM = b"\xef\xbb\xbf"
 REPLACEMENT = "\ufffd"
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell them; UTF-8 cannot
-PACKAGES = {".zst": "zstandard", "parquet": "pyarrow"}  # of the optional extra 'data'
+PACKAGES = {".zst": "zstandard", "parquet": "pyarrow", "arrow": "pyarrow"}  # of the optional extra 'data'
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,15 @@ def check_packages(path: Path) -> None:
     """Raise DataError when a package that is needed to read ``path`` is not installed."""
     for need in (compression_of(path), kind_of(path)):
         if need in PACKAGES:
-            try:
-                importlib.import_module(PACKAGES[need])
-            except ImportError:
-                raise DataError(
-                    f"'{path}' needs the package {PACKAGES[need]}; install it with pip install 'moetrain[data]'"
-                ) from None
+            needed(PACKAGES[need], path)
+
+
+def needed(package: str, path: Path | str) -> Any:
+    """The module ``package``. Raises DataError when it is not installed, which reading ``path`` needs."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise DataError(f"'{path}' needs the package {package}; install it with pip install 'moetrain[data]'") from None
 
 
 def file_digest(path: Path) -> str:
@@ -60,6 +65,19 @@ def file_digest(path: Path) -> str:
 
 def _digest_of(path: Path, sha256: str) -> str:
     return sha256 if kind_of(path) == "text" else f"{kind_of(path)}:{sha256}"
+
+
+Document = str | np.ndarray  # a text, or the token ids of one (tokens.py)
+
+
+class DocumentReader(Protocol):
+    """What prepare needs of one reading of one file: its documents, once, and the attributes of ``Reader``."""
+
+    position: int
+    replaced: int
+    digest: str
+
+    def __iter__(self) -> Iterator[Document]: ...
 
 
 class Reader:
@@ -79,14 +97,18 @@ class Reader:
         self._sha256 = hashlib.sha256()
 
     def __iter__(self) -> Iterator[str]:
-        kinds = {"text": self._texts, "jsonl": self._json_texts, "parquet": self._row_texts}
         try:
-            for document in kinds[kind_of(self.path)]():
+            for document in self._every():
                 if document and not document.isspace():
                     yield document
         except OSError as error:
-            raise DataError(f"cannot read '{self.path}': {error.strerror or _first_line(error)}") from None
+            raise DataError(f"cannot read '{self.path}': {error.strerror or first_line(error)}") from None
         self.digest = _digest_of(self.path, self._sha256.hexdigest())
+
+    def _every(self) -> Iterator[str]:
+        """All documents, with the empty ones."""
+        kinds = {"text": self._texts, "jsonl": self._json_texts, "parquet": self._row_texts, "arrow": self._row_texts}
+        return kinds[kind_of(self.path)]()
 
     # ---- bytes -----------------------------------------------------------------------------------------------------
 
@@ -127,7 +149,7 @@ class Reader:
                     block, stream = (stream.unused_data, None) if stream.eof else (b"", stream)
         except damage as error:
             raise DataError(
-                f"'{self.path}' is damaged after line {self._line}: {_first_line(error)}; make or fetch it again"
+                f"'{self.path}' is damaged after line {self._line}: {first_line(error)}; make or fetch it again"
             ) from None
         if stream is not None:
             raise DataError(f"'{self.path}' is cut off after line {self._line}; make or fetch it again")
@@ -262,45 +284,67 @@ class Reader:
             f"data.sources.{self.options.domain}.field"
         )
 
-    # ---- parquet ---------------------------------------------------------------------------------------------------
+    # ---- parquet and Arrow -----------------------------------------------------------------------------------------
 
     def _row_texts(self) -> Iterator[str]:
         """The text column of every row, ROWS rows at a time."""
         arrow = importlib.import_module("pyarrow")
-        row = 0
+        row, kind = 0, "an Arrow stream" if kind_of(self.path) == "arrow" else "parquet"
         try:
-            for values, share in self._batches(arrow, importlib.import_module("pyarrow.parquet")):
-                self.position = int(self.size * share)
+            for values in self._stream_rows(arrow) if kind_of(self.path) == "arrow" else self._parquet_rows(arrow):
                 for value in values:
                     row += 1
                     yield self._row_text(value, f"row {row}")
         except (arrow.ArrowException, OSError) as error:
             raise DataError(
-                f"'{self.path}' is not parquet, or damaged or cut off after row {row}: {_first_line(error)}; make or "
+                f"'{self.path}' is not {kind}, or damaged or cut off after row {row}: {first_line(error)}; make or "
                 f"fetch it again"
             ) from None
-        for _ in self._raw():  # parquet is not read from front to end: the hash is taken after it
+        for _ in self._raw():  # these are not read from front to end: the hash is taken after it
             pass
 
-    def _batches(self, arrow: Any, parquet: Any) -> Iterator[tuple[list[bytes | None], float]]:
-        """(values of the text column, share of all rows that are read with them), ROWS rows at a time."""
+    def _parquet_rows(self, arrow: Any) -> Iterator[list[bytes | None]]:
+        """Values of the text column, ROWS rows at a time."""
         field, done = self.options.field, 0
-        with parquet.ParquetFile(self.path, buffer_size=READ_BLOCK, pre_buffer=False) as file:
-            if field not in file.schema_arrow.names:
-                raise self._no_field("(its columns)", file.schema_arrow.names)
-            kind = file.schema_arrow.field(field).type
-            text = kind.value_type if arrow.types.is_dictionary(kind) else kind
-            if text not in (arrow.string(), arrow.large_string(), arrow.string_view()):
-                raise DataError(
-                    f"'{self.path}': column '{field}' holds {kind}, not text; correct the file or "
-                    f"data.sources.{self.options.domain}.field"
-                )
+        with importlib.import_module("pyarrow.parquet").ParquetFile(
+            self.path, buffer_size=READ_BLOCK, pre_buffer=False
+        ) as file:
+            self._check_column(arrow, file.schema_arrow)
             for batch in file.iter_batches(batch_size=ROWS, columns=[field]):
-                column = batch.column(batch.schema.names.index(field))
-                column = column.dictionary_decode() if arrow.types.is_dictionary(kind) else column
                 done += batch.num_rows
-                # as bytes, so that invalid UTF-8 is met by the same rules as elsewhere
-                yield column.cast(arrow.large_binary()).to_pylist(), done / file.metadata.num_rows
+                self.position = int(self.size * done / file.metadata.num_rows)
+                yield self._values(arrow, batch)
+
+    def _stream_rows(self, arrow: Any) -> Iterator[list[bytes | None]]:
+        """Values of the text column, in memory one record batch."""
+        with open(self.path, "rb") as file, arrow.ipc.open_stream(file) as stream:
+            self._check_column(arrow, stream.schema)
+            for batch in stream:
+                self.position = file.tell()
+                for first in range(0, batch.num_rows, ROWS):
+                    yield self._values(arrow, batch.slice(first, ROWS))
+
+    def _check_column(self, arrow: Any, schema: Any) -> None:
+        """Raise DataError unless the field is a column of text."""
+        field = self.options.field
+        if field not in schema.names:
+            raise self._no_field("(its columns)", schema.names)
+        kind = schema.field(field).type
+        text = kind.value_type if arrow.types.is_dictionary(kind) else kind
+        if text not in (arrow.string(), arrow.large_string(), arrow.string_view()):
+            raise DataError(
+                f"'{self.path}': column '{field}' holds {kind}, not text; correct the file or "
+                f"data.sources.{self.options.domain}.field"
+            )
+
+    def _values(self, arrow: Any, batch: Any) -> list[bytes | None]:
+        """The text column of a record batch or table, as bytes, so that invalid UTF-8 is met by the same rules as
+        elsewhere."""
+        column = batch.column(batch.schema.names.index(self.options.field))
+        if isinstance(column, arrow.ChunkedArray):
+            column = column.combine_chunks()
+        column = column.dictionary_decode() if arrow.types.is_dictionary(column.type) else column
+        return column.cast(arrow.large_binary()).to_pylist()
 
     def _row_text(self, value: bytes | None, where: str) -> str:
         if value is None:
@@ -320,5 +364,5 @@ def _json_type(value: object) -> str:
     return names.get(type(value), "a number")
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or ["unknown error"])[0]

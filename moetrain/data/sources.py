@@ -1,4 +1,4 @@
-"""Raw text: from the paths of a domain to its files, and what kind each is. `read.py` reads them."""
+"""Raw text: from the paths of a source to its files, and what kind each is. `read.py` reads them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import glob
 import importlib.resources
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,15 +27,18 @@ TEXT_SUFFIXES = frozenset(
 )
 COMPRESSIONS = (".gz", ".zst")
 JSON_LINES = (".jsonl", ".ndjson")
+SAVED_MARKS = ("state.json", "dataset_dict.json")  # in folders that save_to_disk of 'datasets' wrote
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One text file as it was found: enough to tell later whether it has changed."""
+    """One file as it was found: enough to tell later whether it has changed. ``form`` says who reads it: read.py,
+    tokens.py (``path`` is the .npy or .idx) or hub.py (``path`` names a data set and is no file)."""
 
     path: Path
     size: int
     mtime_ns: int
+    form: Literal["text", "tokens", "dataset"] = "text"
 
 
 def compression_of(path: Path) -> str | None:
@@ -42,19 +46,21 @@ def compression_of(path: Path) -> str | None:
     return path.suffix.lower() if path.suffix.lower() in COMPRESSIONS else None
 
 
-def kind_of(path: Path) -> Literal["text", "jsonl", "parquet"]:
+def kind_of(path: Path) -> Literal["text", "jsonl", "parquet", "arrow"]:
     """How a file is read, by its ending: JSON lines are .jsonl and .ndjson, and .json where it is compressed (large
     corpora are published so); what is not known is text."""
     compressed = compression_of(path) is not None
     ending = (path.with_suffix("") if compressed else path).suffix.lower()
     if ending in JSON_LINES or (compressed and ending == ".json"):
         return "jsonl"
-    return "parquet" if ending == ".parquet" and not compressed else "text"
+    if compressed:
+        return "text"
+    return "parquet" if ending == ".parquet" else "arrow" if ending == ".arrow" else "text"
 
 
 def _in_folder(path: Path) -> bool:
     """Whether a folder gives this file: with a known ending, and compressed only where it holds JSON lines."""
-    return kind_of(path) != "text" or path.suffix.lower() in TEXT_SUFFIXES
+    return kind_of(path) in ("jsonl", "parquet") or path.suffix.lower() in TEXT_SUFFIXES
 
 
 def resolve(path: str) -> str:
@@ -71,26 +77,33 @@ def find_files(domain: str, source: SourceConfig) -> list[SourceFile]:
     Raises DataError for a path that does not exist, a glob that matches no file, and a folder without text.
     """
     if not source.paths:
-        raise DataError(f"domain '{domain}' has no text: give data.sources.{domain}.paths, or remove the domain")
+        raise DataError(f"domain '{domain}' has no text: give data.sources.{domain}.paths, dataset or tokens")
     found: dict[Path, SourceFile] = {}
     for path in source.paths:
-        for file in _matches(domain, path):
+        for file in matching(domain, path):
             stat = file.stat()
             found.setdefault(file.resolve(), SourceFile(file, stat.st_size, stat.st_mtime_ns))
     return list(found.values())
 
 
-def _matches(domain: str, path: str) -> list[Path]:
-    """The files that one entry of ``paths`` stands for."""
+def matching(
+    source: str, path: str, wanted: Callable[[Path], bool] = _in_folder, field: str = "paths", what: str = "text"
+) -> list[Path]:
+    """The files that one entry of the list ``data.sources.SOURCE.FIELD`` stands for; of a folder those that are
+    ``wanted``. Raises DataError as ``find_files``."""
     name = resolve(path)
     if os.path.isdir(name):
+        if any((Path(name) / mark).is_file() for mark in SAVED_MARKS):
+            raise DataError(
+                f"domain '{source}': folder '{path}' is a data set that save_to_disk wrote; give it as "
+                f"data.sources.{source}.dataset"
+            )
         every = sorted(p for p in Path(name).rglob("*") if p.is_file())
-        files = [p for p in every if _in_folder(p) and not _hidden(p.relative_to(name))]
+        files = [p for p in every if wanted(p) and not _hidden(p.relative_to(name))]
         if not files:
             raise DataError(
-                f"domain '{domain}': folder '{path}' holds {len(every)} files and none with a known text "
-                f"ending; name the files by a "
-                f"glob such as '{path}/**/*.dat'"
+                f"domain '{source}': folder '{path}' holds {len(every)} files and none with a known {what} ending; "
+                f"name the files by a glob such as '{path}/**/*.dat'"
             )
     elif os.path.exists(name):
         files = [Path(name)]
@@ -98,13 +111,13 @@ def _matches(domain: str, path: str) -> list[Path]:
         files = sorted(Path(p) for p in glob.glob(name, recursive=True) if os.path.isfile(p))
         if not files:
             raise DataError(
-                f"domain '{domain}': no file matches '{path}' (looked from {os.getcwd()}); correct "
-                f"data.sources.{domain}.paths"
+                f"domain '{source}': no file matches '{path}' (looked from {os.getcwd()}); correct "
+                f"data.sources.{source}.{field}"
             )
     else:
         raise DataError(
-            f"domain '{domain}': '{path}' does not exist (looked from {os.getcwd()}); correct "
-            f"data.sources.{domain}.paths"
+            f"domain '{source}': '{path}' does not exist (looked from {os.getcwd()}); correct "
+            f"data.sources.{source}.{field}"
         )
     return files
 

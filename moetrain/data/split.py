@@ -3,34 +3,53 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+import numpy as np
 
 
 @dataclass(frozen=True, slots=True)
 class DocumentKey:
-    """A document as the split sees it: a hash of its text and its length in bytes."""
+    """A document as the split sees it: a hash of its text or its token ids, and its length in bytes or in tokens."""
 
     digest: bytes
     size: int
 
     @classmethod
-    def of(cls, text: str) -> DocumentKey:
-        """Key of a document's text."""
-        data = text.encode("utf-8")
+    def of(cls, document: str | np.ndarray) -> DocumentKey:
+        """Key of a document's text or token ids."""
+        if isinstance(document, np.ndarray):
+            ids = document.astype("<i8").tobytes()
+            return cls(hashlib.blake2b(ids, digest_size=16, person=b"tokens").digest(), len(document))
+        data = document.encode("utf-8")
         return cls(hashlib.blake2b(data, digest_size=16).digest(), len(data))
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Documents that are held out whole, by number, and at most one (number, bytes) whose tail is."""
+    """Documents that are held out whole, by number, and at most one (number, bytes or tokens) whose tail is."""
 
     whole: frozenset[int]
     cut: tuple[int, int] | None
 
 
-def choose_held_out(documents: Sequence[DocumentKey], fraction: float) -> HeldOut:
+class Keys:
+    """The keys of many documents, 24 bytes each."""
+
+    def __init__(self, keys: Iterable[DocumentKey] = ()) -> None:
+        self.digests, self.sizes = bytearray(), array("q")
+        for key in keys:
+            self.add(key)
+
+    def add(self, key: DocumentKey) -> None:
+        """Append the key of the next document."""
+        self.digests += key.digest
+        self.sizes.append(key.size)
+
+
+def choose_held_out(documents: Keys, fraction: float) -> HeldOut:
     """Hold out about ``fraction`` of the bytes: whole documents in the order of their hashes, equal ones together.
 
     So the choice depends on the texts alone, and no held-out document is also trained on. A document that would
@@ -38,22 +57,38 @@ def choose_held_out(documents: Sequence[DocumentKey], fraction: float) -> HeldOu
     wanted (few, long documents), the rest is the tail of the longest other document (one that has no copy, if there
     is any).
     """
-    wanted = fraction * sum(d.size for d in documents)
-    copies = Counter(d.digest for d in documents)
-    size = {d.digest: d.size * copies[d.digest] for d in documents}
-    taken, chosen = 0, set()
-    for digest in sorted(size):
+    sizes = np.frombuffer(documents.sizes, dtype=np.int64)
+    wanted = fraction * int(sizes.sum())
+    high, low = np.frombuffer(documents.digests, dtype=">u8").reshape(-1, 2).T
+    order = np.lexsort((low, high))
+    new = np.ones(len(order), dtype=bool)  # where a run of equal documents begins
+    new[1:] = (np.diff(high[order]) != 0) | (np.diff(low[order]) != 0)
+    starts = np.flatnonzero(new)
+    taken, chosen = 0, []
+    for group, size in enumerate(np.add.reduceat(sizes[order], starts)):
         if taken >= wanted:
             break
-        if taken + size[digest] <= 1.25 * wanted:
-            taken += size[digest]
-            chosen.add(digest)
-    whole = frozenset(i for i, d in enumerate(documents) if d.digest in chosen)
+        if taken + size <= 1.25 * wanted:
+            taken += int(size)
+            chosen.append(group)
+    group_of = np.cumsum(new) - 1  # of each document in ``order``
+    held = order[np.isin(group_of, chosen)]
+    whole = frozenset(held.tolist())
     if taken >= wanted / 2:
         return HeldOut(whole, None)
-    others = (i for i in range(len(documents)) if i not in whole)
-    longest = max(others, key=lambda i: (copies[documents[i].digest] == 1, documents[i].size, documents[i].digest, -i))
-    return HeldOut(whole, (longest, max(1, round(wanted - taken))))
+    single = np.zeros(len(order), dtype=bool)
+    single[order] = np.bincount(group_of)[group_of] == 1
+    others = np.setdiff1d(np.arange(len(order)), held)
+    longest = others[np.lexsort((-others, low[others], high[others], sizes[others], single[others]))[-1]]
+    return HeldOut(whole, (int(longest), max(1, round(wanted - taken))))
+
+
+def cut(document: str | np.ndarray, tail: int) -> tuple[str | np.ndarray, str | np.ndarray]:
+    """A document in two, the second about ``tail`` UTF-8 bytes or exactly ``tail`` tokens long."""
+    if isinstance(document, np.ndarray):
+        at = max(1, len(document) - tail)
+        return document[:at], document[at:]
+    return cut_tail(document, tail)
 
 
 def cut_tail(text: str, tail: int) -> tuple[str, str]:

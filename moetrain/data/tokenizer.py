@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,20 +93,22 @@ def _configured_eos(config: Path) -> str | None:
     return eos.get("content") if isinstance(eos, dict) else eos
 
 
-def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
+def train_tokenizer(texts: Iterator[str], vocab_size: int, special: Sequence[str] = ()) -> Tokenizer:
     """Byte-level BPE with GPT-2's pre-tokenisation: any text round-trips, and no text is unknown. The same text gives
-    the same tokenizer."""
+    the same tokenizer. ``special``: tokens beside the one that ends a document."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    if vocab_size <= len(alphabet):
+    tokens = [EOS, *special]
+    if vocab_size < len(alphabet) + len(tokens):
+        names = EOS if not special else f"{EOS} and {len(special)} tokens of data.objective"
         raise DataError(
-            f"data.tokenizer.vocab_size={vocab_size} has no room for the {len(alphabet)} bytes and {EOS}; use "
-            f"{len(alphabet) + 1} or more"
+            f"data.tokenizer.vocab_size={vocab_size} has no room for the {len(alphabet)} bytes and {names}; use "
+            f"{len(alphabet) + len(tokens)} or more"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[EOS], initial_alphabet=sorted(alphabet), show_progress=False
+        vocab_size=vocab_size, special_tokens=tokens, initial_alphabet=sorted(alphabet), show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer=trainer)
     return tokenizer

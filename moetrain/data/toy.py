@@ -12,10 +12,12 @@ TEXTS = {
 }
 
 
-def toy_data(folder: Path, document_mask: bool = False) -> DataConfig:
+def toy_data(folder: Path, like: DataConfig | None = None) -> DataConfig:
     """Two domains, each a file of 400 documents of 3 to 40 characters, written to ``folder``; ready for ``prepare``.
 
-    A window of 16 tokens mostly holds several documents."""
+    A window of 16 tokens mostly holds several documents. like: what it says of windows holds and objectives.
+    """
+    like = like or DataConfig()
     sources = {}
     for name, text in TEXTS.items():
         lines = [(text * 2)[i % 7 : i % 7 + 3 + i * 11 % 38] for i in range(400)]
@@ -28,5 +30,9 @@ def toy_data(folder: Path, document_mask: bool = False) -> DataConfig:
         dir=str(folder / "prepared"),
         sources=sources,
         tokenizer=TokenizerConfig(vocab_size=300),
-        document_mask=document_mask,
+        document_mask=like.document_mask,
+        packing=like.packing,
+        objective=like.objective,
+        fim=like.fim,
+        ul2=like.ul2,
     )

@@ -1,4 +1,4 @@
-"""The parts of prepare that take time, on batches of texts, in this process or in several; results come in order."""
+"""The parts of prepare that take time, on batches of documents, in this process or in several; results in order."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 
 from moetrain.config.errors import DataError
 from moetrain.data.filters import FILTERS
+from moetrain.data.read import Document
 from moetrain.data.split import DocumentKey
 from moetrain.data.tokenizer import ids_of
 
@@ -26,14 +27,17 @@ K = TypeVar("K")
 R = TypeVar("R")
 
 
-def look_at(filter_name: str, texts: list[str]) -> list[tuple[DocumentKey, str | None]]:
-    """Key of each text, and the rule of the filter that it breaks, if it breaks one."""
-    return [(DocumentKey.of(text), FILTERS[filter_name](text)) for text in texts]
+def look_at(filter_name: str, documents: list[Document]) -> list[tuple[DocumentKey, str | None]]:
+    """Key of each document, and the rule of the filter that its text breaks, if it breaks one."""
+    return [(DocumentKey.of(d), FILTERS[filter_name](d) if isinstance(d, str) else None) for d in documents]
 
 
-def tokenize(file: Path, texts: list[str]) -> list[np.ndarray]:
-    """Token ids of each text by the tokenizer.json ``file``, which every process reads once: a tokenizer that is sent
-    with every batch would be megabytes of text."""
+def tokenize(file: Path, documents: list[Document]) -> list[np.ndarray]:
+    """Token ids of each document; of texts by the tokenizer.json ``file``, which every process reads once: a tokenizer
+    that is sent with every batch would be megabytes of text. A batch is all texts or all ids, since a source is."""
+    texts = [document for document in documents if isinstance(document, str)]
+    if len(texts) < len(documents):
+        return [np.asarray(document, dtype=np.int64) for document in documents]
     tokenizer = _tokenizer_of(file, file.stat().st_mtime_ns)  # the next data set may have its own at the same path
     return [np.asarray(ids, dtype=np.int64) for ids in ids_of(tokenizer, texts)]
 
@@ -61,17 +65,19 @@ class Workers:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def map(self, function: Callable[[list[str]], R], batches: Iterable[tuple[K, list[str]]]) -> Iterator[tuple[K, R]]:
-        """(key, function(texts)) of every (key, texts), in order. At most two batches per process are read ahead, so
-        memory stays bounded. Raises DataError when a process is killed."""
+    def map(
+        self, function: Callable[[list[Document]], R], batches: Iterable[tuple[K, list[Document]]]
+    ) -> Iterator[tuple[K, R]]:
+        """(key, function(documents)) of every (key, documents), in order. At most two batches per process are read
+        ahead, so memory stays bounded. Raises DataError when a process is killed."""
         if self._pool is None:
-            for key, texts in batches:
-                yield key, function(texts)
+            for key, documents in batches:
+                yield key, function(documents)
             return
         waiting: deque[tuple[K, Future[R]]] = deque()
         try:
-            for key, texts in batches:
-                waiting.append((key, self._pool.submit(function, texts)))
+            for key, documents in batches:
+                waiting.append((key, self._pool.submit(function, documents)))
                 if len(waiting) >= 2 * self.processes:
                     first, result = waiting.popleft()
                     yield first, result.result()

@@ -64,6 +64,7 @@ class Decoder(nn.Module):
         *,
         positions_BS: Tensor | None = None,
         document_BN: Tensor | None = None,
+        prefix_BN: Tensor | None = None,
         seq_len: int | None = None,
         step: int = 0,
         reduction: Reduction = "sum",
@@ -72,11 +73,11 @@ class Decoder(nn.Module):
 
         tokens_BS: int. targets_BS: int, -100 where a position has no loss; the loss is summed over the others ("sum": a
         scalar) or given for each ("none": (B, S), 0 where there is no target) and never builds all logits at once.
-        positions_BS: int; None: 0 to S-1. document_BN: see ``Places``. seq_len: N; None: S.
+        positions_BS: int; None: 0 to S-1. document_BN, prefix_BN: see ``Places``. seq_len: N; None: S.
         step: optimizer step, for scheduled numbers.
         """
         x = self.embedded(tokens_BS)
-        places = self.places(x, seq_len or tokens_BS.shape[1], document_BN, positions_BS)
+        places = self.places(x, seq_len or tokens_BS.shape[1], document_BN, positions_BS, prefix_BN)
         x, carry = self.forward_layers(x, self.first_carry(x), places, step)
         return self.output(x, targets_BS, reduction), carry
 
@@ -86,11 +87,23 @@ class Decoder(nn.Module):
         return self.vocabulary.embed(tokens_BS, _weight(self.embed))
 
     def places(
-        self, like: Tensor, seq_len: int, document_BN: Tensor | None = None, positions_BS: Tensor | None = None
+        self,
+        like: Tensor,
+        seq_len: int,
+        document_BN: Tensor | None = None,
+        positions_BS: Tensor | None = None,
+        prefix_BN: Tensor | None = None,
     ) -> Places:
         """Where the tokens of a forward pass over sequences of ``seq_len`` (N) tokens stand; see ``Rope.places``."""
         index_S = None if self.index_of is None else self.index_of(seq_len)
-        return self.rope.places(seq_len, like, index_S=index_S, document_BN=document_BN, positions_BS=positions_BS)
+        return self.rope.places(
+            seq_len,
+            like,
+            index_S=index_S,
+            document_BN=document_BN,
+            positions_BS=positions_BS,
+            prefix_BN=prefix_BN,
+        )
 
     def first_carry(self, x: Tensor) -> Carry:
         """The carry that enters the first block: no auxiliary loss yet. Its sums are float32 or wider."""

@@ -16,7 +16,9 @@ class Places:
 
     seq_len: N. index_S: int64 (S,), where each of this rank's tokens stands in its sequence; None: all N are here, in
     order. document_BN: int (B, N), the document of every token of the whole sequences, numbered in ascending order;
-    attention stays within a document. None: a sequence is one document. device: of these and of the masks.
+    attention stays within a document. None: a sequence is one document. prefix_BN: bool (B, N), True for tokens that
+    those before them see too, as the tokens of a prefix do (UniLM, arXiv 1905.03197); None: plain causal. device: of
+    these and of the masks.
     cos, sin: rotary tables of this rank's tokens, (S, 1, r/2), or (B, S, 1, r/2) where sequences differ; they broadcast
     over heads. r is the rotated width of a head.
     kept: what cores made from the places for one block, for the blocks after it; the key names it.
@@ -32,8 +34,9 @@ class Places:
         index_S: Tensor | None = None,
         document_BN: Tensor | None = None,
         device: torch.device | None = None,
+        prefix_BN: Tensor | None = None,
     ) -> None:
-        self.seq_len, self.index_S, self.document_BN = seq_len, index_S, document_BN
+        self.seq_len, self.index_S, self.document_BN, self.prefix_BN = seq_len, index_S, document_BN, prefix_BN
         self.device = device or torch.device("cpu")
         self.kept: dict[Any, Any] = {}
 
@@ -48,11 +51,13 @@ class Places:
         return position_BN if self.index_S is None else position_BN.index_select(1, self.index_S)
 
     def mask(self, window: int | None) -> Tensor | None:
-        """True where one of this rank's tokens (row) sees another (column): (S, S), or (B, 1, S, S) with documents.
+        """True where one of this rank's tokens (row) sees another (column): (S, S), or (B, 1, S, S) with documents
+        or prefixes.
         None: plain causal attention in order."""
         window = self.effective(window)
         if ("mask", window) not in self.kept:
-            plain = window is None and self.document_BN is None and self.index_S is None
+            masked = self.document_BN is not None or self.prefix_BN is not None
+            plain = window is None and not masked and self.index_S is None
             own = None if plain else self.own_index()
             self.kept["mask", window] = None if own is None else self.sees(own, own, window)
         return self.kept["mask", window]
@@ -68,18 +73,21 @@ class Places:
     def whole(self) -> Places:
         """The same sequences as a rank sees them that holds all of their tokens, in order; for masks (no tables)."""
         if "whole" not in self.kept:
-            self.kept["whole"] = Places(self.seq_len, None, self.document_BN, self.device)
+            self.kept["whole"] = Places(self.seq_len, None, self.document_BN, self.device, self.prefix_BN)
         return self.kept["whole"]
 
     def sees(self, query_Q: Tensor, key_K: Tensor, window: int | None) -> Tensor:
         """True where the token at index ``query_Q`` of a sequence sees the one at ``key_K``: (Q, K), or
-        (B, 1, Q, K) with documents."""
+        (B, 1, Q, K) with documents or prefixes. A window reaches as far ahead in a prefix as it does back."""
         behind_QK = query_Q[:, None] - key_K[None, :]
-        seen = behind_QK >= 0 if window is None else (behind_QK >= 0) & (behind_QK < window)
-        if self.document_BN is None:
-            return seen
-        same_BQK = self.document_BN[:, query_Q, None] == self.document_BN[:, None, key_K]
-        return (seen & same_BQK).unsqueeze(1)
+        seen = behind_QK >= 0
+        if self.prefix_BN is not None:
+            seen = seen | self.prefix_BN[:, None, key_K]
+        if window is not None:
+            seen = seen & (behind_QK.abs() < window)
+        if self.document_BN is not None:
+            seen = seen & (self.document_BN[:, query_Q, None] == self.document_BN[:, None, key_K])
+        return seen if seen.dim() == 2 else seen.unsqueeze(1)
 
 
 def rotate(x: Tensor, places: Places, interleaved: bool) -> Tensor:

@@ -82,18 +82,22 @@ class Rope:
         index_S: Tensor | None = None,
         document_BN: Tensor | None = None,
         positions_BS: Tensor | None = None,
+        prefix_BN: Tensor | None = None,
     ) -> Places:
         """Places of this rank's tokens in sequences of ``seq_len`` (N) tokens, with tables in like's dtype and device.
 
         index_S: where each of them stands; None: all are here, in order. document_BN: see ``Places``; positions then
         start from 0 in every document. positions_BS: int (B, S) or (S,), rotary positions that replace these.
+        prefix_BN: see ``Places``.
         """
         index_S = self._moved(index_S, like.device)
         if document_BN is not None:
             if document_BN.shape[1] != seq_len:
                 raise ValueError(f"documents of {document_BN.shape[1]} tokens for sequences of {seq_len}")
             document_BN = document_BN.to(like.device)
-        places = Places(seq_len, index_S, document_BN, like.device)
+        if prefix_BN is not None:
+            prefix_BN = prefix_BN.to(like.device)
+        places = Places(seq_len, index_S, document_BN, like.device, prefix_BN)
         if positions_BS is None and document_BN is not None:
             positions_BS = places.position_in_document()
         if positions_BS is not None:

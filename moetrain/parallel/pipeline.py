@@ -46,6 +46,7 @@ class StagePart(Decoder):
         *sums: Tensor,
         targets_BS: Tensor | None = None,
         document_BN: Tensor | None = None,
+        prefix_BN: Tensor | None = None,
         seq_len: int,
         step: int = 0,
     ) -> tuple[Tensor, ...]:
@@ -54,7 +55,7 @@ class StagePart(Decoder):
         if self.first:
             x = self.embedded(x)
         carry = self.first_carry(x) if not sums else Carry(sums[0])
-        x, carry = self.forward_layers(x, carry, self.places(x, seq_len, document_BN), step)
+        x, carry = self.forward_layers(x, carry, self.places(x, seq_len, document_BN, prefix_BN=prefix_BN), step)
         if self.last:
             x = self.output(x, targets_BS)
             x = x if targets_BS is None else torch.stack([x])
@@ -125,11 +126,8 @@ class Pipeline:
     def forward_backward(self, batches: list[Inputs], scale: LossScale, step: int) -> Tensor:
         self.scale = scale
         self.sums = torch.zeros(1 + len(scale.coefs), dtype=sum_dtype(self.device), device=self.device)
-        whole = Inputs(
-            torch.cat([b.tokens_BN for b in batches]),
-            torch.cat([b.targets_BN for b in batches]),
-            None if batches[0].document_BN is None else torch.cat([b.document_BN for b in batches]),  # type: ignore[misc]
-        )
+        fields = zip(*batches, strict=True)  # all the tokens, all the targets, ...
+        whole = Inputs(*(None if parts[0] is None else torch.cat(parts) for parts in fields))  # type: ignore[arg-type]
         tokens, arguments = local_inputs(self.parts[0], whole)
         first = (tokens,) if self.stages[0].first else ()
         target = arguments["targets_BS"] if self.stages[-1].last else None

@@ -19,12 +19,13 @@ from moetrain.parallel import context
 class Inputs(NamedTuple):
     """One micro-batch of whole sequences (N tokens), as the loader gives it to every rank that works on it.
 
-    tokens_BN, targets_BN: int64. document_BN: see ``Places``; None: a sequence is one document.
+    tokens_BN, targets_BN: int64. document_BN, prefix_BN: see ``Places``.
     """
 
     tokens_BN: Tensor
     targets_BN: Tensor
     document_BN: Tensor | None = None
+    prefix_BN: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ def local_inputs(part: Decoder, batch: Inputs) -> tuple[Tensor, dict[str, Any]]:
     arguments: dict[str, Any] = {"targets_BS": targets, "seq_len": seq_len}
     if batch.document_BN is not None:
         arguments["document_BN"] = batch.document_BN
+    if batch.prefix_BN is not None:
+        arguments["prefix_BN"] = batch.prefix_BN
     return tokens, arguments
 
 

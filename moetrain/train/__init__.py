@@ -31,10 +31,14 @@ def run(cfg: Config, resume: bool = False) -> None:
     timeout_s = cfg.parallel.timeout_s
     with runtime.process_group(device, timeout_s), watched(timeout_s, cfg.run_dir) as watch:
         sizes = resolve_sizes(cfg.parallel, dist.get_world_size())
+        if resume:  # what is refused leaves the run's config as it is
+            prepare_once(cfg.data)
+            preflight(cfg, resume)
         run_dir = claim(cfg, resume)
         runtime.set_up_log(run_dir, dist.get_rank())
-        prepare_once(cfg.data)
-        preflight(cfg)
+        if not resume:
+            prepare_once(cfg.data)
+            preflight(cfg)
         trainer = Trainer(cfg, sizes, run_dir)
         watch.step, watch.last_good = lambda: trainer.step, trainer.checkpointer.last_good
         if resume:

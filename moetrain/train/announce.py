@@ -10,10 +10,14 @@ from torch.distributed.tensor import DTensor
 
 from moetrain.config.errors import ConfigError
 from moetrain.config.schema import Config
+from moetrain.data.forecast import describe, warnings
+from moetrain.data.packing import padding
 from moetrain.parallel.stages import all_stages
 from moetrain.train.trainer import Trainer
 
 log = logging.getLogger("moetrain")
+
+MUCH_PADDING = 0.1
 
 
 def announce(trainer: Trainer) -> None:
@@ -35,8 +39,31 @@ def announce(trainer: Trainer) -> None:
     log.info("memory     per rank: weights, gradients and optimizer %.2f GiB, activations about %.2f GiB",
              state, activation_gib(cfg))  # fmt: skip
     log.info("data       %s: %s", cfg.data.name, ", ".join(trainer.data.describe()))
+    for level, line in packing(trainer):
+        log.log(level, "%s", line)
+    for number, line in enumerate(describe(trainer.loader, trainer.step, t.steps)):
+        log.info("%s %s", " " * 10 if number else "mixture   ", line)
+    for line in warnings(trainer.loader, t.steps):
+        log.warning("           %s", line)
+    if trainer.mixing.mixer is not None:
+        log.info("mixer      %s", trainer.mixing.describe())
     log.info("tokens     %d steps x %d sequences x %d = %s (%d micro-batches a step and rank)",
              t.steps, t.global_batch, t.seq_len, short(t.steps * t.global_batch * t.seq_len), accumulate)  # fmt: skip
+
+
+def packing(trainer: Trainer) -> list[tuple[int, str]]:
+    """What best-fit packing makes of the data: lines with the level to log them at; none without it."""
+    sampler, seq_len = trainer.sampler, trainer.cfg.train.seq_len
+    weights = sampler.history.at(trainer.loader.first_sample(trainer.step)).weights
+    found = padding(sampler.windows, weights, seq_len)
+    if found is None:
+        return []
+    lines = [(logging.INFO, f"packing    best_fit: {found.windows:,} windows of {seq_len:,} tokens, "
+              f"{100 * found.share:.3g}% padding; {found.cut:,} longer documents are cut")]  # fmt: skip
+    if found.share > MUCH_PADDING:
+        lines.append((logging.WARNING, f"           {100 * found.share:.0f}% of every step is padding: there is too "
+                      f"little text for train.seq_len={seq_len}; use a shorter one, or data.packing=cut"))  # fmt: skip
+    return lines
 
 
 def kernels(cfg: Config, device: torch.device) -> tuple[str, str]:

@@ -14,15 +14,24 @@ from torch.distributed.tensor import DTensor
 from moetrain.checkpoint import apply_state, gather_state
 from moetrain.comm.ranks import Ranks
 from moetrain.config.schema import Config
-from moetrain.data.loader import Batch
+from moetrain.data.loader import IGNORE, Batch
 from moetrain.moe.balance import aux_coefs, aux_names
 from moetrain.optim import build_optimizer
 from moetrain.optim.offload import keep_state_on_host
 from moetrain.parallel import tensor
 from moetrain.parallel.apply import build_parallel
 from moetrain.parallel.mesh import ParallelDims
-from moetrain.parallel.run import LossScale
-from moetrain.train.step import StepFigures, all_loads, clip_gradients, count_tokens, forget_loads, inputs_of
+from moetrain.parallel.run import Inputs, LossScale
+from moetrain.train.step import (
+    Gradient,
+    StepFigures,
+    all_loads,
+    clip_gradients,
+    count_tokens,
+    forget_loads,
+    inputs_of,
+    local_gradients,
+)
 
 
 class Engine(Protocol):
@@ -39,6 +48,11 @@ class Engine(Protocol):
 
     def loss(self, batch: Batch, step: int) -> Tensor:
         """This rank's share of the summed loss of ``batch``, a scalar; over all ranks of the world shares add up."""
+        ...
+
+    def gradient(self, batches: list[Batch], step: int) -> Gradient:
+        """Gradient of the mean loss over ``batches`` (as many on every rank), without auxiliary terms, unclipped.
+        Between steps only; leaves everything as it was. Raises ConfigError where the engine keeps no gradients."""
         ...
 
     def next_logits(self, tokens_1N: Tensor, last: int) -> Tensor:
@@ -97,11 +111,8 @@ class TorchEngine:
     def train_step(self, batches: list[Batch], step: int, lr_factor: float) -> StepFigures:
         inputs = [inputs_of(batch, self.device) for batch in batches]
         targets, tokens = count_tokens(inputs, self.dims)
-        sums = self.runner.forward_backward(inputs, LossScale(targets, tokens, aux_coefs(self.cfg.balance, step)), step)
+        sums = self._backward(inputs, LossScale(targets, tokens, aux_coefs(self.cfg.balance, step)), step)
         dist.all_reduce(sums)
-        self.runner.gradients_in_place()
-        if self.copies:
-            tensor.sum_copies(self.copies, self.dims.group("tp"))
         grad_norm = clip_gradients(self.model, self.cfg.train.clip_norm, self.dims.stage_group.size())
         loss, *terms = sums.tolist()
         aux = {name: value / tokens for name, value in zip(self.aux_names, terms, strict=True)}
@@ -113,10 +124,26 @@ class TorchEngine:
             self.runner.weights_updated()
         self.optimizer.zero_grad(set_to_none=True)
         loads = all_loads(self.model, self.cfg.model, self.dims, step) if finite else forget_loads(self.model)
-        return StepFigures(loss / max(targets, 1), aux, tokens, grad_norm, loads)
+        return StepFigures(loss / max(targets, 1), aux, tokens, targets, grad_norm, loads)
 
     def loss(self, batch: Batch, step: int) -> Tensor:
         return self.runner.loss(inputs_of(batch, self.device), step)
+
+    def gradient(self, batches: list[Batch], step: int) -> Gradient:
+        """See ``Engine``."""
+        inputs = [inputs_of(batch, self.device) for batch in batches]
+        # A pipeline's schedule is made for a step's number of micro-batches.
+        padding = Inputs(*(None if x is None else x.clone() for x in inputs[0]))  # type: ignore[arg-type]
+        padding.targets_BN.fill_(IGNORE)
+        wanted = self.cfg.train.global_batch // (self.cfg.train.micro_batch * self.dims.data_size)
+        if self.dims.sizes.pp > 1:
+            inputs += [padding] * (wanted - len(inputs))
+        targets, tokens = count_tokens(inputs, self.dims)
+        self._backward(inputs, LossScale(targets, tokens, [0.0] * len(self.aux_names)), step)
+        found = Gradient(local_gradients(self.model, self.dims.stage_group.size()))
+        self.optimizer.zero_grad(set_to_none=True)
+        forget_loads(self.model)
+        return found
 
     def next_logits(self, tokens_1N: Tensor, last: int) -> Tensor:
         sizes = self.dims.sizes
@@ -131,6 +158,14 @@ class TorchEngine:
         # Those who have it all have the same; the others have nothing.
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
         return found
+
+    def _backward(self, inputs: list[Inputs], scale: LossScale, step: int) -> Tensor:
+        """Whole gradients in place; this rank's share of the sums, see ``Runner.forward_backward``."""
+        sums = self.runner.forward_backward(inputs, scale, step)
+        self.runner.gradients_in_place()
+        if self.copies:
+            tensor.sum_copies(self.copies, self.dims.group("tp"))
+        return sums
 
     def weights(self) -> dict[str, Tensor]:
         return self.model.state_dict()

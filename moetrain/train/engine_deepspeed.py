@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moetrain.config.errors import ConfigError
 from moetrain.config.schema import Config
 from moetrain.data.loader import Batch
 from moetrain.model.decoder import Decoder
@@ -25,7 +26,7 @@ from moetrain.parallel.run import Inputs, LossScale, local_inputs, sum_dtype
 from moetrain.parallel.zero import build_zero, import_deepspeed, is_expert, share_gathers
 from moetrain.train.deepspeed_nvme import get_file_access_ready
 from moetrain.train.deepspeed_state import ZeroState
-from moetrain.train.step import StepFigures, count_tokens, forget_loads, inputs_of
+from moetrain.train.step import Gradient, StepFigures, count_tokens, forget_loads, inputs_of
 
 # Elements that are reduced in one go; DeepSpeed's own choice of 5e8 takes 4 GB of buffers.
 BUCKET = 2**26
@@ -80,13 +81,17 @@ class DeepSpeedEngine:
             grad_norm = float(self.engine.get_global_grad_norm())
         known = math.isfinite(grad_norm)
         loads = end_of_step(self.model, self.dims.stage_group, step) if known else forget_loads(self.model)
-        return StepFigures(loss_sum / max(targets, 1), aux, tokens, grad_norm, loads)
+        return StepFigures(loss_sum / max(targets, 1), aux, tokens, targets, grad_norm, loads)
 
     @torch.no_grad()
     def loss(self, batch: Batch, step: int) -> Tensor:
         """See ``Engine``."""
         loss: Tensor = self._forward(inputs_of(batch, self.device), step)[0]
         return loss
+
+    def gradient(self, batches: list[Batch], step: int) -> Gradient:
+        """See ``Engine``."""
+        raise ConfigError("parallel.engine=deepspeed keeps no gradients that could be compared; use torch")
 
     @torch.no_grad()
     def next_logits(self, tokens_1N: Tensor, last: int) -> Tensor:

@@ -37,9 +37,8 @@ def finish(trainer: Trainer, evaluation: Evaluation) -> dict[str, Any]:
         text = generate(trainer.engine, trainer.data.tokenizer(), prompt, g.max_tokens, g.temperature, cfg.seed + i)
         log.info("sample     %r", text)
     summary = {
-        **so_far(trainer, "finished"),
-        "val_loss": evaluation.loss,
-        "val_loss_by_domain": evaluation.by_domain,
+        **so_far(trainer, "finished" if trainer.step == cfg.train.steps else "the data has run out"),
+        **evaluation.metrics(),
         "val_tokens": evaluation.tokens,
         "unigram_nats": known.unigram,
         "bigram_nats": known.bigram,
@@ -66,6 +65,8 @@ def so_far(trainer: Trainer, exit_reason: str) -> dict[str, Any]:
         "steps": trainer.step,
         "tokens": trainer.tokens,
         "seconds": round(trainer.seconds, 3),
+        "data_wait_s": round(trainer.waited_s, 3),
+        "data_wait_share": round(trainer.waited_s / max(trainer.seconds, 1e-9), 6),
     }
 
 
@@ -79,6 +80,8 @@ def report(trainer: Trainer, evaluation: Evaluation, known: Baselines) -> None:
     for name, loss in evaluation.by_domain.items():
         log.info("  %-14s %.4f   (unigram %.4f, bigram %.4f)", name, loss,
                  known.by_domain[name].unigram, known.by_domain[name].bigram)  # fmt: skip
+    share = trainer.waited_s / max(trainer.seconds, 1e-9)
+    log.info("data wait  %.3g%% of the training time was waiting for data", 100 * share)
     loads = load_metrics(trainer.last_loads)
     if loads:
         per_layer = zip(loads["load_max_over_mean_by_layer"], loads["load_entropy_by_layer"], strict=True)
@@ -134,8 +137,8 @@ def transformers_loss(trainer: Trainer) -> float:
     t, data = trainer.cfg.train, trainer.data
     model = AutoModelForCausalLM.from_pretrained(trainer.run_dir / "export", dtype="auto").eval()
     total, count = 0.0, 0
-    for domain in data.domains:
-        for batch in validation_batches(data, domain, t.seq_len, t.micro_batch, t.eval_sequences, 0, 1):
+    for source in data.sources:
+        for batch in validation_batches(data, source, t.seq_len, t.micro_batch, t.eval_sequences, 0, 1):
             logits = model(batch.tokens_BS).logits.flatten(0, 1).float()
             total += float(torch.nn.functional.cross_entropy(logits, batch.targets_BS.flatten(), reduction="sum"))
             count += int((batch.targets_BS >= 0).sum())

@@ -70,7 +70,7 @@ def prove(small: Config, world: int, timeout: float = 900) -> tuple[list[Curve],
     """
     with tempfile.TemporaryDirectory(prefix="moetrain-parity-") as folder:
         small = copy.deepcopy(small)
-        small.data = toy_data(Path(folder), small.data.document_mask)
+        small.data = toy_data(Path(folder), small.data)
         small.run_dir, small.device = str(Path(folder) / "run"), "cpu"
         check_config(small)
         check_mapping(small, world)

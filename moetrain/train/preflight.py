@@ -2,20 +2,71 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from pathlib import Path
+
+from moetrain.config.errors import CheckpointError, DataError
 from moetrain.config.schema import Config
 from moetrain.convert.family import family_of
+from moetrain.data.asked import Asked, ask, domains_of
 from moetrain.data.dataset import TokenData
+from moetrain.data.objectives import Objective, build_objective
+from moetrain.data.packing import pack
+from moetrain.data.position import refuse_other_order, saved_position
 from moetrain.data.sampler import Sampler
+from moetrain.mixture.online import build_mixer
 
 
-def preflight(cfg: Config) -> None:
-    """Check prepared data and export of ``cfg``. Raises DataError or ConvertError for what could not work later."""
-    open_sampler(cfg, TokenData.open(cfg.data.dir, vocab_size=cfg.model.vocab_size))
+def preflight(cfg: Config, resume: bool = False) -> None:
+    """Check prepared data and export of ``cfg``, and whether it can go on with the run in ``cfg.run_dir``. Collective.
+    Raises a UserError for what could not work later."""
+    data = open_data(cfg)
+    sampler, _ = open_sampler(cfg, data)
+    open_objective(cfg, data)
+    if resume:
+        with suppress(CheckpointError):  # the resume itself looks for a whole one and says what is wrong
+            saved = saved_position(Path(cfg.run_dir))
+            if saved is not None:
+                refuse_other_order(sampler, saved)
+    if sampler.end is not None and sampler.end < cfg.train.global_batch:
+        raise DataError(
+            f"the data runs out after {sampler.end} samples, before one step of {cfg.train.global_batch}; raise "
+            "max_epochs, give more text, or set data.exhausted=repeat"
+        )
+    build_mixer(cfg, sampler)
     if cfg.export.at_end:
         family_of(cfg.model)
 
 
-def open_sampler(cfg: Config, data: TokenData) -> Sampler:
-    """The run's sampler over ``data``, with the weights of the config."""
-    weights = {name: source.weight for name, source in cfg.data.sources.items()}
-    return Sampler(data, cfg.seed, weights, cfg.train.seq_len)
+def open_data(cfg: Config) -> TokenData:
+    """The run's prepared data. Raises DataError."""
+    return TokenData.open(cfg.data.dir, vocab_size=cfg.model.vocab_size, domain_of=domains_of(cfg.data))
+
+
+def open_sampler(cfg: Config, data: TokenData) -> tuple[Sampler, Asked]:
+    """The run's sampler over ``data``, and what the config asks of it. Raises DataError."""
+    asked = asked_of(cfg, data)
+    first, *schedule = asked.phases
+    caps, exhausted = asked.max_epochs, asked.exhausted
+    seq_len = cfg.train.seq_len
+    sampler = Sampler(
+        data,
+        cfg.seed,
+        first.weights,
+        seq_len,
+        windows=pack(data, seq_len) if cfg.data.packing == "best_fit" else None,
+        schedule=schedule,
+        max_epochs=caps,
+        exhausted=exhausted,
+    )
+    return sampler, asked
+
+
+def open_objective(cfg: Config, data: TokenData) -> Objective | None:
+    """What rewrites the run's samples; None for next tokens. Raises DataError."""
+    return build_objective(cfg.data, data.tokenizer(), data.eos_id, cfg.train.seq_len, cfg.seed)
+
+
+def asked_of(cfg: Config, data: TokenData, step: int = 0, sample: int = 0) -> Asked:
+    """What the config asks of the mixture, in a run whose step ``step`` begins with sample ``sample``."""
+    return ask(cfg, {name: len(data.tokens(name)) for name in data.sources}, step, sample)

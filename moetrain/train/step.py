@@ -24,11 +24,13 @@ from moetrain.parallel.run import Inputs, sum_dtype
 @dataclass(frozen=True)
 class StepFigures:
     """Of one optimizer step, of the whole model and the global batch. loss: mean over targets, in nats. aux: mean
-    auxiliary terms by name. tokens: how many. grad_norm: before clipping. loads: of the experts of every layer."""
+    auxiliary terms by name. tokens, targets: how many; padding is a token that is no target. grad_norm: before
+    clipping. loads: of the experts of every layer."""
 
     loss: float
     aux: dict[str, float]
     tokens: int
+    targets: int
     grad_norm: float
     loads: Loads
 
@@ -39,9 +41,9 @@ class StepFigures:
 
 
 def inputs_of(batch: Batch, device: torch.device) -> Inputs:
-    """``batch`` on ``device``."""
-    document_BN = None if batch.document_BS is None else batch.document_BS.to(device)
-    return Inputs(batch.tokens_BS.to(device), batch.targets_BS.to(device), document_BN)
+    """``batch`` on ``device``. Copies from page-locked memory to a GPU go on while this thread does."""
+    parts = (batch.tokens_BS, batch.targets_BS, batch.document_BS, batch.prefix_BS)
+    return Inputs(*(None if part is None else part.to(device, non_blocking=True) for part in parts))  # type: ignore[arg-type]
 
 
 def count_tokens(batches: list[Inputs], dims: ParallelDims) -> tuple[int, int]:
@@ -64,9 +66,8 @@ def clip_gradients(model: nn.Module, max_norm: float, ranks: int) -> float:
     shards, each divided by the number of ranks that have the same one.
     """
     shares: dict[int, list[Tensor]] = defaultdict(list)  # number of copies -> gradients
-    for p in model.parameters():
-        if p.grad is not None:
-            shares[ranks // _parts(p.grad)].append(p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad)
+    for grad, copies in local_gradients(model, ranks).values():
+        shares[copies].append(grad)
     device = next(model.parameters()).device
     square = torch.zeros((), dtype=sum_dtype(device), device=device)
     for copies, grads in shares.items():
@@ -78,6 +79,33 @@ def clip_gradients(model: nn.Module, max_norm: float, ranks: int) -> float:
         scale = float((max_norm / (total + 1e-6)).clamp(max=1.0))
         torch._foreach_mul_([g for grads in shares.values() for g in grads], scale)
     return float(total)
+
+
+def local_gradients(model: nn.Module, ranks: int) -> dict[str, tuple[Tensor, int]]:
+    """Parameter -> (this rank's shard of its gradient, how many of the ``ranks`` that hold the same layers between them
+    have the same shard). Parameters without a gradient are left out."""
+    found = {}
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            local = p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad
+            found[name] = (local, ranks // _parts(p.grad))
+    return found
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """A gradient of the whole model: this rank's shards, as ``local_gradients`` has them."""
+
+    shards: dict[str, tuple[Tensor, int]]
+
+    def share(self, other: Gradient) -> float:
+        """This rank's share of the inner product with ``other``; over all ranks of the world shares add up. A shard
+        that several ranks have counts once."""
+        total = 0.0
+        for name in [name for name in self.shards if name in other.shards]:
+            (mine, copies), (theirs, _) = self.shards[name], other.shards[name]
+            total += float(torch.linalg.vecdot(mine.flatten(), theirs.flatten()).double()) / copies
+        return total
 
 
 def _parts(grad: Tensor) -> int:

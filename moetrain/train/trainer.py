@@ -13,8 +13,9 @@ from moetrain.checkpoint import Checkpointer, load, seed_step
 from moetrain.config import to_dict
 from moetrain.config.check import Sizes
 from moetrain.config.schema import Config
-from moetrain.data.dataset import TokenData
+from moetrain.data.forecast import why_end
 from moetrain.data.loader import Loader
+from moetrain.data.position import position, restore
 from moetrain.model.count import count_parameters, flops_per_token
 from moetrain.moe.balance import Loads
 from moetrain.optim.schedule import lr_factor
@@ -23,7 +24,8 @@ from moetrain.train import runtime
 from moetrain.train.engine import build_engine
 from moetrain.train.evaluate import Evaluation, evaluate
 from moetrain.train.metrics import Meter, load_metrics
-from moetrain.train.preflight import open_sampler
+from moetrain.train.mixing import Mixing
+from moetrain.train.preflight import asked_of, open_data, open_objective, open_sampler
 from moetrain.train.sinks import Writer
 from moetrain.train.step import bad_step
 
@@ -37,19 +39,24 @@ class Trainer:
         self.cfg, self.run_dir = cfg, run_dir
         self.device = runtime.pick_device(cfg.device)
         self.dims = ParallelDims.build(sizes, self.device.type)
-        self.data = TokenData.open(cfg.data.dir, vocab_size=cfg.model.vocab_size)
+        self.data = open_data(cfg)
+        self.sampler, self.asked = open_sampler(cfg, self.data)
         self.loader = self._loader()
         self.engine = build_engine(cfg, self.dims, self.device)
+        self.mixing = Mixing(cfg, self.engine, self.loader, self.dims)
         self.peak_lr: float = cfg.optim.lr
         self.checkpointer = Checkpointer(run_dir / "checkpoints", cfg.checkpoint.keep, cfg.checkpoint.asynchronous)
         self.parameters = count_parameters(cfg.model)
         self.step = 0
         self.tokens = 0
         self.seconds = 0.0
+        self.waited_s = 0.0  # of them, for data
         self.last_loads = Loads({}, {})
 
     def resume(self) -> None:
-        """Continue from the newest whole checkpoint, or from the start when there is none."""
+        """Continue from the newest whole checkpoint, or from the start when there is none. Raises DataError when the
+        data is not what it was."""
+        cfg = self.cfg
         newest = self.checkpointer.newest()
         if newest is None:
             log.info("no checkpoint in %s yet: starting from step 0", self.run_dir)
@@ -58,30 +65,47 @@ class Trainer:
         load(newest, state)
         progress = self.engine.load_state(state)
         self.step, self.tokens, self.seconds = progress["step"], progress["tokens"], progress["seconds"]
+        self.waited_s = progress.get("data_wait_s", 0.0)
         log.info("resumed from %s", newest)
+        if "data" in progress:
+            samples = progress["data"]["samples"]
+            self.loader.begin(self.step, samples)
+            self.asked = asked_of(cfg, self.data, self.step, samples)
+            for line in restore(self.sampler, self.asked, progress["data"]):
+                log.info("data       %s", line)
+        for line in self.mixing.load_state(progress.get("mixer"), self.step):
+            log.info("mixer      %s", line)
+
+    @property
+    def last_step(self) -> int:
+        """Steps of the whole run: ``train.steps``, or fewer where the data runs out before."""
+        end = self.sampler.end
+        return self.cfg.train.steps if end is None else min(self.cfg.train.steps, self.loader.step_of(end))
 
     def fit(self) -> Evaluation:
-        """Train until ``train.steps``, then evaluate. Raises TrainError when the loss stops being finite."""
+        """Train until ``last_step``, then evaluate. Raises TrainError when the loss stops being finite."""
         cfg = self.cfg
         writer = Writer(cfg, self.run_dir, to_dict(cfg), self.step, dist.get_rank())
         flops = flops_per_token(cfg.model, cfg.train.seq_len)
         peak = runtime.peak_tflops(self.device, cfg.log.peak_tflops)
         meter = Meter(self.device, flops, peak, dist.get_world_size())
         evaluation = None
-        while self.step < cfg.train.steps:
+        while self.step < self.last_step:
             metrics = self.train_step()
             meter.add(metrics.pop("step_tokens"), metrics["step_s"])
 
-            if self._due(cfg.train.eval_every) or self.step == cfg.train.steps:
+            if self._due(cfg.train.eval_every) or self.step == self.last_step:
                 evaluation = self.evaluate()
-                metrics |= {"val_loss": evaluation.loss, "val_loss_by_domain": evaluation.by_domain}
-            if self._due(cfg.log.every) or "val_loss" in metrics:
+                metrics |= evaluation.metrics()
+            if self._due(cfg.log.every) or "val_loss" in metrics or "mixture" in metrics:
                 writer.write(self.step, metrics | meter.read() | load_metrics(self.last_loads))
-            if self._due(cfg.checkpoint.every) or (cfg.checkpoint.at_end and self.step == cfg.train.steps):
+            if self._due(cfg.checkpoint.every) or (cfg.checkpoint.at_end and self.step == self.last_step):
                 self.checkpointer.save(self.step, self.engine.state(self._progress()))
         self.checkpointer.wait()
         self.loader.close()
         writer.close()
+        if self.step < cfg.train.steps:
+            log.info("data       has run out after step %d of %d: %s", self.step, cfg.train.steps, why_end(self.loader))
         return evaluation or self.evaluate()
 
     def evaluate(self, document_mask: bool | None = None) -> Evaluation:
@@ -93,7 +117,9 @@ class Trainer:
 
     def train_step(self) -> dict[str, Any]:
         """One optimizer step; its figures by name, of the whole model. Raises TrainError when one is not finite."""
-        cfg, step, began = self.cfg, self.step, time.perf_counter()
+        cfg, step = self.cfg, self.step
+        mixed = self.mixing.before_step(step, self.last_step - step)
+        began = time.perf_counter()
         seed_step(cfg.seed, step, dist.get_rank())
         batches = self.loader.step(step)
         waited = time.perf_counter() - began
@@ -108,19 +134,23 @@ class Trainer:
         self.tokens += figures.tokens
         seconds = time.perf_counter() - began
         self.seconds += seconds
+        self.waited_s += waited
+        padding = {} if cfg.data.packing == "cut" else {"padding_share": 1 - figures.targets / figures.tokens}
         return {"step": self.step, "tokens": self.tokens, "loss": figures.loss, "grad_norm": figures.grad_norm,
                 "lr": self.peak_lr * factor, **figures.aux, "step_s": seconds, "data_wait_s": waited,
-                "step_tokens": figures.tokens}  # fmt: skip
+                "step_tokens": figures.tokens, **padding, **mixed}  # fmt: skip
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
     def _progress(self) -> dict[str, Any]:
-        return {"step": self.step, "tokens": self.tokens, "seconds": self.seconds}
+        data = position(self.sampler, self.asked, self.loader.first_sample(self.step))
+        counts = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "data_wait_s": self.waited_s}
+        return {**counts, "data": data, "mixer": self.mixing.state()}
 
     def _loader(self) -> Loader:
         cfg, t = self.cfg, self.cfg.train
-        sampler = open_sampler(cfg, self.data)
         rank, size = self.dims.data_rank, self.dims.data_size
-        masked = cfg.data.document_mask
-        return Loader(self.data, sampler, t.global_batch, t.micro_batch, rank, size, cfg.data.workers, masked)
+        masked, pin, objective = cfg.data.document_mask, self.device.type == "cuda", open_objective(cfg, self.data)
+        batch = t.global_batch, t.micro_batch
+        return Loader(self.data, self.sampler, *batch, rank, size, cfg.data.workers, masked, pin, objective)

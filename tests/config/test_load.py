@@ -124,7 +124,7 @@ def test_interpolations_are_resolved() -> None:
 
 def test_every_registered_kind_has_described_options() -> None:
     """What --help promises: each option of each kind, and each field of the schema, has a default and a description."""
-    kinds = [registries.ROUTERS, registries.BALANCE, registries.DISPATCHERS, registries.OPTIMIZERS]
+    kinds = [registries.ROUTERS, registries.BALANCE, registries.DISPATCHERS, registries.OPTIMIZERS, registries.MIXERS]
     groups = [value for value in vars(schema).values() if hasattr(value, "__pydantic_fields__")]
     for cls in [kind.get(name).options for kind in kinds for name in kind.names()] + groups:
         assert cls.__doc__

@@ -45,6 +45,11 @@ def config(tmp_path: Path, sources: dict[str, SourceConfig], vocab_size: int = 4
     return DataConfig(**options)  # type: ignore[arg-type]
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """The bytes of every file of a folder."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> TokenData:
     """The small corpus, prepared and opened."""

@@ -30,9 +30,9 @@ def test_a_sample_is_a_pure_function_of_its_number(data: TokenData) -> None:
 def test_an_epoch_gives_every_window_of_a_domain_once(data: TokenData) -> None:
     sampler = Sampler(data, 1, None, S)
     drawn: dict[str, list[tuple[int, int]]] = {domain: [] for domain in data.domains}
-    for i in range(4 * sum(sampler.windows.values())):
+    for i in range(4 * sum(map(len, sampler.windows.values()))):
         sample = sampler.locate(i)
-        drawn[sample.domain].append((sample.epoch, sample.start))
+        drawn[sample.source].append((sample.epoch, sample.window * S))
     for domain, draws in drawn.items():
         n = (len(data.tokens(domain)) - 1) // S
         starts = {k * S for k in range(n)}
@@ -49,14 +49,14 @@ def test_a_sample_holds_the_tokens_of_its_window(data: TokenData) -> None:
         sample = sampler.locate(i)
         domain, ids = sampler[i]
         whole = np.fromfile(data.dir / f"{domain}.train.bin", dtype="<u2")
-        assert domain == sample.domain and ids.dtype == np.int64
-        assert ids.tolist() == whole[sample.start : sample.start + S + 1].tolist() and len(ids) == S + 1
-    assert {sampler.locate(i).domain for i in range(60)} == {"sea", "code"}
+        assert domain == sample.source and ids.dtype == np.int64
+        assert ids.tolist() == whole[sample.window * S : sample.window * S + S + 1].tolist() and len(ids) == S + 1
+    assert {sampler.locate(i).source for i in range(60)} == {"sea", "code"}
 
 
 def test_epochs_count_passes(data: TokenData) -> None:
     sampler = Sampler(data, 0, None, S)
-    passes = sampler.epochs(sum(sampler.windows.values()))
+    passes = sampler.epochs(sum(map(len, sampler.windows.values())))
     assert passes == pytest.approx(dict.fromkeys(data.domains, 1.0), abs=0.02)
 
 
@@ -81,11 +81,11 @@ def test_weights_are_shares_of_tokens() -> None:
 def test_text_shorter_than_one_sequence_is_refused(data: TokenData) -> None:
     long = len(data.tokens("sea"))
     with pytest.raises(
-        DataError, match=rf"domain 'sea' has {long} training tokens, less than one sequence of {long} \+"
+        DataError, match=rf"source 'sea' has {long} training tokens, less than one sequence of {long} \+"
     ):
         Sampler(data, 0, None, long)
-    assert Sampler(data, 0, None, long - 1).windows["sea"] == 1
-    assert Sampler(data, 0, {"sea": 0, "code": 1, "food": 1}, long).locate(0).domain != "sea"
+    assert len(Sampler(data, 0, None, long - 1).windows["sea"]) == 1
+    assert Sampler(data, 0, {"sea": 0, "code": 1, "food": 1}, long).locate(0).source != "sea"
 
 
 def ids_of(batches: list[Batch]) -> list[list[int]]:
@@ -162,7 +162,7 @@ def test_a_document_mask_numbers_documents_and_changes_nothing_else(data: TokenD
 def test_errors_of_the_background_thread_reach_the_step(data: TokenData) -> None:
     broken = TokenData(data.dir, data.manifest, {(d, s): data._shards[d, s] for d, s in data._shards}, vocab_size=90)
     loader = Loader(broken, Sampler(broken, 0, None, S), 8, 4, prefetch=2)
-    with pytest.raises(DataError, match=r"token \d+ of domain '\w+' is \d+, past the vocabulary of 90"):
+    with pytest.raises(DataError, match=r"token \d+ of source '\w+' is \d+, past the vocabulary of 90"):
         loader.step(0)
     loader.close()
     with pytest.raises(DataError, match="past the vocabulary of 90"):

@@ -3,6 +3,7 @@ megatron-core."""
 
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from moetrain.config.errors import DataError
-from moetrain.data.shards import Shard, ShardWriter, dtype_for
+from moetrain.data.shards import Shard, ShardWriter, TokenFile, dtype_for
 
 DOCUMENTS = [[5, 6, 7, 0], [8, 0], [1, 2, 3, 4, 5, 6, 0]]
 
@@ -76,3 +77,61 @@ def test_damaged_shards_are_refused_by_name(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=message) as error:
             Shard(tmp_path / "a")
         assert "\n" not in str(error.value)
+
+
+def test_foreign_indexes_are_refused_by_name(tmp_path: Path) -> None:
+    """What megatron-core may write and we do not: other ids, several sequences a document, modes of sequences."""
+    write(tmp_path / "a", 2048)
+    idx = (tmp_path / "a.idx").read_bytes()
+    lengths, two = struct.pack("<3i", 4, 2, 7), struct.pack("<3q", 0, 1, 3)
+    pointers = struct.pack("<3q", 0, 8, 12)
+    for content, message in [
+        (idx[:17] + b"\x05" + idx[18:], "dtype code 5; only version 1 with "),
+        (idx + b"\0\0\0", "sequence modes"),
+        (
+            struct.pack("<9sQBQQ", idx[:9], 1, 8, 3, 3) + lengths + pointers + two,
+            r"not one sequence a document \(2 documents, 3 sequences",
+        ),
+        (idx[:-8] + struct.pack("<q", 9), "not one sequence a document"),
+    ]:
+        (tmp_path / "a.idx").write_bytes(content)
+        with pytest.raises(DataError, match=message) as error:
+            Shard(tmp_path / "a")
+        assert "\n" not in str(error.value)
+    (tmp_path / "a.idx").unlink()
+    (tmp_path / "a.idx").mkdir()
+    with pytest.raises(DataError, match="cannot be read: Is a directory"):
+        Shard(tmp_path / "a")
+
+
+def test_slices_are_those_of_the_array(tmp_path: Path) -> None:
+    ids = np.random.default_rng(0).integers(0, 2**31, 1000, dtype=np.int32)
+    ids.tofile(tmp_path / "a")
+    tokens = TokenFile(tmp_path / "a", ids.dtype)
+    for where in (
+        slice(None),
+        slice(3, 9),
+        slice(990, 2000),
+        slice(7, 3),
+        slice(-5, None),
+        slice(2, 900, 7),
+        0,
+        -1,
+        999,
+    ):
+        assert np.array_equal(tokens[where], ids[where]) and np.asarray(tokens[where]).dtype == ids.dtype
+    assert len(tokens) == 1000 and tokens.nbytes == ids.nbytes and tokens.tolist() == list(ids)
+    with pytest.raises(IndexError):
+        tokens[1000]
+
+
+def test_a_file_cut_short_under_a_reader_is_one_line_and_one_deleted_stays_readable(tmp_path: Path) -> None:
+    write(tmp_path / "a", 2048)
+    tokens = Shard(tmp_path / "a").tokens
+    os.truncate(tmp_path / "a.bin", 10)  # a memory map would end this process here
+    assert tokens[:5].tolist() == DOCUMENTS[0] + [8]
+    with pytest.raises(DataError, match=r"a.bin' became shorter .* ends before token 7; restore it") as error:
+        tokens[4:8]
+    assert "\n" not in str(error.value)
+    (tmp_path / "a.bin").unlink()
+    assert tokens[:4].tolist() == DOCUMENTS[0]

@@ -89,7 +89,11 @@ COLUMNS: dict[str, dict[str, list[str]]] = {
         ],
     },
     "micro": {"1": [], "4": []},  # micro-batches of a step: see ``overrides``
-    "documents": {"-": [], "yes": ["data.document_mask=true"]},
+    "documents": {
+        "-": [],
+        "yes": ["data.document_mask=true"],
+        "packed": ["data.document_mask=true", "data.packing=best_fit"],
+    },
     "recompute": {"-": [], "selective": ["train.recompute=selective"], "full": ["train.recompute=full"]},
     "tied": {"-": [], "yes": ["model.tie_embeddings=true"]},
     "optim": {"adamw": [], "muon": ["optim=muon"]},
@@ -114,6 +118,8 @@ EXCLUDED: dict[tuple[tuple[str, str], tuple[str, str]], str] = {
     **{(("pp", s), ("micro", "1")): FEW for s in ("1f1b", "dualpipev")},
     **{(("pp", s), ("reshard", "yes")): RESHARD for s in BUBBLE},
 }
+# a level that is another one and more: where it meets a level, the other has met it
+INCLUDES = {("documents", "packed"): ("documents", "yes")}
 # pairs that could meet on more data ranks than the table has
 ELSEWHERE = {(("engine", z), ("ep", "4")): "test_deepspeed.py, zero 3 on 4 data ranks" for z in ZERO}
 
@@ -171,4 +177,4 @@ def name_of(row: Row) -> str:
 
 def pairs(row: Row) -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:
     """All pairs of levels that meet in a line."""
-    return itertools.combinations(row.items(), 2)
+    return itertools.combinations([INCLUDES.get(level, level) for level in row.items()], 2)

@@ -53,7 +53,7 @@ SIGMOID = [
 def load(folder: Path, overrides: list[str]) -> config.Config:
     """The toy run with ``overrides``, on the prepared text in ``folder``."""
     cfg = config.load([*BASE, f"run_dir={folder / 'run'}", *overrides])
-    cfg.data = toy_data(folder, cfg.data.document_mask)
+    cfg.data = toy_data(folder, cfg.data)
     return cfg
 
 

@@ -84,7 +84,7 @@ def cluster(asked: Asked, config_dirs: Sequence[str]) -> None:
 
 def documents(data: TokenData) -> Iterator[Place]:
     """All documents, those of the held-out parts too: which are held out is decided anew for the clusters."""
-    for domain in data.domains:
+    for domain in data.sources:
         for split in SPLITS:
             lengths = data.documents(domain, split).astype(np.int64)
             starts = np.concatenate([[0], np.cumsum(lengths)])

@@ -62,7 +62,9 @@ def fit(asked: Asked, console: Console) -> None:
     show_scores(console, scores, title)
     loss_of = study.loss_of(asked.predictor, target)
     found = propose(loss_of, runs.weights.mean(axis=0), asked.seed, asked.cap, asked.draws)
-    weights = show_proposal(console, runs.domains, found, target, asked.predictor)
+    weights = show_proposal(
+        console, {name: f"data.sources.{name}" for name in runs.domains}, found, target, asked.predictor
+    )
     if asked.plot:
         mine = Runs(runs.domains, runs.targets, shown.weights, predicted[asked.predictor])
         show_plot(asked.plot, f"{asked.predictor}, {title}", mine.of(target), shown, found, target)

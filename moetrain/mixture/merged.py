@@ -20,6 +20,7 @@ from moetrain.checkpoint.load import load, newest
 from moetrain.config.errors import DataError
 from moetrain.config.schema import Config
 from moetrain.convert.load import load_hf
+from moetrain.data.asked import domains_of
 from moetrain.data.dataset import TokenData
 from moetrain.data.loader import validation_batches
 from moetrain.model.decoder import Decoder
@@ -42,7 +43,7 @@ class MergedModels:
     def __init__(self, cfg: Config, folders: dict[str, Path], targets: list[str], scores: Path | None = None) -> None:
         self.cfg, self.targets, self.scores = cfg, targets, scores
         self.domains = list(folders)
-        self.data = TokenData.open(cfg.data.dir, vocab_size=cfg.model.vocab_size)
+        self.data = TokenData.open(cfg.data.dir, vocab_size=cfg.model.vocab_size, domain_of=domains_of(cfg.data))
         self.device = torch.device("cuda" if torch.cuda.is_available() and cfg.device != "cpu" else "cpu")
         self.model = Decoder(cfg.model, cfg.balance, cfg.experts).eval()
         self.weights = {domain: read_weights(self.model, folder) for domain, folder in folders.items()}
@@ -110,18 +111,17 @@ def check_one_start(models: dict[str, dict[str, Tensor]]) -> None:
 @torch.no_grad()
 def held_out_losses(model: Decoder, data: TokenData, cfg: Config, device: torch.device) -> dict[str, float]:
     """Mean loss in nats per token of each domain's held-out text, on what ``moetrain train`` evaluates."""
-    t, losses = cfg.train, {}
-    for domain in data.domains:
-        total, count = 0.0, 0
+    t = cfg.train
+    totals, counts = dict.fromkeys(data.domains, 0.0), dict.fromkeys(data.domains, 0)
+    for source in data.sources:
         for batch in validation_batches(
-            data, domain, t.seq_len, t.micro_batch, t.eval_sequences, 0, 1, cfg.data.document_mask
+            data, source, t.seq_len, t.micro_batch, t.eval_sequences, 0, 1, cfg.data.document_mask
         ):
             document = None if batch.document_BS is None else batch.document_BS.to(device)
             loss, _ = model(batch.tokens_BS.to(device), batch.targets_BS.to(device), document_BN=document)
-            total += float(loss)
-            count += int((batch.targets_BS >= 0).sum())
-        losses[domain] = total / max(count, 1)
-    return losses
+            totals[data.domain_of[source]] += float(loss)
+            counts[data.domain_of[source]] += int((batch.targets_BS >= 0).sum())
+    return {domain: total / max(counts[domain], 1) for domain, total in totals.items()}
 
 
 def read_scores(file: Path | None) -> dict[str, list[float]]:

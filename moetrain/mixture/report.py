@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,20 +13,22 @@ from rich.table import Table
 from moetrain.mixture.plot import draw_plot
 from moetrain.mixture.propose import Proposal
 from moetrain.mixture.runs import Runs
+from moetrain.mixture.shares import settings
 from moetrain.mixture.study import AVERAGE, MEAN
 
 
 def show_proposal(
-    console: Console, domains: list[str], found: Proposal, target: str, predictor: str
+    console: Console, names: Mapping[str, str], found: Proposal, target: str, predictor: str
 ) -> dict[str, float]:
-    """Print the proposed mixture and the settings that ask for it; the rounded weights by domain."""
+    """Print the proposed mixture and the settings that ask for it; the rounded weights by domain. names: domain -> what
+    sets its weight (``setting_names``)."""
     console.print(
         f"proposed for {target} by {predictor}: loss {found.loss:.4f}; of the prior {found.prior_loss:.4f} (predicted)"
     )
-    console.print(mixture_table(domains, found))
-    weights = dict(zip(domains, rounded(found.weights), strict=True))
-    print("settings for 'moetrain train', for sources of these names:")
-    print(" ".join(f"data.sources.{name}.weight={share:g}" for name, share in weights.items()))
+    console.print(mixture_table(list(names), found))
+    weights = dict(zip(names, rounded(found.weights), strict=True))
+    print("settings for 'moetrain train':")
+    print(" ".join(settings(names, weights)))
     return weights
 
 

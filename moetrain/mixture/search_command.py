@@ -11,9 +11,10 @@ import numpy as np
 import yaml
 from rich.console import Console
 
-from moetrain.config import Config, load
+from moetrain.config import load
 from moetrain.config.check import check_mapping
 from moetrain.config.errors import ConfigError, DataError
+from moetrain.data.asked import domains_of
 from moetrain.data.dataset import TokenData
 from moetrain.data.prepare import prepare
 from moetrain.mixture.extra import need
@@ -25,6 +26,7 @@ from moetrain.mixture.presets import GROUP, write_preset
 from moetrain.mixture.report import last_line, show_plot, show_proposal, show_scores
 from moetrain.mixture.runs import Runs, find_target, write_runs
 from moetrain.mixture.sampling import sample
+from moetrain.mixture.shares import domain_shares, refuse_changes, setting_names
 from moetrain.mixture.specialists import train_specialists
 from moetrain.mixture.study import cross_validated, score
 from moetrain.mixture.trained import TrainedProxies
@@ -42,20 +44,22 @@ def search(asked: Asked, config_dirs: Sequence[str], console: Console) -> None:
     words = [*asked.settings, f"seed={asked.seed}"]
     cfg = load(words, config_dirs=config_dirs, check=lambda cfg: check_mapping(cfg, cfg.launch.ranks))
     plot = asked.plot or str(folder / "mixture.png")
+    refuse_changes(cfg)
     prepare(cfg.data)
-    data = TokenData.open(cfg.data.dir, vocab_size=cfg.model.vocab_size)
-    prior = {name: share for name, share in prior_of(cfg, data).items() if share > 0}
+    data = TokenData.open(cfg.data.dir, vocab_size=cfg.model.vocab_size, domain_of=domains_of(cfg.data))
+    # The shares of the config, by rule or given, or of the tokens. Weight 0: a target only
+    prior = {name: share for name, share in domain_shares(cfg, data.manifest).items() if share > 0}
     if len(prior) < 2:
         raise DataError(f"search={folder}: the data has {len(prior)} domain to train on; a mixture needs two")
-    domains, prior_D = list(prior), np.array(list(prior.values()))
+    names, prior_D = setting_names(cfg.data, list(prior)), np.array(list(prior.values()))
     target = find_target(asked.target, data.domains)
     plan = Plan(asked.runs, target, asked.predictor, asked.cap, asked.draws, asked.seed)
     first = sample(prior_D, asked.runs[0], asked.seed, asked.cap)
     if asked.plot:
         check_plot(plot)
-    specialists = None if asked.proxy == "trained" else given_models(asked, domains, cfg.train.steps)
+    specialists = None if asked.proxy == "trained" else given_models(asked, list(names), cfg.train.steps)
     claim(folder, asked, words, data.manifest.fingerprint)
-    trained = TrainedProxies(folder, domains, data.domains, words, config_dirs)
+    trained = TrainedProxies(folder, names, data.domains, words, config_dirs)
     if not asked.run:
         write_runs_to_come(folder, trained, first)
         return
@@ -63,15 +67,15 @@ def search(asked: Asked, config_dirs: Sequence[str], console: Console) -> None:
     if specialists is not None:
         if not asked.models:
             start = cfg.train.steps // 2 if asked.start is None else asked.start
-            specialists = train_specialists(folder / "merged", cfg, words, config_dirs, domains, prior_D, start)
+            specialists = train_specialists(folder / "merged", cfg, words, config_dirs, names, prior_D, start)
         runner = MergedModels(cfg, specialists, data.domains, folder / "scores.jsonl")
     runs, found, _ = search_in_rounds(runner, prior_D, plan, lambda runs: write_runs(folder, runs))
     predicted = cross_validated(runs, asked.seed, [asked.predictor])
     scores = score(predicted, runs)
     title = f"on {len(runs.weights)} runs, each predicted from others (cross-validation)"
     show_scores(console, scores, title)
-    weights = show_proposal(console, domains, found, target, asked.predictor)
-    write_preset(folder / "presets", "best", domains, list(weights.values()))
+    weights = show_proposal(console, names, found, target, asked.predictor)
+    write_preset(folder / "presets", "best", names, weights)
     print(f"or: --config-dir {folder / 'presets'} +{GROUP}=best")
     mine = Runs(runs.domains, runs.targets, runs.weights, predicted[asked.predictor])
     show_plot(plot, f"{asked.predictor}, {title}", mine.of(target), runs, found, target)
@@ -80,11 +84,6 @@ def search(asked: Asked, config_dirs: Sequence[str], console: Console) -> None:
         runs=len(runs.weights), best_run=best_run(runs, target), spearman=scores, csv=str(folder),
         seconds=round(time.monotonic() - began, 1),
     )  # fmt: skip
-
-
-def prior_of(cfg: Config, data: TokenData) -> dict[str, float]:
-    """The weights of the config, resolved: shares of the tokens where it gives none. Weight 0: a target only."""
-    return data.weights({name: source.weight for name, source in cfg.data.sources.items()})
 
 
 def best_run(runs: Runs, target: str) -> dict[str, object]:

@@ -6,13 +6,14 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from moetrain.config.errors import TrainError
 from moetrain.config.schema import Config
+from moetrain.mixture.shares import settings
 
 LEAN = ["checkpoint.keep=1", "log.tensorboard=false", "log.progress=false", "log.every=50"]
 
@@ -22,15 +23,15 @@ def train_specialists(
     cfg: Config,
     words: Sequence[str],
     config_dirs: Sequence[str],
-    domains: Sequence[str],
+    names: Mapping[str, str],
     prior_D: np.ndarray,
     start: int,
 ) -> dict[str, Path]:
     """Train ``start`` steps on the prior, then go on from there on each domain alone until ``train.steps``.
 
     start=0: all begin at the initial weights, which are the same for one seed. words, config_dirs: the settings that
-    gave ``cfg``. Returns domain -> run directory below ``folder``. What is finished is kept. Raises TrainError where a
-    run fails.
+    gave ``cfg``. names: domain -> what sets its weight (``setting_names``). Returns domain -> run directory below
+    ``folder``. What is finished is kept. Raises TrainError where a run fails.
     """
     steps = cfg.train.steps
     decay = cfg.schedule.decay_steps or steps  # one learning rate schedule over both parts
@@ -38,11 +39,11 @@ def train_specialists(
     first = [*folders, *LEAN, *words, "checkpoint.at_end=true", "export.at_end=false", f"schedule.decay_steps={decay}"]
     shared = folder / "start"
     if start:
-        train(shared, start, [*first, f"train.steps={start}", *weight_words(domains, prior_D)])
+        train(shared, start, [*first, f"train.steps={start}", *weight_words(names, prior_D)])
     runs = {}
-    for number, domain in enumerate(domains):
+    for number, domain in enumerate(names):
         run = folder / f"only-{domain}"
-        alone = weight_words(domains, np.eye(len(domains))[number])
+        alone = weight_words(names, np.eye(len(names))[number])
         if start and not run.exists():
             partial = folder / f"only-{domain}.partial"
             shutil.rmtree(partial, ignore_errors=True)
@@ -80,6 +81,6 @@ def done(run: Path) -> int:
         return 0
 
 
-def weight_words(domains: Sequence[str], weights_D: np.ndarray) -> list[str]:
-    """Settings for ``moetrain train``."""
-    return [f"data.sources.{name}.weight={weight:.6g}" for name, weight in zip(domains, weights_D, strict=True)]
+def weight_words(names: Mapping[str, str], weights_D: np.ndarray) -> list[str]:
+    """Settings for ``moetrain train``, in the order of ``names``."""
+    return ["data.mixture=given", *settings(names, dict(zip(names, weights_D.tolist(), strict=True)))]

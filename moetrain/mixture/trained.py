@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,21 +21,28 @@ LEAN = ["checkpoint.at_end=false", "log.tensorboard=false", "log.progress=false"
 
 
 class TrainedProxies:
-    """A ``Runner`` (moetrain.mixture.iterate). ``words``: settings of the proxy; ``folder``: where everything goes.
+    """A ``Runner`` (moetrain.mixture.iterate). names: domain -> what sets its weight (``setting_names``); words:
+    settings of the proxy; folder: where everything goes.
 
     Round n is the sweep in ``folder/round-n``. Finished proxies are kept: a second call trains what is missing.
     """
 
     def __init__(
-        self, folder: Path, domains: list[str], targets: list[str], words: Sequence[str], config_dirs: Sequence[str]
+        self,
+        folder: Path,
+        names: Mapping[str, str],
+        targets: list[str],
+        words: Sequence[str],
+        config_dirs: Sequence[str],
     ) -> None:
-        self.folder, self.domains, self.targets = folder, domains, targets
+        self.folder, self.names, self.targets = folder, names, targets
+        self.domains = list(names)
         self.words, self.config_dirs = list(words), list(config_dirs)
 
     def sweep_words(self, x_ND: np.ndarray, round_: int) -> list[str]:
         """Write the presets of the round's mixtures; the words after 'moetrain' that train all proxies."""
         presets = self.folder / "presets"
-        write_presets(presets, f"r{round_}", self.domains, x_ND.tolist())
+        write_presets(presets, f"r{round_}", self.names, x_ND.tolist())
         folders = [word for folder in (*self.config_dirs, str(presets)) for word in ("--config-dir", folder)]
         chosen = [f"+{GROUP}=glob(r{round_}-*)", f"run_dir={self.folder / f'round-{round_}'}"]
         return ["train", "-m", *folders, *LEAN, *self.words, *chosen]
@@ -64,6 +71,6 @@ class TrainedProxies:
             logger.warning("%s did not finish and is left out", run)
             return [float("nan")] * len(self.targets)
         for domain, weight in zip(self.domains, weights_D, strict=True):
-            if abs((result.weights[domain] or 0) - weight) > 1e-5:
+            if abs(result.shares.get(domain, 0.0) - weight) > 1e-5:
                 raise DataError(f"{run} was trained on another mixture than is asked for now; choose another folder")
         return [result.losses[target] for target in self.targets]

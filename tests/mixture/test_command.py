@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from moetrain.cli import main
+from moetrain.mixture.predictors import PREDICTORS
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[str, dict[str, Any]]:
@@ -146,9 +147,12 @@ def test_folders_without_a_pair(folder: Path, capsys: pytest.CaptureFixture[str]
         assert message in capsys.readouterr().err
 
 
-def test_without_test_runs_scores_come_from_cross_validation(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_test_runs_scores_come_from_cross_validation(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of runs that follow a law, the law predicts those that it was not fitted to; of shuffled losses it cannot."""
-    words = [f"fit={folder}", "draws=1000", "rows=25"]
+    monkeypatch.setattr("moetrain.mixture.study.PREDICTORS", {"law": PREDICTORS["law"]})
+    words = [f"fit={folder}", "draws=1000", "rows=25", "predictor=law"]
     _, last = run(capsys, *words)
     assert last["test_rows"] == 0
     assert last["spearman"]["law"]["web"] > 0.99

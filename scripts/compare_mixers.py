@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -37,6 +38,8 @@ model.moe.expert_dim=256 train.seq_len={SEQ_LEN} train.global_batch={BATCH} trai
 train.eval_every=0 train.eval_sequences=400 checkpoint.at_end=false log.progress=false log.tensorboard=false
 log.every=1
 """.split()
+
+RUNNING: set[subprocess.Popen[str]] = set()
 
 
 @dataclass(frozen=True)
@@ -110,10 +113,23 @@ def launch(run: Plan) -> str:
     elif run.folder.exists():
         shutil.rmtree(run.folder)  # killed before its first checkpoint
     command = [sys.executable, "-m", "moetrain.cli", "train", *words]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    print(f"{run.folder.name}: {'done' if done.returncode == 0 else 'failed'}", file=sys.stderr, flush=True)
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    return "" if done.returncode == 0 else f"{run.folder.name}: {(lines or ['no message'])[-1]}"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
+    ) as job:
+        RUNNING.add(job)
+        _, said = job.communicate()
+    RUNNING.discard(job)
+    print(f"{run.folder.name}: {'done' if job.returncode == 0 else 'failed'}", file=sys.stderr, flush=True)
+    lines = [line for line in said.splitlines() if line.strip()]
+    return "" if job.returncode == 0 else f"{run.folder.name}: {(lines or ['no message'])[-1]}"
+
+
+def stop(*_: object) -> None:
+    """End the runs with this program; they can be resumed."""
+    for job in list(RUNNING):
+        job.terminate()
+    os._exit(143)
 
 
 def measured_tokens(run: Plan, args: argparse.Namespace) -> tuple[int, int]:
@@ -201,6 +217,7 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     """Prepare, launch what is not finished, write the results."""
     args = parse()
+    signal.signal(signal.SIGTERM, stop)
     args.folder.mkdir(parents=True, exist_ok=True)
     runs = [plan(m, seed, args) for seed in args.seeds for m in METHODS if m.name in args.methods]
     todo = [run for run in runs if result(run) is None]

@@ -105,8 +105,8 @@ class Checkpointer:
         ranks.say(logging.INFO, f"checkpoint of step {step} saved")
         try:
             ranks.first(lambda: self._prune(step))
-        except RankError as error:
-            ranks.say(logging.WARNING, f"old checkpoints in {self.folder} could not be deleted: {error}")
+        except Exception as error:  # also a rank that is gone, of which training will hear
+            ranks.say(logging.WARNING, f"old checkpoints in {self.folder} could not be deleted: {one_line(error)}")
 
     def _write(self, temporary: Path, step: int, staged: dict[str, Any] | Exception) -> None:
         """Write all of step-N.tmp and prove it: DCP's files, read back by their writers, then the manifest."""

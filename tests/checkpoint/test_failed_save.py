@@ -17,6 +17,7 @@ from moetrain_launch.fork import run_ranks
 
 from moetrain.checkpoint import Checkpointer
 from moetrain.checkpoint import checkpointer as module
+from moetrain.comm.ranks import Ranks
 from moetrain.config.errors import CheckpointError
 from tests.checkpoint.saving import Lines, assert_holds, state
 
@@ -138,6 +139,20 @@ def test_keep_last(tmp_path: Path) -> None:
         checkpointer.save(step, state(step))
     assert checkpointer.newest() == tmp_path / "step-11"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-10", "step-11"]
+
+
+def test_a_rank_lost_while_old_checkpoints_are_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new checkpoint is whole by then, and training will hear of the rank; no traceback comes from the thread."""
+    checkpointer = Checkpointer(tmp_path, 1, False)
+    monkeypatch.setattr(checkpointer, "_prune", lambda step: monkeypatch.setattr(Ranks, "gather", broken))
+
+    def broken(self: Ranks, value: object) -> None:
+        raise RuntimeError("[gloo/pair.cc:537] Connection reset by peer")
+
+    with Lines() as lines:
+        checkpointer.save(1, state(1))
+    assert lines[-1].startswith("WARNING") and "could not be deleted: [gloo/pair.cc:537] Connection" in lines[-1]
+    assert checkpointer.failed == [] and checkpointer.last_good() == str(tmp_path / "step-1")
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from moetrain.config.schema import AttentionConfig, ModelConfig, MoEConfig, Rope
 from moetrain.convert.features import differences
 from moetrain.convert.layout import Rule, rule
 from moetrain.convert.rope import rope_from_hf, rope_to_hf
+from moetrain.model.attention import window_of
 from moetrain.moe.options import as_options
 
 # our setting -> their key, in every family
@@ -30,8 +31,10 @@ COMMON = {
     "tie_embeddings": "tie_word_embeddings",
     "init_std": "initializer_range",
     "attention.n_heads": "num_attention_heads",
-    "moe.top_k": "num_experts_per_tok",
 }
+
+# what the class of a dense family implies: no layer has experts
+NO_EXPERTS = {"moe.num_experts": 0}
 
 # their keys that may have one value only, in every family
 ALWAYS: dict[str, Any] = {"hidden_act": "silu", "attention_dropout": 0.0}
@@ -120,6 +123,11 @@ class Family:
         hf["rope_parameters"] = rope_to_hf(cfg.rope)
         return hf | self.write(cfg)
 
+    @classmethod
+    def is_dense(cls) -> bool:
+        """Whether the class has no experts."""
+        return cls.implied.get("moe.num_experts") == 0
+
     def read(self, hf: Mapping[str, Any]) -> dict[str, Any]:
         """Our settings that need more than a key's value."""
         return {}
@@ -129,7 +137,12 @@ class Family:
         return {}
 
     def refusals(self, cfg: ModelConfig) -> list[str]:
-        """The features of ``cfg`` that this class lacks, as "model.path=value"; none if it computes the same."""
+        """The features of ``cfg`` that this class lacks, as "model.path=value"; none if it computes the same.
+
+        A model without experts is for the dense families: classes with experts cannot all do without.
+        """
+        if not cfg.moe_layers() and not self.is_dense():
+            return ["model.moe.num_experts=0"]
         try:
             return differences(cfg, self.from_hf_config(self.to_hf_config(cfg)))
         except ConvertError as error:
@@ -161,7 +174,8 @@ def family_of(cfg: ModelConfig) -> Family:
         if lacking:
             raise ConvertError(f"model.family={cfg.family} has no {', '.join(lacking)}; try model.family=auto")
         return family
-    tried = [(family.refusals(cfg), family) for family in map(family_named, FAMILIES.names())]
+    kin = [family for family in map(family_named, FAMILIES.names()) if family.is_dense() != bool(cfg.moe_layers())]
+    tried = [(family.refusals(cfg), family) for family in kin]
     lacking, family = min(tried, key=lambda entry: len(entry[0]))
     if lacking:
         raise ConvertError(
@@ -230,3 +244,15 @@ def layers_to_qwen(cfg: ModelConfig) -> dict[str, Any]:
     """Qwen's keys of which layers have experts, and how many."""
     dense = [i for i in range(cfg.n_layers) if not cfg.is_moe(i)]
     return {"num_experts": value_of(cfg, "moe.num_experts"), "decoder_sparse_step": 1, "mlp_only_layers": dense}
+
+
+def windows_from_layer_types(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """``attention.sliding_window`` and ``sliding_layers`` of their ``layer_types``."""
+    windowed = [i for i, kind in enumerate(hf["layer_types"]) if kind == "sliding_attention"]
+    return {"attention.sliding_layers": windowed} if windowed else {"attention.sliding_window": None}
+
+
+def windows_to_layer_types(cfg: ModelConfig) -> dict[str, Any]:
+    """Their ``layer_types``: which layers attend within the window."""
+    windows = [window_of(cfg, i) for i in range(cfg.n_layers)]
+    return {"layer_types": ["full_attention" if w is None else "sliding_attention" for w in windows]}

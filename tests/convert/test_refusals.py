@@ -103,6 +103,9 @@ def test_a_tied_head_that_differs_is_refused() -> None:
         (["model/router=sigmoid_topk"], "model.router.score=sigmoid"),
         (["model.attention.sinks=true", "model.moe.every=2"], "model.attention.sinks=true"),
         (["model.family=mixtral"], "model.attention.qk_norm=head"),
+        (["model.family=qwen3"], "model.moe.num_experts=8"),
+        (["model.family=qwen3_moe", "model.moe.num_experts=0"], "model.moe.num_experts=0"),
+        (["model.moe.num_experts=0", "model.attention.sinks=true"], "model.attention.sinks=true"),
         (["model.family=olmoe", "model.tie_embeddings=true"], "model.attention.qk_norm=head"),
     ],
 )

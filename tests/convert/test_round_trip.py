@@ -18,6 +18,7 @@ from moetrain.convert.export import export_hf
 from moetrain.convert.family import family_of
 from moetrain.convert.load import load_hf, read_hf_config
 from moetrain.model.decoder import Decoder
+from moetrain.moe.balance import end_of_step
 from tests.model.hf_models import MODELS, make, tokens
 
 
@@ -54,6 +55,29 @@ def test_every_tensor_comes_back_bit_for_bit(name: str, dtype: torch.dtype, tmp_
         torch.testing.assert_close(again(tokens()).logits, first(tokens()).logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_ten_steps_from_their_weights_and_back_give_the_same_loss(name: str, tmp_path: Path) -> None:
+    make(name).save_pretrained(tmp_path / "in")
+    cfg = read_hf_config(tmp_path / "in")
+    ours = Decoder(cfg, {"bias": {"rate": 0.1}} if cfg.attention.kind == "mla" else {}, ExpertsConfig())
+    load_hf(ours, tmp_path / "in")
+    ids, optimizer, losses = tokens(), torch.optim.AdamW(ours.parameters(), lr=3e-3), []
+    targets = torch.cat((ids[:, 1:], torch.full((len(ids), 1), -100)), 1)
+    for step in range(11):
+        optimizer.zero_grad()
+        loss = ours(ids, targets, step=step)[0] / (targets >= 0).sum()
+        losses.append(loss.item())
+        if step < 10:
+            loss.backward()
+            optimizer.step()
+            end_of_step(ours, None, step)
+    assert losses[-1] < losses[0] - 0.3
+    export_hf(cfg, ours.state_dict(), tmp_path / "out")
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids, labels=ids).loss.item()
+    assert theirs == pytest.approx(losses[-1], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("preset", "family"),
     [
@@ -70,6 +94,20 @@ def test_every_tensor_comes_back_bit_for_bit(name: str, dtype: torch.dtype, tmp_
 def test_auto_finds_the_class_with_the_features_of_the_model(preset: str, family: str) -> None:
     cfg = load([f"model={preset}", "model.family=auto"]).model
     assert family_of(cfg).name == family
+
+
+@pytest.mark.parametrize(
+    ("settings", "family"),
+    [
+        (["qk_norm=head"], "qwen3"),
+        ([], "llama"),
+        (["sliding_window=8"], "mistral"),
+        (["sliding_window=8", "sliding_layers=[1]", "qkv_bias=true"], "qwen2"),
+    ],
+)
+def test_auto_finds_a_dense_class_for_a_model_without_experts(settings: list[str], family: str) -> None:
+    attention = [f"model.attention.{setting}" for setting in ["qk_norm=none", *settings]]
+    assert family_of(load(["model=tiny", "model.moe.num_experts=0", *attention]).model).name == family
 
 
 def train_bpe() -> Tokenizer:

@@ -19,14 +19,22 @@ BASE: dict[str, Any] = {
     "num_key_value_heads": 2,
     "intermediate_size": 40,
     "max_position_embeddings": 64,
-    "num_experts_per_tok": 2,
     "pad_token_id": None,
     "bos_token_id": None,
     "eos_token_id": 0,
 }
-MOE = {"moe_intermediate_size": 24, "num_experts": 6}
+TOP_2 = {"num_experts_per_tok": 2}
+MOE = TOP_2 | {"moe_intermediate_size": 24, "num_experts": 6}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
-DEEPSEEK = {
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+DEEPSEEK = TOP_2 | {
     "num_key_value_heads": 4,
     "n_routed_experts": 8,
     "n_shared_experts": 2,
@@ -44,31 +52,43 @@ DEEPSEEK = {
 
 # name -> (model_type, settings beside BASE): each class as released, and the options that its checkpoints use
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "mixtral": ("mixtral", {"num_local_experts": 6, "head_dim": 8}),
+    "llama": ("llama", {}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True, "head_dim": 10}),  # as SmolLM2
+    "llama-biases-llama3": ("llama", {"attention_bias": True, "rope_parameters": LLAMA3}),
+    "mistral": ("mistral", {"sliding_window": 5}),
+    "mistral-full": ("mistral", {"sliding_window": None, "head_dim": 10}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-some-windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    "qwen3": ("qwen3", {"head_dim": 10, "tie_word_embeddings": True}),
+    "qwen3-biases-windows": (
+        "qwen3",
+        {
+            "head_dim": 8,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "max_window_layers": 0,
+        },
+    ),
+    "mixtral": ("mixtral", TOP_2 | {"num_local_experts": 6, "head_dim": 8}),
     "mixtral-window-tied": (
         "mixtral",
-        {"num_local_experts": 6, "head_dim": 8, "sliding_window": 5, "tie_word_embeddings": True},
+        TOP_2 | {"num_local_experts": 6, "head_dim": 8, "sliding_window": 5, "tie_word_embeddings": True},
     ),
     "qwen3_moe": ("qwen3_moe", MOE | {"head_dim": 10, "norm_topk_prob": True}),
     "qwen3_moe-dense-layer": (
         "qwen3_moe",
         MOE | {"head_dim": 8, "norm_topk_prob": False, "mlp_only_layers": [1], "attention_bias": True},
     ),
-    "olmoe": ("olmoe", {"num_experts": 6}),
+    "olmoe": ("olmoe", TOP_2 | {"num_experts": 6}),
     "olmoe-clip-llama3": (
         "olmoe",
-        {
+        TOP_2
+        | {
             "num_experts": 6,
             "clip_qkv": 0.9,
             "norm_topk_prob": True,
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "rope_theta": 100.0,
-                "factor": 4.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 16,
-            },
+            "rope_parameters": LLAMA3,
         },
     ),
     "deepseek_v3": ("deepseek_v3", DEEPSEEK),
@@ -79,7 +99,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_moe": ("qwen2_moe", MOE | {"shared_expert_intermediate_size": 28}),
     "gpt_oss": (
         "gpt_oss",
-        {
+        TOP_2
+        | {
             "num_local_experts": 6,
             "head_dim": 8,
             "sliding_window": 5,

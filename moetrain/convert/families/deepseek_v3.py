@@ -43,6 +43,7 @@ class DeepseekV3(Family):
         "attention.qk_rope_head_dim": "qk_rope_head_dim",
         "attention.v_head_dim": "v_head_dim",
         "rope.interleaved": "rope_interleave",
+        "moe.top_k": "num_experts_per_tok",
         "moe.num_experts": "n_routed_experts",
         "moe.expert_dim": "moe_intermediate_size",
         "moe.first_dense": "first_k_dense_replace",

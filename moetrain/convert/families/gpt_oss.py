@@ -6,9 +6,15 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from moetrain.config.schema import ModelConfig
-from moetrain.convert.family import GQA, TRUNK, Family, register
+from moetrain.convert.family import (
+    GQA,
+    TRUNK,
+    Family,
+    register,
+    windows_from_layer_types,
+    windows_to_layer_types,
+)
 from moetrain.convert.layout import rule
-from moetrain.model.attention import window_of
 
 _MLP = "model.layers.{l}.mlp."
 _EXPERTS = _MLP + "experts."
@@ -26,6 +32,7 @@ class GptOss(Family):
         "attention.qkv_bias": "attention_bias",
         "attention.out_bias": "attention_bias",
         "attention.sliding_window": "sliding_window",
+        "moe.top_k": "num_experts_per_tok",
         "moe.num_experts": "num_local_experts",
         "moe.expert_dim": "intermediate_size",
     }
@@ -50,9 +57,7 @@ class GptOss(Family):
     )
 
     def read(self, hf: Mapping[str, Any]) -> dict[str, Any]:
-        windowed = [i for i, kind in enumerate(hf["layer_types"]) if kind == "sliding_attention"]
-        return {"attention.sliding_layers": windowed} if windowed else {"attention.sliding_window": None}
+        return windows_from_layer_types(hf)
 
     def write(self, cfg: ModelConfig) -> dict[str, Any]:
-        windows = [window_of(cfg, i) for i in range(cfg.n_layers)]
-        return {"layer_types": ["full_attention" if w is None else "sliding_attention" for w in windows]}
+        return windows_to_layer_types(cfg)

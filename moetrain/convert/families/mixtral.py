@@ -21,6 +21,7 @@ class Mixtral(Family):
         "attention.n_kv_heads": "num_key_value_heads",
         "attention.head_dim": "head_dim",
         "attention.sliding_window": "sliding_window",
+        "moe.top_k": "num_experts_per_tok",
         "moe.num_experts": "num_local_experts",
         "moe.expert_dim": "intermediate_size",
     }

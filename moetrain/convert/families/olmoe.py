@@ -18,6 +18,7 @@ class Olmoe(Family):
         "attention.qkv_bias": "attention_bias",
         "attention.out_bias": "attention_bias",
         "attention.clip_qkv": "clip_qkv",
+        "moe.top_k": "num_experts_per_tok",
         "moe.num_experts": "num_experts",
         "moe.expert_dim": "intermediate_size",
         "router.renormalize": "norm_topk_prob",

@@ -38,6 +38,7 @@ class Qwen2Moe(Family):
         "dense_dim": "intermediate_size",
         "attention.n_kv_heads": "num_key_value_heads",
         "attention.qkv_bias": "qkv_bias",
+        "moe.top_k": "num_experts_per_tok",
         "moe.expert_dim": "moe_intermediate_size",
         "moe.shared_dim": "shared_expert_intermediate_size",
         "router.renormalize": "norm_topk_prob",

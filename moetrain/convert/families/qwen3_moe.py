@@ -32,6 +32,7 @@ class Qwen3Moe(Family):
         "attention.qkv_bias": "attention_bias",
         "attention.out_bias": "attention_bias",
         "attention.sliding_window": "sliding_window",
+        "moe.top_k": "num_experts_per_tok",
         "moe.expert_dim": "moe_intermediate_size",
         "router.renormalize": "norm_topk_prob",
     }

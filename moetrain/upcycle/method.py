@@ -162,6 +162,11 @@ def dense_layer(parent: Model, layer: int) -> tuple[Tensor, Tensor]:
     return torch.stack((parent.tensors[gate], parent.tensors[up])), parent.tensors[down]
 
 
+def scaled(t: Tensor, factor: float) -> Tensor:
+    """``t`` times ``factor``, rounded once to the dtype of ``t``."""
+    return t if factor == 1 else (t.to(torch.float64) * factor).to(t.dtype)
+
+
 LayerTensor = Callable[[int], Tensor]
 
 

@@ -88,6 +88,12 @@ def one_parent(parents: Sequence[Model], method: str) -> Model:
     return parents[0]
 
 
+def several_parents(parents: Sequence[Model], method: str) -> None:
+    """Raise ConfigError for fewer than two ``parents``."""
+    if len(parents) < 2:
+        raise ConfigError(f"method={method} takes two models or more, as from=DIR,DIR; got {len(parents)}")
+
+
 def check_dense(parent: Model, method: str) -> None:
     """Raise ConfigError unless ``parent`` has no experts."""
     layers = parent.cfg.moe_layers()
@@ -165,6 +171,20 @@ def dense_layer(parent: Model, layer: int) -> tuple[Tensor, Tensor]:
 def scaled(t: Tensor, factor: float) -> Tensor:
     """``t`` times ``factor``, rounded once to the dtype of ``t``."""
     return t if factor == 1 else (t.to(torch.float64) * factor).to(t.dtype)
+
+
+def averaged(parents: Sequence[Model]) -> Model:
+    """The mean of ``parents``, which have the same names and shapes; each tensor is rounded once."""
+
+    def mean(name: str) -> Tensor:
+        first, *others = (parent.tensors[name] for parent in parents)
+        total = first.to(torch.float64)
+        for other in others:
+            total = total + other
+        return (total / len(parents)).to(first.dtype)
+
+    names = parents[0].tensors
+    return Model(parents[0].cfg, Lazy({name: partial(mean, name) for name in names}), "the mean of the parents")
 
 
 LayerTensor = Callable[[int], Tensor]

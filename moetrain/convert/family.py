@@ -1,7 +1,7 @@
 """What all Hugging Face families share, and which of them fits a model.
 
 A family is tables: which key of config.json is which of our settings, which values its class fixes, which tensor is
-which of ours. A new family is one new file in ``families/``.
+which of ours (``parts`` has those that many share). A new family is one new file in ``families/``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from moetrain.config.errors import ConvertError
 from moetrain.config.registry import FAMILIES, ROUTERS
 from moetrain.config.schema import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
 from moetrain.convert.features import differences
-from moetrain.convert.layout import Rule, rule
+from moetrain.convert.layout import Rule
 from moetrain.convert.rope import rope_from_hf, rope_to_hf
 from moetrain.model.attention import window_of
 from moetrain.moe.options import as_options
@@ -38,45 +38,6 @@ NO_EXPERTS = {"moe.num_experts": 0}
 
 # their keys that may have one value only, in every family
 ALWAYS: dict[str, Any] = {"hidden_act": "silu", "attention_dropout": 0.0}
-
-# our tensor -> theirs, in every family
-TRUNK = (
-    rule("embed.weight", "model.embed_tokens.weight"),
-    rule("norm.weight", "model.norm.weight"),
-    rule("head.weight", "lm_head.weight"),
-    rule("layers.{l}.attention_norm.weight", "model.layers.{l}.input_layernorm.weight"),
-    rule("layers.{l}.mlp_norm.weight", "model.layers.{l}.post_attention_layernorm.weight"),
-    rule("layers.{l}.attention.wo.weight", "model.layers.{l}.self_attn.o_proj.weight"),
-)
-
-GQA = (
-    *(
-        rule(f"layers.{{l}}.attention.w{p}.{kind}", f"model.layers.{{l}}.self_attn.{p}_proj.{kind}")
-        for p in "qkv"
-        for kind in ("weight", "bias")
-    ),
-    rule("layers.{l}.attention.wo.bias", "model.layers.{l}.self_attn.o_proj.bias"),
-    rule("layers.{l}.attention.q_norm.weight", "model.layers.{l}.self_attn.q_norm.weight"),
-    rule("layers.{l}.attention.k_norm.weight", "model.layers.{l}.self_attn.k_norm.weight"),
-)
-
-DENSE = tuple(
-    rule(f"layers.{{l}}.mlp.w_{p}.weight", f"model.layers.{{l}}.mlp.{p}_proj.weight") for p in ("gate", "up", "down")
-)
-
-_EXPERT = "model.layers.{l}.mlp.experts.{e}."
-EXPERTS = (
-    rule("layers.{l}.moe.router.weight", "model.layers.{l}.mlp.gate.weight"),
-    rule("layers.{l}.moe.experts.w13", _EXPERT + "gate_proj.weight", _EXPERT + "up_proj.weight"),
-    rule("layers.{l}.moe.experts.w2", _EXPERT + "down_proj.weight"),
-)
-
-# transformers keeps the experts of a layer in two tensors in memory; ``state_dict()`` of its models has these names
-FUSED = (
-    rule("layers.{l}.moe.router.weight", "model.layers.{l}.mlp.gate.weight"),
-    rule("layers.{l}.moe.experts.w13", "model.layers.{l}.mlp.experts.gate_up_proj", rearrange="e p f d -> e (p f) d"),
-    rule("layers.{l}.moe.experts.w2", "model.layers.{l}.mlp.experts.down_proj"),
-)
 
 
 class Family:

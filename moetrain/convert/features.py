@@ -10,6 +10,7 @@ from moetrain.config.schema import ModelConfig
 from moetrain.model.attention import window_of
 from moetrain.moe.options import as_options
 
+NUMBERS = ("vocab_size", "dim", "n_layers", "max_seq_len", "norm_eps", "norm_place")
 GQA = ("n_kv_heads", "head_dim", "qkv_bias", "out_bias", "qk_norm", "clip_qkv", "sinks")
 MLA = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 YARN = ("factor", "original_max_seq_len", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
@@ -29,9 +30,7 @@ def features(cfg: ModelConfig) -> dict[str, Any]:
     Numbers of the MoE layer are lists over the MoE layers; ``moe.num_experts`` is over all, with 0 for dense ones.
     """
     a, moe = cfg.attention, cfg.moe_layers()
-    found: dict[str, Any] = {
-        name: getattr(cfg, name) for name in ("vocab_size", "dim", "n_layers", "max_seq_len", "norm_eps")
-    }
+    found: dict[str, Any] = {name: getattr(cfg, name) for name in NUMBERS}
     found["tie_embeddings"] = cfg.tie_embeddings
     if len(moe) < cfg.n_layers:
         found["dense_dim"] = cfg.dense_dim

@@ -143,6 +143,12 @@ def test_split_equals_one_process(attention: str, tp: int, tied: bool, reduction
     run_ranks(tp, split_equals_one_process, build(cfg), cfg, reduction, recompute)
 
 
+@pytest.mark.parametrize(("changes", "recompute"), [({"norm_place": "post"}, "selective")])
+def test_options_of_blocks_split_alike(changes: dict[str, Any], recompute: str) -> None:
+    cfg = config("kv heads 2, norm of all heads, clipped", **changes)
+    run_ranks(2, split_equals_one_process, build(cfg), cfg, "none", recompute)
+
+
 def parts_equal_the_whole(reference: Decoder, cfg: ModelConfig) -> None:
     """The stages of a pipeline, one after the other: each is split by itself, and a shared table is in both."""
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))

@@ -70,6 +70,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "max_window_layers": 0,
         },
     ),
+    "olmo2": ("olmo2", {}),
+    "flex_olmo": ("flex_olmo", TOP_2 | {"num_experts": 6}),
+    "flex_olmo-renormalised-biases": (
+        "flex_olmo",
+        TOP_2 | {"num_experts": 6, "norm_topk_prob": True, "attention_bias": True, "tie_word_embeddings": True},
+    ),
     "mixtral": ("mixtral", TOP_2 | {"num_local_experts": 6, "head_dim": 8}),
     "mixtral-window-tied": (
         "mixtral",

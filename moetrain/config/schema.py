@@ -32,6 +32,9 @@ class RopeConfig:
     """Rotary position embedding (RoFormer, arXiv 2104.09864) and its context extensions."""
 
     theta: float = Field(default=10000.0, gt=0, description="base of the rotation frequencies")
+    fraction: float = Field(
+        default=1.0, gt=0, le=1, description="gqa: share of a head's width that is rotated (GLM-4.5: 0.5)"
+    )
     scaling: Literal["none", "linear", "llama3", "yarn"] = Field(default="none", description="context extension rule")
     factor: float = Field(default=1.0, gt=0, description="extension factor of the rule")
     original_max_seq_len: NonNegative = Field(default=0, description="context length before extension, in tokens")

@@ -7,7 +7,7 @@ which of ours (``parts`` has those that many share). A new family is one new fil
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import ValidationError
@@ -48,6 +48,7 @@ class Family:
     in_memory: the same tensors as ``state_dict()`` names them, where that differs.
     zeros: tensors of theirs, (E,) in each MoE layer, that must exist: zeros where we have none.
     ignored: their tensors that we have no use for (regular expressions); logged when met.
+    partial_rotary: whether the class may rotate a part of each head only.
     """
 
     name: ClassVar[str]
@@ -59,6 +60,7 @@ class Family:
     in_memory: ClassVar[tuple[Rule, ...]] = ()
     zeros: ClassVar[tuple[Rule, ...]] = ()
     ignored: ClassVar[tuple[str, ...]] = ()
+    partial_rotary: ClassVar[bool] = False
 
     def from_hf_config(self, config: Mapping[str, Any]) -> ModelConfig:
         """Our config of their config.json. Raises ConvertError naming a setting that has no counterpart here."""
@@ -71,7 +73,7 @@ class Family:
             if theirs not in hf and theirs != "head_dim":  # may be left to the rule below
                 raise ConvertError(f"config.json of {self.name} has no {theirs}")
             flat[ours] = hf.get(theirs)
-        flat |= rope_from_hf(hf) | self.read(hf)
+        flat |= rope_from_hf(hf, self.partial_rotary) | self.read(hf)
         if not flat.get("attention.head_dim"):
             flat["attention.head_dim"] = hf["hidden_size"] // hf["num_attention_heads"]
         return build_config(flat | {"family": self.name, "name": str(config.get("_name_or_path") or self.name)})
@@ -81,7 +83,7 @@ class Family:
         hf: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.name}
         hf |= ALWAYS | self.fixed | dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
         hf |= {theirs: value_of(cfg, ours) for ours, theirs in (COMMON | self.fields).items()}
-        hf["rope_parameters"] = rope_to_hf(cfg.rope)
+        hf["rope_parameters"] = rope_to_hf(cfg.rope, self.partial_rotary)
         return hf | self.write(cfg)
 
     @classmethod
@@ -191,20 +193,32 @@ def build_config(flat: Mapping[str, Any]) -> ModelConfig:
         raise ConvertError(f"config.json: our {where} cannot be {first['input']!r}: {first['msg']}") from None
 
 
+def experts_by_layer(n_layers: int, sparse: Iterable[int], experts: int) -> dict[str, Any]:
+    """``moe.first_dense`` and ``moe.num_experts`` of a model whose layers ``sparse`` have ``experts`` experts."""
+    sparse = sorted(sparse)
+    first = sparse[0] if sparse else n_layers
+    if sparse == list(range(first, n_layers)):
+        return {"moe.first_dense": first, "moe.num_experts": experts}
+    return {"moe.num_experts": [experts if i in sparse else 0 for i in range(n_layers)]}
+
+
 def layers_from_qwen(hf: Mapping[str, Any]) -> dict[str, Any]:
     """``moe.first_dense`` and ``moe.num_experts`` of Qwen's ``mlp_only_layers`` and ``decoder_sparse_step``."""
-    n, experts, step = hf["num_hidden_layers"], hf["num_experts"], hf["decoder_sparse_step"]
-    dense = {i for i in range(n) if i in hf["mlp_only_layers"] or (i + 1) % step}
-    first = next((i for i in range(n) if i not in dense), n)
-    if dense == set(range(first)):
-        return {"moe.first_dense": first, "moe.num_experts": experts}
-    return {"moe.num_experts": [0 if i in dense else experts for i in range(n)]}
+    n, step = hf["num_hidden_layers"], hf["decoder_sparse_step"]
+    return experts_by_layer(
+        n, (i for i in range(step - 1, n, step) if i not in hf["mlp_only_layers"]), hf["num_experts"]
+    )
 
 
 def layers_to_qwen(cfg: ModelConfig) -> dict[str, Any]:
     """Qwen's keys of which layers have experts, and how many."""
     dense = [i for i in range(cfg.n_layers) if not cfg.is_moe(i)]
     return {"num_experts": value_of(cfg, "moe.num_experts"), "decoder_sparse_step": 1, "mlp_only_layers": dense}
+
+
+def shared_to_count(cfg: ModelConfig) -> int:
+    """How many experts of ``moe.expert_dim`` the shared ones are as wide as, rounded down."""
+    return value_of(cfg, "moe.shared_dim") // value_of(cfg, "moe.expert_dim")
 
 
 def windows_from_layer_types(hf: Mapping[str, Any]) -> dict[str, Any]:

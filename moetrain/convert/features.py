@@ -37,7 +37,7 @@ def features(cfg: ModelConfig) -> dict[str, Any]:
     for name in ("kind", "n_heads", *(MLA if a.kind == "mla" else GQA)):
         found[f"attention.{name}"] = getattr(a, name)
     found["attention.sliding_window"] = [window_of(cfg, i) for i in range(cfg.n_layers)]
-    for name in ("theta", "interleaved", "scaling", *ROPE[cfg.rope.scaling]):
+    for name in ("theta", "fraction", "interleaved", "scaling", *ROPE[cfg.rope.scaling]):
         found[f"rope.{name}"] = getattr(cfg.rope, name)
     found["moe.num_experts"] = [cfg.layer_value("num_experts", i) if i in moe else 0 for i in range(cfg.n_layers)]
     if moe:

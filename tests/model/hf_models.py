@@ -50,6 +50,15 @@ DEEPSEEK = TOP_2 | {
     "num_nextn_predict_layers": 0,
 }
 
+GLM = TOP_2 | {
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "head_dim": 12,
+    "num_mtp_layers": 0,
+}
+
 # name -> (model_type, settings beside BASE): each class as released, and the options that its checkpoints use
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -101,6 +110,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3-yarn-plain-queries": (
         "deepseek_v3",
         DEEPSEEK | {"q_lora_rank": None, "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}},
+    ),
+    "deepseek_v2": ("deepseek_v2", DEEPSEEK | {"topk_method": "group_limited_greedy", "routed_scaling_factor": 3.0}),
+    "deepseek_v2-lite-yarn": (
+        "deepseek_v2",
+        DEEPSEEK | {"q_lora_rank": None, "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.7}},
+    ),
+    "glm4_moe": ("glm4_moe", GLM | {"use_qk_norm": True, "attention_bias": True, "routed_scaling_factor": 2.5}),
+    "glm4_moe-whole-heads-groups": (
+        "glm4_moe",
+        GLM | {"n_group": 4, "topk_group": 2, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 1.0}},
     ),
     "qwen2_moe": ("qwen2_moe", MOE | {"shared_expert_intermediate_size": 28}),
     "gpt_oss": (

@@ -25,7 +25,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 
 
 def build(cfg: ModelConfig, dtype: torch.dtype, backend: str = "auto") -> Decoder:
-    balance = {"bias": {}} if cfg.attention.kind == "mla" else {}
+    balance = {"bias": {}} if family_named(cfg.family).zeros else {}
     return Decoder(cfg, balance, ExpertsConfig(backend=backend)).to(dtype)
 
 

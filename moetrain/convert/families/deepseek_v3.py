@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from moetrain.config.schema import ModelConfig
-from moetrain.convert.family import Family, register, value_of
+from moetrain.convert.family import Family, register, shared_to_count
 from moetrain.convert.parts import BIAS, DENSE, EXPERTS, FUSED, MLA, SHARED, TRUNK
 
 
@@ -50,9 +50,8 @@ class DeepseekV3(Family):
         return {"moe.shared_dim": hf["n_shared_experts"] * hf["moe_intermediate_size"]}
 
     def write(self, cfg: ModelConfig) -> dict[str, Any]:
-        shared, inner = value_of(cfg, "moe.shared_dim"), value_of(cfg, "moe.expert_dim")
         return {
             "num_key_value_heads": cfg.attention.n_heads,
-            "n_shared_experts": max(1, shared // inner),  # the class cannot do without
+            "n_shared_experts": max(1, shared_to_count(cfg)),  # the class cannot do without
             "num_nextn_predict_layers": 0,
         }

@@ -56,6 +56,8 @@ def _router(cfg: ModelConfig) -> dict[str, Any]:
     if found.get("router.order") == "topk_then_score" and found.get("router.score") == "softmax":
         # a softmax over the chosen logits is the renormalised softmax over all of them
         found |= {"router.order": "score_then_topk", "router.renormalize": True}
+    if not found.get("router.renormalize"):
+        found.pop("router.min_sum", None)
     if found.get("router.n_groups") == 1:  # one group: nothing to limit
         found.pop("router.topk_groups", None)
         found.pop("router.group_score", None)

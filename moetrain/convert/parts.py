@@ -67,5 +67,5 @@ FUSED = (
     rule("layers.{l}.moe.experts.w13", _LAYER + "mlp.experts.gate_up_proj", rearrange="e p f d -> e (p f) d"),
     rule("layers.{l}.moe.experts.w2", _LAYER + "mlp.experts.down_proj"),
 )
-# the bias by which experts are chosen
+# the bias by which experts are chosen, as DeepSeek-V3 names it
 BIAS = rule("layers.{l}.moe.router.balance.bias.bias_E", _LAYER + "mlp.gate.e_score_correction_bias")

@@ -58,6 +58,7 @@ GLM = TOP_2 | {
     "head_dim": 12,
     "num_mtp_layers": 0,
 }
+ERNIE = {"moe_k": 2, "moe_num_experts": 6, "moe_intermediate_size": 24, "moe_num_shared_experts": 2}
 
 # name -> (model_type, settings beside BASE): each class as released, and the options that its checkpoints use
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -120,6 +121,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4_moe-whole-heads-groups": (
         "glm4_moe",
         GLM | {"n_group": 4, "topk_group": 2, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 1.0}},
+    ),
+    "ernie4_5_moe": ("ernie4_5_moe", ERNIE),
+    "ernie4_5_moe-every-other": (
+        "ernie4_5_moe",
+        ERNIE | {"moe_layer_interval": 2, "moe_layer_start_index": 0, "moe_num_shared_experts": 0, "head_dim": 10},
     ),
     "qwen2_moe": ("qwen2_moe", MOE | {"shared_expert_intermediate_size": 28}),
     "gpt_oss": (

@@ -44,8 +44,9 @@ def _check_attention(model: ModelConfig) -> None:
             raise ConfigError(
                 f"model.attention.n_kv_heads={a.n_kv_heads} must divide n_heads={a.n_heads}; nearest legal: {hint}"
             )
-        if a.head_dim % 2:
-            raise ConfigError(f"model.attention.head_dim={a.head_dim} must be even: rotary positions turn pairs")
+        if a.head_dim * model.rope.fraction % 2:
+            part = "" if model.rope.fraction == 1 else f" times model.rope.fraction={model.rope.fraction}"
+            raise ConfigError(f"model.attention.head_dim={a.head_dim}{part} must be even: rotary positions turn pairs")
     else:
         for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
             if getattr(a, name) < 1:
@@ -54,6 +55,8 @@ def _check_attention(model: ModelConfig) -> None:
             if getattr(a, name) != none:
                 word = "null" if none is None else str(none).lower()
                 raise ConfigError(f"model.attention.{name} is for kind=gqa; with mla set model.attention.{name}={word}")
+        if model.rope.fraction != 1:
+            raise ConfigError("model.rope.fraction is for kind=gqa; with mla model.attention.qk_rope_head_dim tells it")
         if a.qk_rope_head_dim % 2:
             raise ConfigError(f"model.attention.qk_rope_head_dim={a.qk_rope_head_dim} must be even")
         if a.q_lora_rank is not None and a.q_lora_rank < 1:

@@ -32,6 +32,9 @@ class RopeConfig:
     """Rotary position embedding (RoFormer, arXiv 2104.09864) and its context extensions."""
 
     theta: float = Field(default=10000.0, gt=0, description="base of the rotation frequencies")
+    fraction: float = Field(
+        default=1.0, gt=0, le=1, description="gqa: share of a head's width that is rotated (GLM-4.5: 0.5)"
+    )
     scaling: Literal["none", "linear", "llama3", "yarn"] = Field(default="none", description="context extension rule")
     factor: float = Field(default=1.0, gt=0, description="extension factor of the rule")
     original_max_seq_len: NonNegative = Field(default=0, description="context length before extension, in tokens")
@@ -60,7 +63,8 @@ class AttentionConfig:
     qkv_bias: bool = Field(default=False, description="biases on the query, key and value projections")
     out_bias: bool = Field(default=False, description="bias on the output projection")
     qk_norm: Literal["none", "head", "full"] = Field(
-        default="none", description="RMSNorm on queries and keys: over each head (Qwen3) or all heads together (OLMoE)"
+        default="none",
+        description="RMSNorm on queries and keys: over each head (Qwen3) or all heads together (OLMo 2, OLMoE)",
     )
     clip_qkv: float | None = Field(
         default=None, description="clamp queries, keys and values to +-this (OLMoE-0924: none)"
@@ -120,6 +124,9 @@ class ModelConfig:
     dense_dim: Positive = Field(default=512, description="inner width of the dense MLP layers")
     max_seq_len: Positive = Field(default=1024, description="longest sequence that the model is meant for, in tokens")
     norm_eps: float = Field(default=1e-6, gt=0, description="epsilon of RMSNorm")
+    norm_place: Literal["pre", "post"] = Field(
+        default="pre", description="where a block's norms are: before attention and MLP, or after them (OLMo 2)"
+    )
     tie_embeddings: bool = Field(default=False, description="the output head shares the embedding's weight")
     init_std: float = Field(default=0.02, gt=0, description="standard deviation of the normal initialisation")
     attention: AttentionConfig = Field(default_factory=AttentionConfig, description="attention")

@@ -98,10 +98,11 @@ def _converted(
             yield piece.hf, theirs.to(keep) if theirs.is_floating_point() else theirs
     for rule in family.zeros:
         for layer in cfg.moe_layers():
-            name = rule.theirs[0].format(l=layer)
-            if name not in seen:
-                seen.add(name)
-                yield name, torch.zeros(cfg.layer_value("num_experts", layer))
+            shape = (cfg.layer_value("num_experts", layer),)
+            for piece in rule.pieces(rule.ours.format(l=layer), shape):
+                if piece.hf not in seen:
+                    seen.add(piece.hf)
+                    yield piece.hf, torch.zeros(piece.hf_shape(shape))
     _check_complete(family, cfg, seen)
 
 

@@ -1,13 +1,13 @@
 """What all Hugging Face families share, and which of them fits a model.
 
 A family is tables: which key of config.json is which of our settings, which values its class fixes, which tensor is
-which of ours. A new family is one new file in ``families/``.
+which of ours (``parts`` has those that many share). A new family is one new file in ``families/``.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import ValidationError
@@ -16,7 +16,7 @@ from moetrain.config.errors import ConvertError
 from moetrain.config.registry import FAMILIES, ROUTERS
 from moetrain.config.schema import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
 from moetrain.convert.features import differences
-from moetrain.convert.layout import Rule, rule
+from moetrain.convert.layout import Rule
 from moetrain.convert.rope import rope_from_hf, rope_to_hf
 from moetrain.model.attention import window_of
 from moetrain.moe.options import as_options
@@ -39,45 +39,6 @@ NO_EXPERTS = {"moe.num_experts": 0}
 # their keys that may have one value only, in every family
 ALWAYS: dict[str, Any] = {"hidden_act": "silu", "attention_dropout": 0.0}
 
-# our tensor -> theirs, in every family
-TRUNK = (
-    rule("embed.weight", "model.embed_tokens.weight"),
-    rule("norm.weight", "model.norm.weight"),
-    rule("head.weight", "lm_head.weight"),
-    rule("layers.{l}.attention_norm.weight", "model.layers.{l}.input_layernorm.weight"),
-    rule("layers.{l}.mlp_norm.weight", "model.layers.{l}.post_attention_layernorm.weight"),
-    rule("layers.{l}.attention.wo.weight", "model.layers.{l}.self_attn.o_proj.weight"),
-)
-
-GQA = (
-    *(
-        rule(f"layers.{{l}}.attention.w{p}.{kind}", f"model.layers.{{l}}.self_attn.{p}_proj.{kind}")
-        for p in "qkv"
-        for kind in ("weight", "bias")
-    ),
-    rule("layers.{l}.attention.wo.bias", "model.layers.{l}.self_attn.o_proj.bias"),
-    rule("layers.{l}.attention.q_norm.weight", "model.layers.{l}.self_attn.q_norm.weight"),
-    rule("layers.{l}.attention.k_norm.weight", "model.layers.{l}.self_attn.k_norm.weight"),
-)
-
-DENSE = tuple(
-    rule(f"layers.{{l}}.mlp.w_{p}.weight", f"model.layers.{{l}}.mlp.{p}_proj.weight") for p in ("gate", "up", "down")
-)
-
-_EXPERT = "model.layers.{l}.mlp.experts.{e}."
-EXPERTS = (
-    rule("layers.{l}.moe.router.weight", "model.layers.{l}.mlp.gate.weight"),
-    rule("layers.{l}.moe.experts.w13", _EXPERT + "gate_proj.weight", _EXPERT + "up_proj.weight"),
-    rule("layers.{l}.moe.experts.w2", _EXPERT + "down_proj.weight"),
-)
-
-# transformers keeps the experts of a layer in two tensors in memory; ``state_dict()`` of its models has these names
-FUSED = (
-    rule("layers.{l}.moe.router.weight", "model.layers.{l}.mlp.gate.weight"),
-    rule("layers.{l}.moe.experts.w13", "model.layers.{l}.mlp.experts.gate_up_proj", rearrange="e p f d -> e (p f) d"),
-    rule("layers.{l}.moe.experts.w2", "model.layers.{l}.mlp.experts.down_proj"),
-)
-
 
 class Family:
     """One model class of transformers. Subclasses fill the tables; ``read`` and ``write`` do what tables cannot.
@@ -87,6 +48,7 @@ class Family:
     in_memory: the same tensors as ``state_dict()`` names them, where that differs.
     zeros: tensors of theirs, (E,) in each MoE layer, that must exist: zeros where we have none.
     ignored: their tensors that we have no use for (regular expressions); logged when met.
+    partial_rotary: whether the class may rotate a part of each head only.
     """
 
     name: ClassVar[str]
@@ -98,6 +60,7 @@ class Family:
     in_memory: ClassVar[tuple[Rule, ...]] = ()
     zeros: ClassVar[tuple[Rule, ...]] = ()
     ignored: ClassVar[tuple[str, ...]] = ()
+    partial_rotary: ClassVar[bool] = False
 
     def from_hf_config(self, config: Mapping[str, Any]) -> ModelConfig:
         """Our config of their config.json. Raises ConvertError naming a setting that has no counterpart here."""
@@ -110,7 +73,7 @@ class Family:
             if theirs not in hf and theirs != "head_dim":  # may be left to the rule below
                 raise ConvertError(f"config.json of {self.name} has no {theirs}")
             flat[ours] = hf.get(theirs)
-        flat |= rope_from_hf(hf) | self.read(hf)
+        flat |= rope_from_hf(hf, self.partial_rotary) | self.read(hf)
         if not flat.get("attention.head_dim"):
             flat["attention.head_dim"] = hf["hidden_size"] // hf["num_attention_heads"]
         return build_config(flat | {"family": self.name, "name": str(config.get("_name_or_path") or self.name)})
@@ -120,7 +83,7 @@ class Family:
         hf: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.name}
         hf |= ALWAYS | self.fixed | dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
         hf |= {theirs: value_of(cfg, ours) for ours, theirs in (COMMON | self.fields).items()}
-        hf["rope_parameters"] = rope_to_hf(cfg.rope)
+        hf["rope_parameters"] = rope_to_hf(cfg.rope, self.partial_rotary)
         return hf | self.write(cfg)
 
     @classmethod
@@ -230,20 +193,32 @@ def build_config(flat: Mapping[str, Any]) -> ModelConfig:
         raise ConvertError(f"config.json: our {where} cannot be {first['input']!r}: {first['msg']}") from None
 
 
+def experts_by_layer(n_layers: int, sparse: Iterable[int], experts: int) -> dict[str, Any]:
+    """``moe.first_dense`` and ``moe.num_experts`` of a model whose layers ``sparse`` have ``experts`` experts."""
+    sparse = sorted(sparse)
+    first = sparse[0] if sparse else n_layers
+    if sparse == list(range(first, n_layers)):
+        return {"moe.first_dense": first, "moe.num_experts": experts}
+    return {"moe.num_experts": [experts if i in sparse else 0 for i in range(n_layers)]}
+
+
 def layers_from_qwen(hf: Mapping[str, Any]) -> dict[str, Any]:
     """``moe.first_dense`` and ``moe.num_experts`` of Qwen's ``mlp_only_layers`` and ``decoder_sparse_step``."""
-    n, experts, step = hf["num_hidden_layers"], hf["num_experts"], hf["decoder_sparse_step"]
-    dense = {i for i in range(n) if i in hf["mlp_only_layers"] or (i + 1) % step}
-    first = next((i for i in range(n) if i not in dense), n)
-    if dense == set(range(first)):
-        return {"moe.first_dense": first, "moe.num_experts": experts}
-    return {"moe.num_experts": [0 if i in dense else experts for i in range(n)]}
+    n, step = hf["num_hidden_layers"], hf["decoder_sparse_step"]
+    return experts_by_layer(
+        n, (i for i in range(step - 1, n, step) if i not in hf["mlp_only_layers"]), hf["num_experts"]
+    )
 
 
 def layers_to_qwen(cfg: ModelConfig) -> dict[str, Any]:
     """Qwen's keys of which layers have experts, and how many."""
     dense = [i for i in range(cfg.n_layers) if not cfg.is_moe(i)]
     return {"num_experts": value_of(cfg, "moe.num_experts"), "decoder_sparse_step": 1, "mlp_only_layers": dense}
+
+
+def shared_to_count(cfg: ModelConfig) -> int:
+    """How many experts of ``moe.expert_dim`` the shared ones are as wide as, rounded down."""
+    return value_of(cfg, "moe.shared_dim") // value_of(cfg, "moe.expert_dim")
 
 
 def windows_from_layer_types(hf: Mapping[str, Any]) -> dict[str, Any]:

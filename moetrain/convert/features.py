@@ -10,6 +10,7 @@ from moetrain.config.schema import ModelConfig
 from moetrain.model.attention import window_of
 from moetrain.moe.options import as_options
 
+NUMBERS = ("vocab_size", "dim", "n_layers", "max_seq_len", "norm_eps", "norm_place")
 GQA = ("n_kv_heads", "head_dim", "qkv_bias", "out_bias", "qk_norm", "clip_qkv", "sinks")
 MLA = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 YARN = ("factor", "original_max_seq_len", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
@@ -29,16 +30,14 @@ def features(cfg: ModelConfig) -> dict[str, Any]:
     Numbers of the MoE layer are lists over the MoE layers; ``moe.num_experts`` is over all, with 0 for dense ones.
     """
     a, moe = cfg.attention, cfg.moe_layers()
-    found: dict[str, Any] = {
-        name: getattr(cfg, name) for name in ("vocab_size", "dim", "n_layers", "max_seq_len", "norm_eps")
-    }
+    found: dict[str, Any] = {name: getattr(cfg, name) for name in NUMBERS}
     found["tie_embeddings"] = cfg.tie_embeddings
     if len(moe) < cfg.n_layers:
         found["dense_dim"] = cfg.dense_dim
     for name in ("kind", "n_heads", *(MLA if a.kind == "mla" else GQA)):
         found[f"attention.{name}"] = getattr(a, name)
     found["attention.sliding_window"] = [window_of(cfg, i) for i in range(cfg.n_layers)]
-    for name in ("theta", "interleaved", "scaling", *ROPE[cfg.rope.scaling]):
+    for name in ("theta", "fraction", "interleaved", "scaling", *ROPE[cfg.rope.scaling]):
         found[f"rope.{name}"] = getattr(cfg.rope, name)
     found["moe.num_experts"] = [cfg.layer_value("num_experts", i) if i in moe else 0 for i in range(cfg.n_layers)]
     if moe:
@@ -57,6 +56,8 @@ def _router(cfg: ModelConfig) -> dict[str, Any]:
     if found.get("router.order") == "topk_then_score" and found.get("router.score") == "softmax":
         # a softmax over the chosen logits is the renormalised softmax over all of them
         found |= {"router.order": "score_then_topk", "router.renormalize": True}
+    if not found.get("router.renormalize"):
+        found.pop("router.min_sum", None)
     if found.get("router.n_groups") == 1:  # one group: nothing to limit
         found.pop("router.topk_groups", None)
         found.pop("router.group_score", None)

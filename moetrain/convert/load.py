@@ -101,7 +101,9 @@ def _is_ignored(family: Family, cfg: ModelConfig, name: str) -> bool:
 
 def _is_zero_bias(family: Family, name: str) -> bool:
     """Whether their tensor says nothing while it is zero."""
-    patterns = [re.escape(rule.theirs[0]).replace(r"\{l\}", r"\d+") for rule in family.zeros]
+    ours = {rule.ours for rule in family.zeros}
+    named = [rule.theirs[0] for rule in (*family.zeros, *family.in_memory) if rule.ours in ours]
+    patterns = [re.escape(name).replace(r"\{l\}", r"\d+") for name in named]
     return any(re.fullmatch(pattern, name) for pattern in patterns)
 
 

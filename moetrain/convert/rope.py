@@ -20,25 +20,29 @@ KEYS: dict[str, dict[str, str]] = {
 }
 
 
-def rope_to_hf(cfg: RopeConfig) -> dict[str, Any]:
-    """``rope_parameters`` of ``cfg``; a zero mscale is left out, as transformers means it."""
+def rope_to_hf(cfg: RopeConfig, partial: bool = False) -> dict[str, Any]:
+    """``rope_parameters`` of ``cfg``; a zero mscale is left out, as transformers means it.
+
+    partial: whether the class knows heads that are rotated in part.
+    """
     found: dict[str, Any] = {"rope_type": "default" if cfg.scaling == "none" else cfg.scaling, "rope_theta": cfg.theta}
     for ours, theirs in KEYS[cfg.scaling].items():
         value = getattr(cfg, ours)
         if value or not ours.startswith("mscale"):
             found[theirs] = value
-    return found
+    return found | ({"partial_rotary_factor": cfg.fraction} if partial else {})
 
 
-def rope_from_hf(hf: Mapping[str, Any]) -> dict[str, Any]:
+def rope_from_hf(hf: Mapping[str, Any], partial: bool = False) -> dict[str, Any]:
     """Our ``rope.*`` settings of a completed config.json. Raises ConvertError for rules that are not covered."""
     theirs = hf["rope_parameters"]
     scaling = {"default": "none"}.get(theirs["rope_type"], theirs["rope_type"])
     if scaling not in KEYS:
         raise ConvertError(f"rope_type={scaling!r} of config.json is not covered; covered: {', '.join(KEYS)}")
-    if theirs.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ConvertError("partial_rotary_factor of config.json is not covered, only 1.0 is")
-    found = {"rope.theta": theirs["rope_theta"], "rope.scaling": scaling}
+    fraction = theirs.get("partial_rotary_factor", 1.0)
+    if fraction != 1.0 and not partial:
+        raise ConvertError(f"partial_rotary_factor={fraction} of config.json is not covered, only 1.0 is")
+    found = {"rope.theta": theirs["rope_theta"], "rope.scaling": scaling, "rope.fraction": fraction}
     for ours, key in KEYS[scaling].items():
         if theirs.get(key) is not None:
             found[f"rope.{ours}"] = theirs[key]

@@ -1,4 +1,4 @@
-"""One decoder block: attention and an MLP or MoE layer, each behind a norm and beside the residual stream."""
+"""One decoder block: attention and an MLP or MoE layer, each with a norm and beside the residual stream."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ Recompute = Literal["none", "selective", "full"]
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)). Dense layers have ``mlp``, MoE layers ``moe``; the other is None.
 
+    With ``norm_place=post`` x + norm(attention(x)) and x + norm(mlp(x)): OLMo 2 (arXiv 2501.00656, section 3.1).
+
     ``recompute`` says what backward computes again: nothing, the inner activations of experts and MLPs ("selective": no
     row is dispatched again; tensor parallelism gathers an MLP's tokens again), or the whole block. Routing is never
     decided twice: the memo outlives the first pass.
@@ -32,6 +34,7 @@ class Block(nn.Module):
         super().__init__()
         self.layer = layer
         self.window = window_of(cfg, layer)
+        self.post_norm = cfg.norm_place == "post"
         self.attention_norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.attention = build_attention(cfg)
         self.mlp_norm = RMSNorm(cfg.dim, cfg.norm_eps)
@@ -63,16 +66,25 @@ class Block(nn.Module):
         x, h = self.attend(x, places)
         if self.moe is not None:
             out_TD, carry = self.moe(h.flatten(0, 1), carry, context)
-            return x + out_TD.view_as(x), carry
+            return self._add(x, out_TD.view_as(x), self.mlp_norm), carry
         assert self.mlp is not None
         if self._recompute == "selective" and torch.is_grad_enabled():
-            return x + checkpoint(self.mlp, h, use_reentrant=False, preserve_rng_state=False), carry
-        return x + self.mlp(h), carry
+            out = checkpoint(self.mlp, h, use_reentrant=False, preserve_rng_state=False)
+        else:
+            out = self.mlp(h)
+        return self._add(x, out, self.mlp_norm), carry
 
     def attend(self, x: Tensor, places: Places) -> tuple[Tensor, Tensor]:
-        """x_BSD -> (x + attention, its norm): all of the block that has fixed shapes."""
-        x = x + self.attention(self.attention_norm(x), places, self.window)
-        return x, self.mlp_norm(x)
+        """x_BSD -> (x + attention, the MLP's input): all of the block that has fixed shapes."""
+        out = self.attention(self._input(x, self.attention_norm), places, self.window)
+        x = self._add(x, out, self.attention_norm)
+        return x, self._input(x, self.mlp_norm)
+
+    def _input(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        return x if self.post_norm else norm(x)
+
+    def _add(self, x: Tensor, out: Tensor, norm: RMSNorm) -> Tensor:
+        return x + (norm(out) if self.post_norm else out)
 
     def compile_dense(self) -> None:
         """torch.compile ``attend`` in place; the routed part has shapes that depend on the data."""

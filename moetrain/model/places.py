@@ -91,11 +91,15 @@ class Places:
 
 
 def rotate(x: Tensor, places: Places, interleaved: bool) -> Tensor:
-    """Rotate the pairs of x (B, S, H, r): elements (i, i + r/2), or neighbours (2i, 2i+1) when ``interleaved``.
+    """Rotate the pairs of x (B, S, H, d): elements (i, i + r/2), or neighbours (2i, 2i+1) when ``interleaved``.
 
+    Elements from r on stay as they are.
     Interleaved pairs come out as halves (all first elements, then all second ones): queries and keys are permuted
     alike, so their products are the same, and the writes are contiguous.
     """
     cos, sin = places.cos, places.sin
+    r = 2 * cos.shape[-1]
+    if r < x.shape[-1]:
+        return torch.cat((rotate(x[..., :r], places, interleaved), x[..., r:]), dim=-1)
     a, b = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)

@@ -67,6 +67,8 @@ REFUSED = [
     ("model.moe.capacity_factor=0", "model.moe.capacity_factor=0.0 must not be 0 or negative"),
     ("model.attention.n_kv_heads=4", "n_kv_heads=4 must divide n_heads=6; nearest legal: model.attention.n_kv_heads=3"),
     ("model.attention.kind=mla", "model.attention.kind=mla needs model.attention.kv_lora_rank"),
+    ("model.rope.fraction=0.4", "head_dim=32 times model.rope.fraction=0.4 must be even"),
+    ("model=tiny-deepseek model.rope.fraction=0.5", "model.rope.fraction is for kind=gqa"),
     ("model.rope.scaling=yarn", "model.rope.scaling=yarn needs model.rope.original_max_seq_len"),
     ("train.seq_len=65536", "train.seq_len=65536 is longer than model.max_seq_len=1024"),
     ("train.global_batch=7", "train.global_batch=7 must be a multiple of train.micro_batch=4"),

@@ -100,7 +100,7 @@ def test_a_tied_head_that_differs_is_refused() -> None:
     [
         (["model.moe.shared_dim=64"], "model.moe.shared_dim=64"),
         (["model.moe.top_k=[1,2,2,2]"], "model.moe.top_k=[1, 2, 2, 2]"),
-        (["model/router=sigmoid_topk"], "model.router.score=sigmoid"),
+        (["model/router=sigmoid_topk", "model.family=qwen3_moe"], "model.router.score=sigmoid"),
         (["model.attention.sinks=true", "model.moe.every=2"], "model.attention.sinks=true"),
         (["model.family=mixtral"], "model.attention.qk_norm=head"),
         (["model.family=qwen3"], "model.moe.num_experts=8"),

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from moetrain.config import load
 from moetrain.config.schema import ExpertsConfig
 from moetrain.convert.export import export_hf
-from moetrain.convert.family import family_of
+from moetrain.convert.family import family_named, family_of
 from moetrain.convert.load import load_hf, read_hf_config
 from moetrain.model.decoder import Decoder
 from moetrain.moe.balance import end_of_step
@@ -32,7 +32,8 @@ def test_every_tensor_comes_back_bit_for_bit(name: str, dtype: torch.dtype, tmp_
     theirs = make(name).to(dtype)
     theirs.save_pretrained(tmp_path / "in")
     cfg = read_hf_config(tmp_path / "in")
-    balance = {"bias": {}, "aux_loss": {"scope": "step"}} if cfg.attention.kind == "mla" else {"aux_loss": {}}
+    has_bias = bool(family_named(cfg.family).zeros)
+    balance = {"bias": {}, "aux_loss": {"scope": "step"}} if has_bias else {"aux_loss": {}}
     ours = Decoder(cfg, balance, ExpertsConfig())  # float32: holds bfloat16 exactly
     load_hf(ours, tmp_path / "in")
     assert export_hf(cfg, ours.state_dict(), tmp_path / "out", dtype=dtype, max_shard_bytes=40_000) == cfg.family
@@ -59,7 +60,7 @@ def test_every_tensor_comes_back_bit_for_bit(name: str, dtype: torch.dtype, tmp_
 def test_ten_steps_from_their_weights_and_back_give_the_same_loss(name: str, tmp_path: Path) -> None:
     make(name).save_pretrained(tmp_path / "in")
     cfg = read_hf_config(tmp_path / "in")
-    ours = Decoder(cfg, {"bias": {"rate": 0.1}} if cfg.attention.kind == "mla" else {}, ExpertsConfig())
+    ours = Decoder(cfg, {"bias": {"rate": 0.1}} if family_named(cfg.family).zeros else {}, ExpertsConfig())
     load_hf(ours, tmp_path / "in")
     ids, optimizer, losses = tokens(), torch.optim.AdamW(ours.parameters(), lr=3e-3), []
     targets = torch.cat((ids[:, 1:], torch.full((len(ids), 1), -100)), 1)

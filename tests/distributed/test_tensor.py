@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from moetrain.checkpoint.state import gather_state
 from moetrain.comm.even import all_gather, all_gather_packed, all_reduce, reduce_scatter
 from moetrain.config.errors import ConfigError
-from moetrain.config.schema import AttentionConfig, ExpertsConfig, ModelConfig, MoEConfig
+from moetrain.config.schema import AttentionConfig, ExpertsConfig, ModelConfig, MoEConfig, RopeConfig
 from moetrain.model.decoder import Decoder
 from moetrain.moe.balance import end_of_step
 from moetrain.parallel import tensor
@@ -141,6 +141,15 @@ def split_equals_one_process(reference: Decoder, cfg: ModelConfig, reduction: st
 def test_split_equals_one_process(attention: str, tp: int, tied: bool, reduction: str, recompute: str) -> None:
     cfg = config(attention, tied)
     run_ranks(tp, split_equals_one_process, build(cfg), cfg, reduction, recompute)
+
+
+@pytest.mark.parametrize(
+    ("changes", "recompute"),
+    [({"norm_place": "post"}, "selective"), ({"rope": RopeConfig(fraction=0.5)}, "none")],
+)
+def test_options_of_blocks_split_alike(changes: dict[str, Any], recompute: str) -> None:
+    cfg = config("kv heads 2, norm of all heads, clipped", **changes)
+    run_ranks(2, split_equals_one_process, build(cfg), cfg, "none", recompute)
 
 
 def parts_equal_the_whole(reference: Decoder, cfg: ModelConfig) -> None:

@@ -50,6 +50,16 @@ DEEPSEEK = TOP_2 | {
     "num_nextn_predict_layers": 0,
 }
 
+GLM = TOP_2 | {
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "head_dim": 12,
+    "num_mtp_layers": 0,
+}
+ERNIE = {"moe_k": 2, "moe_num_experts": 6, "moe_intermediate_size": 24, "moe_num_shared_experts": 2}
+
 # name -> (model_type, settings beside BASE): each class as released, and the options that its checkpoints use
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -69,6 +79,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "sliding_window": 5,
             "max_window_layers": 0,
         },
+    ),
+    "olmo2": ("olmo2", {}),
+    "flex_olmo": ("flex_olmo", TOP_2 | {"num_experts": 6}),
+    "flex_olmo-renormalised-biases": (
+        "flex_olmo",
+        TOP_2 | {"num_experts": 6, "norm_topk_prob": True, "attention_bias": True, "tie_word_embeddings": True},
     ),
     "mixtral": ("mixtral", TOP_2 | {"num_local_experts": 6, "head_dim": 8}),
     "mixtral-window-tied": (
@@ -95,6 +111,21 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3-yarn-plain-queries": (
         "deepseek_v3",
         DEEPSEEK | {"q_lora_rank": None, "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}},
+    ),
+    "deepseek_v2": ("deepseek_v2", DEEPSEEK | {"topk_method": "group_limited_greedy", "routed_scaling_factor": 3.0}),
+    "deepseek_v2-lite-yarn": (
+        "deepseek_v2",
+        DEEPSEEK | {"q_lora_rank": None, "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.7}},
+    ),
+    "glm4_moe": ("glm4_moe", GLM | {"use_qk_norm": True, "attention_bias": True, "routed_scaling_factor": 2.5}),
+    "glm4_moe-whole-heads-groups": (
+        "glm4_moe",
+        GLM | {"n_group": 4, "topk_group": 2, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 1.0}},
+    ),
+    "ernie4_5_moe": ("ernie4_5_moe", ERNIE),
+    "ernie4_5_moe-every-other": (
+        "ernie4_5_moe",
+        ERNIE | {"moe_layer_interval": 2, "moe_layer_start_index": 0, "moe_num_shared_experts": 0, "head_dim": 10},
     ),
     "qwen2_moe": ("qwen2_moe", MOE | {"shared_expert_intermediate_size": 28}),
     "gpt_oss": (

@@ -14,6 +14,7 @@ from tests.model.test_transformers_parity import build as build_like
 from tests.model.test_transformers_parity import relative
 
 N = 17
+MIXED = ("gpt_oss", "qwen2-some-windows")
 LENGTHS = (9, 1, 17)  # of the prefix of each sequence
 
 
@@ -34,10 +35,10 @@ def explicit(window: int | None) -> Tensor:
 
 
 @pytest.mark.parametrize("backend", ["math", "sdpa"])
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "gpt_oss"])
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in MIXED])
 def test_transformers_computes_the_same_under_the_mask(name: str, backend: str) -> None:
     """Logits and the gradient of the embedding in float64: grouped-query and latent attention, biases, clipping, a
-    sliding window. gpt_oss mixes masks by layer, and is covered by the next test."""
+    sliding window. Models that mix masks by layer are covered by the next test."""
     inputs = tokens(len(LENGTHS), N)
     with float64_throughout():
         theirs = make(name, torch.float64)

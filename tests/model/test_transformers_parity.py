@@ -25,7 +25,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 
 
 def build(cfg: ModelConfig, dtype: torch.dtype, backend: str = "auto") -> Decoder:
-    balance = {"bias": {}} if cfg.attention.kind == "mla" else {}
+    balance = {"bias": {}} if family_named(cfg.family).zeros else {}
     return Decoder(cfg, balance, ExpertsConfig(backend=backend)).to(dtype)
 
 
@@ -72,12 +72,14 @@ def test_same_logits_gradients_and_choices(name: str, dtype: torch.dtype) -> Non
             assert torch.equal(mine, reference)
         # gradients have the names and shapes of weights, so they can be converted as weights are
         gradients = copy.deepcopy(ours)
-        load_hf(gradients, {key: p.grad for key, p in theirs.named_parameters()} | zero_buffers(theirs))
+        load_hf(gradients, gradients_of(theirs))
         for (fqn, p), reference in zip(ours.named_parameters(), gradients.parameters(), strict=True):
             assert p.grad is not None, fqn
             assert relative(p.grad, reference) < TOLERANCE[dtype], (fqn, backend)
 
 
-def zero_buffers(model: nn.Module) -> dict[str, Tensor]:
+def gradients_of(model: nn.Module) -> dict[str, Tensor]:
+    """For each tensor of the state: its gradient, or zeros for one that has none (a bias for choosing experts)."""
+    grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
     persistent = set(model.state_dict())
-    return {name: torch.zeros_like(b) for name, b in model.named_buffers() if name in persistent}
+    return grads | {name: torch.zeros_like(b) for name, b in model.named_buffers() if name in persistent}

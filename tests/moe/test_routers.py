@@ -81,7 +81,12 @@ CASES: dict[str, tuple[Any, dict[str, Any], str | None]] = {
     ),
     "ernie": (
         Ernie4_5_MoeTopKRouter(Ernie4_5_MoeConfig(hidden_size=D, moe_k=K, moe_num_experts=E)),
-        {},
+        {"min_sum": 1e-12},
+        "moe_statics.e_score_correction_bias",
+    ),
+    "ernie_small_sums": (
+        Ernie4_5_MoeTopKRouter(Ernie4_5_MoeConfig(hidden_size=D, moe_k=K, moe_num_experts=E, moe_norm_min=0.9)),
+        {"min_sum": 0.9},
         "moe_statics.e_score_correction_bias",
     ),
 }

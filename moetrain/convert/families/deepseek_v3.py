@@ -6,27 +6,8 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from moetrain.config.schema import ModelConfig
-from moetrain.convert.family import DENSE, EXPERTS, FUSED, TRUNK, Family, register, value_of
-from moetrain.convert.layout import rule
-
-_ATTENTION = {
-    "wq": "q_proj",
-    "wq_a": "q_a_proj",
-    "q_norm": "q_a_layernorm",
-    "wq_b": "q_b_proj",
-    "wkv_a": "kv_a_proj_with_mqa",
-    "kv_norm": "kv_a_layernorm",
-    "wkv_b": "kv_b_proj",
-}
-MLA = tuple(
-    rule(f"layers.{{l}}.attention.{ours}.weight", f"model.layers.{{l}}.self_attn.{theirs}.weight")
-    for ours, theirs in _ATTENTION.items()
-)
-SHARED = tuple(
-    rule(f"layers.{{l}}.moe.shared.w_{p}.weight", f"model.layers.{{l}}.mlp.shared_experts.{p}_proj.weight")
-    for p in ("gate", "up", "down")
-)
-BIAS = rule("layers.{l}.moe.router.balance.bias.bias_E", "model.layers.{l}.mlp.gate.e_score_correction_bias")
+from moetrain.convert.family import Family, register, shared_to_count
+from moetrain.convert.parts import BIAS, DENSE, EXPERTS, FUSED, MLA, SHARED, TRUNK
 
 
 @register
@@ -69,9 +50,8 @@ class DeepseekV3(Family):
         return {"moe.shared_dim": hf["n_shared_experts"] * hf["moe_intermediate_size"]}
 
     def write(self, cfg: ModelConfig) -> dict[str, Any]:
-        shared, inner = value_of(cfg, "moe.shared_dim"), value_of(cfg, "moe.expert_dim")
         return {
             "num_key_value_heads": cfg.attention.n_heads,
-            "n_shared_experts": max(1, shared // inner),  # the class cannot do without
+            "n_shared_experts": max(1, shared_to_count(cfg)),  # the class cannot do without
             "num_nextn_predict_layers": 0,
         }

@@ -6,15 +6,9 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from moetrain.config.schema import ModelConfig
-from moetrain.convert.family import (
-    GQA,
-    TRUNK,
-    Family,
-    register,
-    windows_from_layer_types,
-    windows_to_layer_types,
-)
+from moetrain.convert.family import Family, register, windows_from_layer_types, windows_to_layer_types
 from moetrain.convert.layout import rule
+from moetrain.convert.parts import GQA, TRUNK
 
 _MLP = "model.layers.{l}.mlp."
 _EXPERTS = _MLP + "experts."

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from moetrain.convert.family import DENSE, GQA, NO_EXPERTS, TRUNK, Family, register
+from moetrain.convert.family import NO_EXPERTS, Family, register
+from moetrain.convert.parts import DENSE, GQA, TRUNK
 
 
 @register

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from moetrain.convert.family import FUSED, GQA, TRUNK, Family, register
+from moetrain.convert.family import Family, register
 from moetrain.convert.layout import rule
+from moetrain.convert.parts import FUSED, GQA, TRUNK
 
 _MOE = "model.layers.{l}.block_sparse_moe."
 _EXPERT = _MOE + "experts.{e}."

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from moetrain.convert.family import EXPERTS, FUSED, GQA, TRUNK, Family, register
+from moetrain.convert.family import Family, register
+from moetrain.convert.parts import EXPERTS, FUSED, GQA, TRUNK
 
 
 @register

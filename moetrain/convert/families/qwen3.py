@@ -6,16 +6,8 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from moetrain.config.schema import ModelConfig
-from moetrain.convert.family import (
-    DENSE,
-    GQA,
-    NO_EXPERTS,
-    TRUNK,
-    Family,
-    register,
-    windows_from_layer_types,
-    windows_to_layer_types,
-)
+from moetrain.convert.family import NO_EXPERTS, Family, register, windows_from_layer_types, windows_to_layer_types
+from moetrain.convert.parts import DENSE, GQA, TRUNK
 
 
 @register

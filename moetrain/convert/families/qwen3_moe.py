@@ -6,17 +6,8 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from moetrain.config.schema import ModelConfig
-from moetrain.convert.family import (
-    DENSE,
-    EXPERTS,
-    FUSED,
-    GQA,
-    TRUNK,
-    Family,
-    layers_from_qwen,
-    layers_to_qwen,
-    register,
-)
+from moetrain.convert.family import Family, layers_from_qwen, layers_to_qwen, register
+from moetrain.convert.parts import DENSE, EXPERTS, FUSED, GQA, TRUNK
 
 
 @register

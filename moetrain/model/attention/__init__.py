@@ -17,7 +17,9 @@ def build_attention(cfg: ModelConfig) -> nn.Module:
 
 def rotated_width(cfg: ModelConfig) -> int:
     """Width of the rotated part of a head."""
-    return cfg.attention.qk_rope_head_dim if cfg.attention.kind == "mla" else cfg.attention.head_dim
+    if cfg.attention.kind == "mla":
+        return cfg.attention.qk_rope_head_dim
+    return int(cfg.attention.head_dim * cfg.rope.fraction)
 
 
 def window_of(cfg: ModelConfig, layer: int) -> int | None:

@@ -29,6 +29,9 @@ class TopKOptions:
         "score_then_topk", description="score all experts and choose, or choose by logits and score the chosen"
     )
     renormalize: bool = Field(True, description="divide the chosen scores by their sum")
+    min_sum: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="renormalize: the sum counts as at least this (ERNIE 4.5: 1e-12)"
+    )
     scale: Annotated[float, Field(gt=0)] = Field(1.0, description="factor on the routing weights, last of all")
     n_groups: Positive = Field(1, description="equal groups that the experts are cut into")
     topk_groups: Positive = Field(1, description="groups that a token may choose experts from")
@@ -88,7 +91,7 @@ class TopKRouter(Router):
         if not score_first:
             weights_TK = self._score(weights_TK)
         if self.options.renormalize:
-            weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + TINY)
+            weights_TK = weights_TK / self._sum(weights_TK)
         if self.options.scale != 1:
             weights_TK = weights_TK * self.options.scale
 
@@ -102,6 +105,10 @@ class TopKRouter(Router):
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         bias_E = None if self.bias is None else self.bias.to(wide)
         return F.linear(x_TD.to(wide), self.weight.to(wide), bias_E)
+
+    def _sum(self, weights_TK: Tensor) -> Tensor:
+        sum_T1 = weights_TK.sum(dim=-1, keepdim=True)
+        return sum_T1.clamp(min=self.options.min_sum) if self.options.min_sum else sum_T1 + TINY
 
     def _score(self, logits: Tensor) -> Tensor:
         return logits.softmax(dim=-1) if self.options.score == "softmax" else logits.sigmoid()

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from moetrain.config.errors import ConfigError
 from moetrain.upcycle.method import Context, Model, Upcycled
 from moetrain.upcycle.read import read_parent
+from moetrain.upcycle.resize import experts_of
 from moetrain.upcycle.watch import usage
 from tests.model.hf_models import DEEPSEEK, MODELS, tokens
 from tests.upcycle.theirs import apply, assert_same, exported, logits, saved
@@ -62,16 +63,20 @@ def test_pruning_what_a_text_does_not_use_changes_nothing_there(name: str, tmp_p
     assert torch.equal(made.model.tensors["layers.1.moe.experts.w2"], w2[kept])
 
 
-def test_growing_under_a_selection_bias_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["deepseek_v3-one-group", "glm4_moe"])
+def test_growing_under_a_selection_bias_changes_nothing(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one_group = DEEPSEEK | {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
     monkeypatch.setitem(MODELS, "deepseek_v3-one-group", ("deepseek_v3", one_group))
-    folder = saved("deepseek_v3-one-group", tmp_path / "moe")
+    folder = saved(name, tmp_path / "moe")
+    before = experts_of(read_parent(folder).cfg)
     made = apply("grow", [folder], ids=tokens(), add=3)
-    assert made.exact and made.model.cfg.moe.num_experts == 11
+    assert made.exact and experts_of(made.model.cfg) == before + 3
     assert_same(logits(exported(made, tmp_path / "out")), logits(folder))
     most = usage(read_parent(folder), Context(0, tokens), "nothing")[1].counts_E.argmax()
     w2 = made.model.tensors["layers.1.moe.experts.w2"]
-    assert torch.equal(w2[8], w2[most])
+    assert torch.equal(w2[before], w2[most])
 
 
 def test_growing_a_top_1_softmax_router_changes_nothing(tmp_path: Path) -> None:
@@ -84,7 +89,7 @@ def test_growing_a_top_1_softmax_router_changes_nothing(tmp_path: Path) -> None:
     assert torch.equal(w2[4], w2[3]) and torch.equal(w2[5], w2[0])
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "qwen2_moe"])
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "qwen2_moe", "ernie4_5_moe"])
 def test_growing_for_more_experts_per_token_changes_few_tokens(name: str, tmp_path: Path) -> None:
     folder = saved(name, tmp_path / "moe")
     made = apply("grow", [folder], add=1, copy_of=[2])

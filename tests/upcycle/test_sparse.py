@@ -18,6 +18,7 @@ from tests.upcycle.theirs import apply, assert_same, exported, logits, saved
         ("qwen2", "qwen2_moe"),
         ("qwen3", "qwen3_moe"),
         ("qwen3-biases-windows", "qwen3_moe"),
+        ("olmo2", "flex_olmo"),
     ],
 )
 def test_copies_compute_the_dense_function(name: str, family: str, tmp_path: Path) -> None:

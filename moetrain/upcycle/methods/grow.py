@@ -36,10 +36,11 @@ class GrowOptions:
 def grow(options: GrowOptions, parents: Sequence[Model], context: Context) -> Upcycled:
     """A model with experts -> the same with ``add`` more in each layer.
 
-    A router with a selection bias (DeepSeek-V3) keeps them asleep: their bias is lower than the lowest by more than
-    scores can make up for, and balancing by that bias wakes them. Nothing changes until then. Other routers give them
-    the mean of all rows. Their logit is then the mean of all logits, less than the best, so nothing changes for top-1;
-    for larger k a token changes only where its k-th best logit is below the mean.
+    A router with a selection bias keeps them asleep: their bias is lower than the lowest by more than scores can make
+    up for, and balancing by that bias wakes them. With sigmoid scores (DeepSeek-V3) nothing changes until then. A
+    softmax over all experts has one more to share with. There, new experts get the mean of all router rows: their logit
+    is the mean of all logits, less than the best, so that normalised top-1 routing does not change; for larger k a
+    token changes only where its k-th best logit is below the mean.
     """
     parent = one_parent(parents, "grow")
     router = check_resizable(parent, "grow")
@@ -50,6 +51,7 @@ def grow(options: GrowOptions, parents: Sequence[Model], context: Context) -> Up
     cfg = resized(parent.cfg, E + options.add, None)
     used = cache(lambda: usage(parent, context, "nothing"))
     has_bias = any(name.endswith(SELECTION_BIAS) for name in parent.tensors)
+    asleep = has_bias and router.score == "sigmoid"
 
     @cache
     def source(layer: int) -> Tensor:
@@ -62,12 +64,12 @@ def grow(options: GrowOptions, parents: Sequence[Model], context: Context) -> Up
         new = old[source(layer)]
         if f".{part}".endswith(SELECTION_BIAS):
             new = torch.full_like(new, float(old.min()) - ASLEEP)
-        elif part.startswith("router.") and not has_bias:
+        elif part.startswith("router.") and not asleep:
             new = old.mean(0, keepdim=True).expand_as(new)
         return torch.cat((old, new))
 
     normalised = router.renormalize or router.order == "topk_then_score" or router.score == "sigmoid"
-    top_1 = all(cfg.layer_value("top_k", layer) == 1 for layer in cfg.moe_layers())
-    exact = normalised and (has_bias or top_1)
+    top_1 = cfg.layer_value("top_k", cfg.moe_layers()[0]) == 1
+    exact = asleep or (normalised and top_1 and not has_bias)
     note = "the parent's function" if exact else "the parent's function where new experts are not among the best"
     return Upcycled(with_changed(parent, cfg, change), exact, note)

@@ -205,6 +205,19 @@ def upcycle(argv: Sequence[str]) -> int:
     return 0
 
 
+def convert(argv: Sequence[str]) -> int:
+    """Turn weights into another form: to=hf from=RUN out=DIR ..., to=safetensors ...; --help tells more."""
+    parser = command_parser("convert")
+    args = parser.parse_intermixed_args(argv)
+    from moetrain.convert import command
+
+    if args.help or not args.overrides:
+        print(command.HELP)
+        return 0 if args.help else 2
+    print(command.run(command.parse(args.overrides)))
+    return 0
+
+
 def version(argv: Sequence[str]) -> int:
     """Print the versions of moetrain, Python and torch."""
     command_parser("version").parse_args(argv)
@@ -222,6 +235,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "mapping": mapping,
     "parity": parity,
     "mixture": mixture,
+    "convert": convert,
     "upcycle": upcycle,
     "version": version,
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -11,100 +10,67 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moetrain.config.errors import ConfigError, ConvertError
+from moetrain.config.errors import ConfigError, DataError
 from moetrain.config.registry import UPCYCLERS
 from moetrain.convert.export import export_hf
-from moetrain.convert.family import family_of
+from moetrain.convert.open import Opened, open_weights
+from moetrain.convert.output import refuse_output
 from moetrain.data.sources import resolve
 from moetrain.data.tokenizer import ids_of, load_tokenizer
 from moetrain.upcycle.measure import loss
 from moetrain.upcycle.method import Context, Model, Upcycled
-from moetrain.upcycle.read import read_parent
 from moetrain.upcycle.words import Asked
 
 PROSE = "moetrain:data/demo/docs.txt"
 SEQ_LEN = 512
-# Of a model folder, what is no weight and no config: copied from the first parent as it is
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "generation_config.json",
-)
 
 
 def run(asked: Asked, say: Callable[[str], None] = print) -> None:
-    """Do what ``asked`` says. Every check comes first; ``out`` appears whole or not at all. Raises ConfigError,
-    ConvertError and DataError."""
-    if asked.out.exists() and (not asked.out.is_dir() or any(asked.out.iterdir())):
-        raise ConvertError(f"out={asked.out} is not empty; choose another folder or remove it first")
-    parents = [read_parent(folder) for folder in asked.parents]
-    ids = cache(lambda: calibration_ids(parents[0].cfg.vocab_size, asked))
+    """Do what ``asked`` says. Every check comes first; ``out`` appears whole or not at all. Raises a UserError."""
+    refuse_output(asked.out, 0)
+    opened = [open_weights(path) for path in asked.parents]
+    parents = [Model(one.model, one.source, path) for one, path in zip(opened, asked.parents, strict=True)]
+    ids = cache(lambda: calibration_ids(opened[0], asked))
     made = UPCYCLERS.get(asked.method).build(asked.options, parents, Context(asked.seed, ids))
-    family = family_of(made.model.cfg).name
-    no_text = _why_no_text(asked)
-    before = [loss(parent, ids()) for parent in parents] if asked.measure and not no_text else []
-    write(made.model, asked)
+    refuse_output(asked.out, sum(spec.nbytes for spec in made.model.source.specs.values()))
+    unmeasured = "measure=false" if not asked.measure else _why_no_text(opened[0])
+    before = [] if unmeasured else [loss(parent, ids()) for parent in parents]
+    family = export_hf(made.model.cfg, made.model.source, asked.out, opened[0].tokenizer)
     say(f"{asked.out}: {family}, {_shape(made.model)}; step 0 keeps {made.note}")
-    if not asked.measure or no_text:
-        say(f"losses not measured: {no_text or 'measure=false'}")
+    if unmeasured:
+        say(f"losses not measured: {unmeasured}")
         return
-    after = loss(read_parent(asked.out), ids())
+    written = open_weights(asked.out)
+    after = loss(Model(written.model, written.source), ids())
     for parent, value in zip(parents, before, strict=True):
         say(f"loss {value:.4f} of {parent.where}, {after - value:+.4f} by upcycling")
     say(json.dumps(_report(asked, made, family, before, after)))
 
 
-def calibration_ids(vocab_size: int, asked: Asked) -> Tensor:
-    """Ids (B, S) of the text, at most ``asked.tokens`` of them, in rows of ``SEQ_LEN``. Raises ConfigError."""
-    why = _why_no_text(asked)
-    if why:
-        raise ConfigError(f"method={asked.method} reads text to see which experts are used: {why}")
-    text = (asked.text or Path(resolve(PROSE))).read_text(encoding="utf-8")
-    # a token is seldom longer than 16 characters
-    (found,) = ids_of(load_tokenizer(str(asked.parents[0])).tokenizer, [text[: 16 * asked.tokens]])
-    ids = torch.tensor(found[: asked.tokens])
-    if len(ids) < 2 or int(ids.max()) >= vocab_size:
-        what = "has fewer than 2 tokens" if len(ids) < 2 else f"has ids beyond vocab_size={vocab_size}"
-        raise ConfigError(f"the text {what}; give another text=FILE")
+def calibration_ids(opened: Opened, asked: Asked) -> Tensor:
+    """Ids (B, S) of the text, at most ``asked.tokens`` of them, in rows of ``SEQ_LEN``. Raises a UserError."""
+    why = _why_no_text(opened)
+    if why or opened.tokenizer is None:
+        raise ConfigError(f"method={asked.method} reads text to see what the parent does on it, but {why}")
+    found = opened.tokenizer
+    tokenizer = load_tokenizer(str(found)).tokenizer if isinstance(found, Path) else found
+    file = asked.text or Path(resolve(PROSE))
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise DataError(f"text={file} is not UTF-8 text") from None
+    (numbers,) = ids_of(tokenizer, [text[: 16 * asked.tokens]])  # a token is seldom longer than 16 characters
+    ids = torch.tensor(numbers[: asked.tokens])
+    if len(ids) < 2:
+        raise DataError(f"text={file} has fewer than 2 tokens")
+    if int(ids.max()) >= opened.model.vocab_size:
+        raise DataError(f"the tokenizer of {opened.path} has ids beyond vocab_size={opened.model.vocab_size}")
     rows = max(1, len(ids) // SEQ_LEN)
     return ids[: len(ids) // rows * rows].view(rows, -1)
 
 
-def write(model: Model, asked: Asked) -> None:
-    """Export to ``asked.out``, with the first parent's tokenizer and generation config as they are."""
-    parent = asked.parents[0]
-    staged = asked.out.with_name(asked.out.name + ".upcycled")
-    shutil.rmtree(staged, ignore_errors=True)
-    try:
-        export_hf(model.cfg, model.tensors, staged)
-        for name in TOKENIZER_FILES:
-            if (parent / name).is_file():
-                shutil.copy(parent / name, staged / name)
-        _keep_special_ids(parent / "config.json", staged / "config.json")
-        if asked.out.exists():
-            asked.out.rmdir()
-        staged.rename(asked.out)
-    except BaseException:
-        shutil.rmtree(staged, ignore_errors=True)
-        raise
-
-
-def _keep_special_ids(theirs: Path, ours: Path) -> None:
-    """Which tokens begin and end a text is said in config.json, too."""
-    old, new = (json.loads(file.read_text(encoding="utf-8")) for file in (theirs, ours))
-    new |= {key: old[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in old}
-    ours.write_text(json.dumps(new, indent=2) + "\n", encoding="utf-8")
-
-
-def _why_no_text(asked: Asked) -> str:
-    file = asked.parents[0] / "tokenizer.json"
-    return "" if file.is_file() else f"there is no '{file}' to read the text with"
+def _why_no_text(opened: Opened) -> str:
+    return f"{opened.path} has no tokenizer to read text with" if opened.tokenizer is None else ""
 
 
 def _shape(model: Model) -> str:

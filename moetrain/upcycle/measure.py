@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moetrain.config.schema import ExpertsConfig
+from moetrain.convert.source import fill
 from moetrain.convert.tensors import SELECTION_BIAS
 from moetrain.model.decoder import Decoder
 from moetrain.upcycle.method import Model
@@ -18,12 +19,12 @@ BATCH = 4
 @torch.no_grad()
 def build(model: Model, dtype: torch.dtype = torch.float32) -> Decoder:
     """``model`` in memory, in evaluation mode."""
-    balance: dict[str, Any] = {"bias": {}} if any(name.endswith(SELECTION_BIAS) for name in model.tensors) else {}
+    has_bias = any(name.endswith(SELECTION_BIAS) for name in model.source.specs)
+    balance: dict[str, Any] = {"bias": {}} if has_bias else {}
     with torch.device("meta"):
         decoder = Decoder(model.cfg, balance, ExpertsConfig()).to(dtype)
     decoder = decoder.to_empty(device="cpu").eval()
-    for name, t in decoder.state_dict().items():
-        t.copy_(model.tensors[name])
+    fill(decoder.state_dict(), model.source)
     return decoder
 
 

@@ -5,25 +5,26 @@ A method is a file in ``methods/`` with a function registered in ``UPCYCLERS``:
     @UPCYCLERS.register("name", Options)
     def name(options: Options, parents: Sequence[Model], context: Context) -> Upcycled
 
-It checks its input and returns at once; work is done as the tensors of the result are read, one by one, in any order
-and each as often as wanted. So a model never is in memory as a whole, and a rank can ask for its own tensors alone.
+It checks its input and returns at once; work is done as the parts of the result are read, in any order and each as
+often as wanted, experts one by one. So a model never is in memory as a whole, and a rank can ask for its own experts.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from moetrain.checkpoint.weights import Box, Spec, whole_box
 from moetrain.config.errors import ConfigError
 from moetrain.config.schema import ModelConfig, MoEConfig
 from moetrain.convert.features import features
-
-Tensors = Mapping[str, Tensor]
+from moetrain.convert.open import specs_of
+from moetrain.convert.source import Source
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,16 @@ class Model:
     """A model: its config and its tensors, by our names. ``where``: what messages call it."""
 
     cfg: ModelConfig
-    tensors: Tensors
+    source: Source
     where: str = "the parent"
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor."""
+        return self.source.read(name)
+
+    def entry(self, name: str, i: int) -> Tensor:
+        """Entry ``i`` of its first dimension: one expert's part."""
+        return self.source.read(name, (slice(i, i + 1),))[0]
 
 
 @dataclass(frozen=True)
@@ -45,20 +54,16 @@ class Upcycled:
     note: str
 
 
-class Lazy(Mapping[str, Tensor]):
-    """Tensors that are made when they are asked for, and not kept. ``makers``: name -> what makes the tensor."""
+class Made:
+    """A ``Source`` of tensors that are made when they are asked for, and not kept. read: name -> what makes a part."""
 
-    def __init__(self, makers: Mapping[str, Callable[[], Tensor]]) -> None:
+    def __init__(self, specs: dict[str, Spec], makers: dict[str, Callable[[Box], Tensor]]) -> None:
+        self.specs = specs
         self._makers = makers
 
-    def __getitem__(self, name: str) -> Tensor:
-        return self._makers[name]()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._makers)
-
-    def __len__(self) -> int:
-        return len(self._makers)
+    def read(self, name: str, box: Box = ()) -> Tensor:
+        """See ``Source``."""
+        return self._makers[name](whole_box(self.specs[name].shape, box))
 
 
 def _no_ids() -> Tensor:
@@ -162,10 +167,10 @@ def moe_names(layer: int) -> tuple[str, str, str]:
     return tuple(f"layers.{layer}.moe.{part}" for part in ("router.weight", "experts.w13", "experts.w2"))  # type: ignore[return-value]
 
 
-def dense_layer(parent: Model, layer: int) -> tuple[Tensor, Tensor]:
-    """A dense layer's gate and up in one tensor (2, F, D), and down (D, F): an expert's tensors."""
+def dense_layer(parent: Model, layer: int, part: int) -> Tensor:
+    """An expert's tensor of a dense layer. part 0: gate and up (2, F, D); part 1: down (D, F)."""
     gate, up, down = ffn_names(layer)
-    return torch.stack((parent.tensors[gate], parent.tensors[up])), parent.tensors[down]
+    return parent.read(down) if part else torch.stack((parent.read(gate), parent.read(up)))
 
 
 def scaled(t: Tensor, factor: float) -> Tensor:
@@ -176,29 +181,45 @@ def scaled(t: Tensor, factor: float) -> Tensor:
 def averaged(parents: Sequence[Model]) -> Model:
     """The mean of ``parents``, which have the same names and shapes; each tensor is rounded once."""
 
-    def mean(name: str) -> Tensor:
-        first, *others = (parent.tensors[name] for parent in parents)
+    def mean(name: str, box: Box) -> Tensor:
+        first, *others = (parent.source.read(name, box) for parent in parents)
         total = first.to(torch.float64)
         for other in others:
             total = total + other
         return (total / len(parents)).to(first.dtype)
 
-    names = parents[0].tensors
-    return Model(parents[0].cfg, Lazy({name: partial(mean, name) for name in names}), "the mean of the parents")
+    specs = parents[0].source.specs
+    return Model(parents[0].cfg, Made(specs, {name: partial(mean, name) for name in specs}), "the mean of the parents")
 
 
-LayerTensor = Callable[[int], Tensor]
+def assemble(
+    parent: Model, cfg: ModelConfig, router: Callable[[int], Tensor], expert: Callable[[int, int, int], Tensor]
+) -> Model:
+    """The model ``cfg``, all of which is dense ``parent``'s but for the layers with experts.
 
-
-def assemble(parent: Model, cfg: ModelConfig, router: LayerTensor, w13: LayerTensor, w2: LayerTensor) -> Model:
-    """The model ``cfg`` whose experts are made by these functions of the layer's number, and all else is ``parent``'s.
-
-    router: (E, D), w13: (E, 2, F, D), w2: (E, D, F).
+    router: layer -> (E, D). expert: (layer, e, part) -> part 0 of expert e: gate and up (2, F, D); part 1: down (D, F).
     """
-    layers = cfg.moe_layers()
-    mine = tuple(f"layers.{layer}.{part}." for layer in layers for part in ("mlp", "moe"))
-    makers = {name: partial(parent.tensors.__getitem__, name) for name in parent.tensors if not name.startswith(mine)}
-    for layer in layers:
-        for name, make in zip(moe_names(layer), (router, w13, w2), strict=True):
-            makers[name] = partial(make, layer)
-    return Model(cfg, Lazy(makers), "the result")
+
+    def experts(layer: int, part: int, box: Box) -> Tensor:
+        return stacked(lambda e: expert(layer, e, part), box)
+
+    def row(layer: int, box: Box) -> Tensor:
+        return router(layer)[box]
+
+    specs = specs_of(cfg, {})
+    makers: dict[str, Callable[[Box], Tensor]] = {}
+    for name in specs:
+        makers[name] = partial(parent.source.read, name)
+        if name in parent.source.specs:
+            specs[name] = parent.source.specs[name]
+    for layer in cfg.moe_layers():
+        dtype = parent.source.specs[ffn_names(layer)[0]].dtype
+        made = (partial(row, layer), partial(experts, layer, 0), partial(experts, layer, 1))
+        for name, make in zip(moe_names(layer), made, strict=True):
+            specs[name], makers[name] = replace(specs[name], dtype=dtype), make
+    return Model(cfg, Made(specs, makers), "the result")
+
+
+def stacked(entry: Callable[[int], Tensor], box: Box) -> Tensor:
+    """Part ``box`` (with all its slices) of the tensor whose entries ``entry`` makes; no others are made."""
+    return torch.stack([entry(i) for i in range(box[0].start, box[0].stop)])[(slice(None), *box[1:])]

@@ -9,16 +9,16 @@ from functools import partial
 
 from torch import Tensor
 
+from moetrain.checkpoint.weights import Box
 from moetrain.config.errors import ConfigError
 from moetrain.config.registry import ROUTERS
 from moetrain.config.schema import ModelConfig
 from moetrain.moe.options import as_options
 from moetrain.moe.routers.topk import TopKOptions
-from moetrain.upcycle.method import Lazy, Model, check_sparse, check_top_k
+from moetrain.upcycle.method import Made, Model, check_sparse, check_top_k, stacked
 
-# (layer, part, tensor with one entry for each expert) -> the same with the new number of experts. part: the name below
-# the MoE layer, as "router.weight" or "experts.w13"
-Change = Callable[[int, str, Tensor], Tensor]
+# (layer, the parent's tensor with an entry for each expert, number of a new expert) -> its entry
+Entry = Callable[[int, str, int], Tensor]
 
 
 def check_resizable(parent: Model, method: str) -> TopKOptions:
@@ -39,6 +39,13 @@ def experts_of(cfg: ModelConfig) -> int:
     return int(cfg.layer_value("num_experts", cfg.moe_layers()[0]))
 
 
+def check_fewer(parent: Model, num_experts: int) -> None:
+    """Raise ConfigError where ``parent`` has not even ``num_experts``."""
+    E = experts_of(parent.cfg)
+    if num_experts > E:
+        raise ConfigError(f"num_experts={num_experts}: {parent.where} has only {E}; grow it with method=grow")
+
+
 def resized(cfg: ModelConfig, num_experts: int, top_k: int | None) -> ModelConfig:
     """``cfg`` with another number of experts. top_k: None: as it is. Raises ConfigError where there are too few."""
     K = int(cfg.layer_value("top_k", cfg.moe_layers()[0])) if top_k is None else top_k
@@ -48,17 +55,18 @@ def resized(cfg: ModelConfig, num_experts: int, top_k: int | None) -> ModelConfi
     return replace(cfg, moe=replace(cfg.moe, num_experts=number, top_k=K))
 
 
-def with_changed(parent: Model, cfg: ModelConfig, change: Change) -> Model:
-    """``parent`` as ``cfg``, with everything in it that has an entry for each expert put through ``change``."""
+def with_entries(parent: Model, cfg: ModelConfig, entry: Entry) -> Model:
+    """``parent`` as ``cfg``: whatever of it has an entry for each expert gets those that ``entry`` makes."""
 
-    def changed(name: str, layer: int, part: str) -> Tensor:
-        return change(layer, part, parent.tensors[name])
+    def made(layer: int, name: str, box: Box) -> Tensor:
+        return stacked(lambda e: entry(layer, name, e), box)
 
-    makers: dict[str, Callable[[], Tensor]] = {}
-    for name in parent.tensors:
-        found = re.fullmatch(r"layers\.(\d+)\.moe\.((?:router|experts)\..+)", name)
+    specs = dict(parent.source.specs)
+    makers: dict[str, Callable[[Box], Tensor]] = {}
+    for name, spec in specs.items():
+        found = re.fullmatch(r"layers\.(\d+)\.moe\.(router|experts)\..+", name)
+        makers[name] = partial(parent.source.read, name)
         if found:
-            makers[name] = partial(changed, name, int(found[1]), found[2])
-        else:
-            makers[name] = partial(parent.tensors.__getitem__, name)
-    return Model(cfg, Lazy(makers), "the result")
+            specs[name] = replace(spec, shape=(experts_of(cfg), *spec.shape[1:]))
+            makers[name] = partial(made, int(found[1]), name)
+    return Model(cfg, Made(specs, makers), "the result")

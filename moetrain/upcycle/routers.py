@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from moetrain.config.schema import STRICT
-from moetrain.upcycle.method import Context, Model, moe_names
+from moetrain.upcycle.method import Context, Model, ffn_names, moe_names
 
 
 @dataclass(config=STRICT)
@@ -25,9 +25,8 @@ class RouterStart:
 
 def new_router(start: RouterStart, rows: int, parent: Model, layer: int, context: Context) -> Tensor:
     """Router rows (rows, D) of a layer, in the dtype of ``parent``."""
-    like = parent.tensors["norm.weight"]
     router = torch.zeros(rows, parent.cfg.dim)
     if start.router == "random":
         std = parent.cfg.init_std if start.router_std is None else start.router_std
         router.normal_(0, std, generator=context.generator(moe_names(layer)[0]))
-    return router.to(like.dtype)
+    return router.to(parent.source.specs[ffn_names(layer)[0]].dtype)

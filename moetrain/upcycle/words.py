@@ -16,10 +16,10 @@ from moetrain.config.typed import fields_of, type_name, validate
 USAGE = "moetrain upcycle method=NAME from=DIR[,DIR...] out=DIR [key=value ...]"
 HELP = f"""usage: {USAGE}
 
-Make one model with experts, a Hugging Face folder, of Hugging Face folders. docs/upcycling.md tells more.
+Make a model with experts, as a Hugging Face folder, of dense ones, or grow or shrink one. docs/upcycling.md tells more.
 
   method=NAME      how; see below
-  from=DIR[,DIR]   the model or models to start from
+  from=DIR[,DIR]   the model or models to start from: Hugging Face folders, or runs and checkpoints of moetrain
   out=DIR          where the result goes: a folder that does not exist, or is empty
   seed=N           of everything random (default 0)
   text=FILE        text to measure losses on, and to see which experts are used (default: documentation of Python)
@@ -34,7 +34,7 @@ class Asked:
     """The words of the command line, as HELP explains them. options: of the method's own class."""
 
     method: str
-    parents: tuple[Path, ...]
+    parents: tuple[str, ...]
     out: Path
     options: Any
     seed: int = 0
@@ -54,7 +54,7 @@ def parse(words: Sequence[str]) -> Asked:
         entry = UPCYCLERS.get(values["method"])
     except ConfigError as error:
         raise ConfigError(f"method={values['method']}: {error}") from None
-    parents = tuple(Path(part) for part in values["from"].split(",") if part)
+    parents = tuple(part for part in values["from"].split(",") if part)
     text = Path(given.pop("text")) if "text" in given else None
     if text is not None and not text.is_file():
         raise ConfigError(f"text={text}: there is no such file")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from moetrain.config.schema import ModelConfig, MoEConfig
+from moetrain.convert.source import Held
 from moetrain.upcycle.method import Model
 from tests.upcycle.theirs import apply, assert_same, exported, logits, saved
 
@@ -24,13 +25,13 @@ def test_one_set_of_dimensions_of_each_expert_starts_anew(ratio: float) -> None:
     F, D, E = 400, 64, 4
     generator = torch.Generator().manual_seed(0)
     parts = {"gate": (F, D, 0.1), "up": (F, D, -0.3), "down": (D, F, 0.2)}
-    tensors = {"norm.weight": torch.ones(D, dtype=torch.float64)}
+    tensors = {}
     for name, (rows, columns, mean) in parts.items():
         weight = torch.randn(rows, columns, generator=generator, dtype=torch.float64) * 0.05 + mean
         tensors[f"layers.0.mlp.w_{name}.weight"] = weight
-    dense = Model(ModelConfig(dim=D, n_layers=1, dense_dim=F, moe=MoEConfig(num_experts=0)), tensors)
+    dense = Model(ModelConfig(dim=D, n_layers=1, dense_dim=F, moe=MoEConfig(num_experts=0)), Held(tensors))
     made = apply("drop", [dense], num_experts=E, ratio=ratio)
-    w13, w2 = (made.model.tensors[f"layers.0.moe.experts.{name}"] for name in ("w13", "w2"))
+    w13, w2 = (made.model.read(f"layers.0.moe.experts.{name}") for name in ("w13", "w2"))
     sets = []
     for e in range(E):
         changed = [

@@ -11,12 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moetrain.config.errors import ConfigError
+from moetrain.convert.source import Held
 from moetrain.upcycle.method import Context, Model, Upcycled
-from moetrain.upcycle.read import read_parent
 from moetrain.upcycle.resize import experts_of
 from moetrain.upcycle.watch import usage
 from tests.model.hf_models import DEEPSEEK, MODELS, tokens
-from tests.upcycle.theirs import apply, assert_same, exported, logits, saved
+from tests.upcycle.theirs import apply, assert_same, exported, logits, read_parent, saved, tensors_of
 
 
 def copies(tmp_path: Path, permute: bool = False, **options: Any) -> Model:
@@ -25,12 +25,12 @@ def copies(tmp_path: Path, permute: bool = False, **options: Any) -> Model:
     if not permute:
         return model
     mixed = {}
-    for name, t in model.tensors.items():
+    for name, t in tensors_of(model).items():
         if ".experts." in name:
             orders = [torch.randperm(40, generator=torch.Generator().manual_seed(e)) for e in range(len(t))]
             t = torch.stack([w[:, orders[e]] for e, w in enumerate(t)])
         mixed[name] = t
-    return replace(model, tensors=mixed)
+    return replace(model, source=Held(mixed))
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "qwen3_moe-dense-layer", "olmoe", "gpt_oss"])
@@ -59,8 +59,8 @@ def test_pruning_what_a_text_does_not_use_changes_nothing_there(name: str, tmp_p
     assert_same(logits(exported(made, tmp_path / "out"), ids), logits(folder, ids))
     counts = usage(read_parent(folder), Context(0, lambda: ids), "nothing")[1].counts_E
     kept = counts.argsort(descending=True, stable=True)[:4].sort().values
-    w2 = read_parent(folder).tensors["layers.1.moe.experts.w2"]
-    assert torch.equal(made.model.tensors["layers.1.moe.experts.w2"], w2[kept])
+    w2 = read_parent(folder).read("layers.1.moe.experts.w2")
+    assert torch.equal(tensors_of(made)["layers.1.moe.experts.w2"], w2[kept])
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3-one-group", "glm4_moe"])
@@ -75,7 +75,7 @@ def test_growing_under_a_selection_bias_changes_nothing(
     assert made.exact and experts_of(made.model.cfg) == before + 3
     assert_same(logits(exported(made, tmp_path / "out")), logits(folder))
     most = usage(read_parent(folder), Context(0, tokens), "nothing")[1].counts_E.argmax()
-    w2 = made.model.tensors["layers.1.moe.experts.w2"]
+    w2 = tensors_of(made)["layers.1.moe.experts.w2"]
     assert torch.equal(w2[before], w2[most])
 
 
@@ -85,7 +85,7 @@ def test_growing_a_top_1_softmax_router_changes_nothing(tmp_path: Path) -> None:
     made = apply("grow", [parent], add=2, copy_of=[3, 0])
     assert made.exact
     assert_same(logits(exported(made, tmp_path / "out")), logits(whole))
-    w2 = made.model.tensors["layers.2.moe.experts.w2"]
+    w2 = tensors_of(made)["layers.2.moe.experts.w2"]
     assert torch.equal(w2[4], w2[3]) and torch.equal(w2[5], w2[0])
 
 
@@ -115,13 +115,13 @@ def test_copies_with_their_neurons_in_any_order_merge_to_the_dense_model(tmp_pat
 def test_groups_of_like_experts_are_found_and_weighed_by_usage(alike: str, tmp_path: Path) -> None:
     """Experts e and e + 3 nearly are one: the same row and weights but for a little noise."""
     parent = read_parent(saved("mixtral", tmp_path / "moe"))
-    twins = dict(parent.tensors)
+    twins = tensors_of(parent)
     for layer in range(3):
         for part in ("router.weight", "experts.w13", "experts.w2"):
             t = twins[f"layers.{layer}.moe.{part}"].clone()
             t[3:] = t[:3] + 1e-3 * torch.randn(t[:3].shape, generator=torch.Generator().manual_seed(layer))
             twins[f"layers.{layer}.moe.{part}"] = t
-    parent = replace(parent, tensors=twins)
+    parent = replace(parent, source=Held(twins))
     counts = usage(parent, Context(0, tokens), "nothing")
     made = apply("merge", [parent], ids=tokens(), num_experts=3, alike=alike, top_k=1)
     for layer in range(3):
@@ -133,17 +133,17 @@ def test_groups_of_like_experts_are_found_and_weighed_by_usage(alike: str, tmp_p
         for group, core in enumerate(cores):
             pair = [core % 3, core % 3 + 3]
             expected = (share[pair][:, None, None] * w2[pair]).sum(0) / share[pair].sum()
-            assert_same(made.model.tensors[f"layers.{layer}.moe.experts.w2"][group], expected)
+            assert_same(tensors_of(made)[f"layers.{layer}.moe.experts.w2"][group], expected)
 
 
 def test_the_rank_of_merged_experts(tmp_path: Path) -> None:
     folder = saved("mixtral", tmp_path / "moe")
     made = apply("merge", [folder], ids=tokens(), num_experts=3, rank=5, alike="outputs", align=False)
-    w13, w2 = (made.model.tensors[f"layers.0.moe.experts.{name}"] for name in ("w13", "w2"))
+    w13, w2 = (tensors_of(made)[f"layers.0.moe.experts.{name}"] for name in ("w13", "w2"))
     assert torch.linalg.matrix_rank(w13).tolist() == [[5, 5]] * 3 and torch.linalg.matrix_rank(w2).tolist() == [5] * 3
     whole = apply("merge", [folder], ids=tokens(), num_experts=3, rank=40, alike="outputs", align=False).model
     plain = apply("merge", [folder], ids=tokens(), num_experts=3, alike="outputs", align=False).model
-    assert_same(whole.tensors["layers.0.moe.experts.w2"], plain.tensors["layers.0.moe.experts.w2"])
+    assert_same(whole.read("layers.0.moe.experts.w2"), plain.read("layers.0.moe.experts.w2"))
 
 
 @pytest.mark.parametrize(

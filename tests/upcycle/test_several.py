@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from moetrain.config.errors import ConfigError
-from tests.upcycle.theirs import apply, assert_same, exported, logits, saved
+from tests.upcycle.theirs import apply, assert_same, exported, logits, saved, tensors_of
 
 
 def test_btx_of_one_model_thrice_is_that_model(tmp_path: Path) -> None:
@@ -46,12 +46,12 @@ def test_flexmore_keeps_what_the_rank_allows(tmp_path: Path) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     for rank in (3, 32):
         made = apply("flexmore", folders, rank=rank)
-        experts = made.model.tensors["layers.1.moe.experts.w13"][:, 1]
+        experts = tensors_of(made)["layers.1.moe.experts.w13"][:, 1]
         assert torch.equal(experts[0], base[name])
         singular = torch.linalg.svdvals(other[name] - base[name])
         missing = torch.linalg.svdvals(other[name] - experts[1])
         torch.testing.assert_close(missing[: 32 - rank], singular[rank:], rtol=1e-9, atol=1e-9)  # Eckart and Young
-        assert_same(made.model.tensors["embed.weight"], base["model.embed_tokens.weight"])
+        assert_same(tensors_of(made)["embed.weight"], base["model.embed_tokens.weight"])
 
 
 def test_flexmore_of_a_base_with_itself_is_the_base(tmp_path: Path) -> None:
@@ -63,9 +63,9 @@ def test_diversify_masks_each_copy_otherwise(tmp_path: Path) -> None:
     dense = saved("llama", tmp_path / "dense")
     assert_same(logits(exported(apply("diversify", [dense], mask=0.0), tmp_path / "out")), logits(dense))
     made = apply("diversify", [dense], mask=0.2, num_experts=3)
-    whole = apply("sparse", [dense], num_experts=1, top_k=1).model.tensors
+    whole = tensors_of(apply("sparse", [dense], num_experts=1, top_k=1))
     for name in ("layers.0.moe.experts.w13", "layers.0.moe.experts.w2"):
-        experts, copy = made.model.tensors[name], whole[name]
+        experts, copy = tensors_of(made)[name], whole[name]
         zero = experts == 0
         assert torch.equal(experts, torch.where(zero, 0.0, copy.expand_as(experts)))
         assert zero.double().mean().item() == pytest.approx(0.2, abs=0.02)

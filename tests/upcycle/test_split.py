@@ -10,7 +10,7 @@ import torch
 from moetrain.config.errors import ConfigError
 from moetrain.upcycle.cluster import balanced_clusters, equal_shares
 from tests.model.hf_models import tokens
-from tests.upcycle.theirs import apply, assert_same, exported, logits, saved
+from tests.upcycle.theirs import apply, assert_same, exported, logits, saved, tensors_of
 
 
 @pytest.mark.parametrize("by", ["random", "order", "keys", "activity"])
@@ -26,7 +26,7 @@ def test_a_router_of_keys_with_small_weights_is_a_hard_mask(tmp_path: Path) -> N
     form, on the first layer's own input."""
     dense = saved("llama", tmp_path / "dense")
     made = apply("split", [dense], by="order", num_experts=5, top_k=2, router_std=1e-8)
-    whole = apply("sparse", [dense], num_experts=1, top_k=1).model.tensors
+    whole = tensors_of(apply("sparse", [dense], num_experts=1, top_k=1))
     x = torch.randn(50, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     gate, up = whole["layers.0.moe.experts.w13"][0]
     down = whole["layers.0.moe.experts.w2"][0]
@@ -34,7 +34,7 @@ def test_a_router_of_keys_with_small_weights_is_a_hard_mask(tmp_path: Path) -> N
     mask = torch.zeros(50, 5).scatter(1, chosen, 1.0).repeat_interleave(8, 1)
     expected = (torch.nn.functional.silu(x @ gate.T) * (x @ up.T) * mask) @ down.T
 
-    router, w13, w2 = (made.model.tensors[f"layers.0.moe.{n}"] for n in ("router.weight", "experts.w13", "experts.w2"))
+    router, w13, w2 = (tensors_of(made)[f"layers.0.moe.{n}"] for n in ("router.weight", "experts.w13", "experts.w2"))
     weights, ids = (x @ router.T).softmax(1).topk(2)
     weights = weights / weights.sum(1, keepdim=True)
     out = torch.zeros_like(expected)
@@ -61,7 +61,7 @@ def test_what_fires_together_shares_an_expert(tmp_path: Path) -> None:
     for by in ("activity", "keys"):
         made = apply("split", [dense], ids=tokens(), by=by, num_experts=4, top_k=1)
         for layer in range(3):
-            gate = made.model.tensors[f"layers.{layer}.moe.experts.w13"][:, 0]
+            gate = tensors_of(made)[f"layers.{layer}.moe.experts.w13"][:, 0]
             assert all(torch.equal(expert, expert[:1].expand_as(expert)) for expert in gate)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moetrain.config.errors import ConfigError
-from tests.upcycle.theirs import apply, assert_same, exported, logits, saved
+from tests.upcycle.theirs import apply, assert_same, exported, logits, saved, tensors_of
 
 
 @pytest.mark.parametrize(("granularity", "top_k"), [(1, 2), (2, 2), (2, 4), (4, 4), (4, 8)])
@@ -47,15 +47,15 @@ def test_the_papers_factors(tmp_path: Path) -> None:
     dense = saved("qwen3", tmp_path / "dense")
     options = {"num_experts": 64, "granularity": 8, "top_k": 8, "order": "softmax_then_topk", "scale_in": "all"}
     made = apply("virtual_group", [dense], **options)
-    before = dict(apply("sparse", [dense], num_experts=1, top_k=1).model.tensors.items())
-    w13, w2 = (made.model.tensors[f"layers.1.moe.experts.{name}"] for name in ("w13", "w2"))
+    before = dict(tensors_of(apply("sparse", [dense], num_experts=1, top_k=1)).items())
+    w13, w2 = (tensors_of(made)[f"layers.1.moe.experts.{name}"] for name in ("w13", "w2"))
     whole13, whole2 = (before[f"layers.1.moe.experts.{name}"][0] for name in ("w13", "w2"))
     assert w13.shape == (64, 2, 5, 32) and w2.shape == (64, 32, 5)
     for e in (0, 7, 8, 63):
         rows = slice(5 * (e % 8), 5 * (e % 8) + 5)
         assert_same(w13[e], 4 * whole13[:, rows])
         assert_same(w2[e], 4 * whole2[:, rows])
-    router = made.model.tensors["layers.1.moe.router.weight"]
+    router = tensors_of(made)["layers.1.moe.router.weight"]
     assert torch.equal(router[::8].repeat_interleave(8, 0), router) and not torch.equal(router[0], router[8])
 
 

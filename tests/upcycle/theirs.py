@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from moetrain.config.registry import UPCYCLERS
 from moetrain.convert.export import export_hf
+from moetrain.convert.open import open_weights
 from moetrain.moe.options import as_options
 from moetrain.upcycle.method import Context, Model, Upcycled
-from moetrain.upcycle.read import read_parent
 from tests.model.hf_models import float64_throughout, make, tokens
 
 
@@ -32,6 +32,18 @@ def logits(folder: Path, ids: Tensor | None = None) -> Tensor:
         return model(tokens() if ids is None else ids).logits
 
 
+def read_parent(folder: Path) -> Model:
+    """The model in ``folder``, to start from."""
+    opened = open_weights(folder)
+    return Model(opened.model, opened.source, str(folder))
+
+
+def tensors_of(of: Upcycled | Model) -> dict[str, Tensor]:
+    """All tensors, each made whole."""
+    model = of.model if isinstance(of, Upcycled) else of
+    return {name: model.read(name) for name in model.source.specs}
+
+
 def apply(method: str, parents: Sequence[Path | Model], *, ids: Tensor | None = None, **options: Any) -> Upcycled:
     """The method called ``method``, with the options of its class, on saved models."""
     models = [parent if isinstance(parent, Model) else read_parent(parent) for parent in parents]
@@ -42,7 +54,7 @@ def apply(method: str, parents: Sequence[Path | Model], *, ids: Tensor | None = 
 
 def exported(made: Upcycled, out: Path) -> Path:
     """``made`` as a folder that transformers loads."""
-    export_hf(made.model.cfg, made.model.tensors, out)
+    export_hf(made.model.cfg, made.model.source, out)
     return out
 
 

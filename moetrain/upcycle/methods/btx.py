@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch import Tensor
 
 from moetrain.config.registry import UPCYCLERS
 from moetrain.config.schema import STRICT, Positive
@@ -47,14 +45,10 @@ def btx(options: BtxOptions, parents: Sequence[Model], context: Context) -> Upcy
     N = len(parents)
     cfg = with_experts(parents[0].cfg, N, options.top_k, parents[0].cfg.dense_dim, layers=options.layers)
 
-    def experts(layer: int, part: int) -> Tensor:
-        return torch.stack([dense_layer(parent, layer)[part] for parent in parents])
-
     model = assemble(
         averaged(parents),
         cfg,
         router=lambda layer: new_router(options, N, parents[0], layer, context),
-        w13=lambda layer: experts(layer, 0),
-        w2=lambda layer: experts(layer, 1),
+        expert=lambda layer, e, part: dense_layer(parents[e], layer, part),
     )
     return Upcycled(model, False, "each parent's MLPs as experts, and the mean of all else: no parent's function")

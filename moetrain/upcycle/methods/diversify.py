@@ -43,20 +43,15 @@ def diversify(options: DiversifyOptions, parents: Sequence[Model], context: Cont
     E = options.num_experts
     cfg = with_experts(parent.cfg, E, options.top_k, parent.cfg.dense_dim, layers=options.layers)
 
-    def masked(layer: int, part: int) -> Tensor:
-        dense = dense_layer(parent, layer)[part]
-        keeps = []
-        for e in range(E):
-            generator = context.generator("mask", layer, part, e)
-            keeps.append(torch.rand(dense.shape, generator=generator) >= options.mask)
-        return torch.stack([dense * keep for keep in keeps])
+    def masked(layer: int, e: int, part: int) -> Tensor:
+        dense = dense_layer(parent, layer, part)
+        return dense * (torch.rand(dense.shape, generator=context.generator("mask", layer, e, part)) >= options.mask)
 
     model = assemble(
         parent,
         cfg,
         router=lambda layer: new_router(options, E, parent, layer, context),
-        w13=lambda layer: masked(layer, 0),
-        w2=lambda layer: masked(layer, 1),
+        expert=masked,
     )
     exact = options.mask == 0
     return Upcycled(model, exact, "the dense function" if exact else f"{1 - options.mask:.0%} of the dense weights")

@@ -49,27 +49,17 @@ def drop(options: DropOptions, parents: Sequence[Model], context: Context) -> Up
     E, inner = options.num_experts, parent.cfg.dense_dim
     cfg = with_experts(parent.cfg, E, options.top_k, inner, layers=options.layers)
 
-    def dropped(layer: int, expert: int) -> Tensor:
-        generator = context.generator("drop", layer, expert)
-        return torch.randperm(inner, generator=generator)[: round(options.ratio * inner)]
+    def expert(layer: int, e: int, part: int) -> Tensor:
+        order = torch.randperm(inner, generator=context.generator("drop", layer, e))
+        index = order[: round(options.ratio * inner)]
+        mine = dense_layer(parent, layer, part).clone()
+        for name, matrix in zip(("down",) if part else ("gate", "up"), [mine] if part else mine, strict=True):
+            if part:
+                matrix = matrix.T
+            matrix[index] = _alike(matrix[index], context, layer, e, name)
+        return mine
 
-    def w13(layer: int) -> Tensor:
-        dense = dense_layer(parent, layer)[0]
-        experts = dense.repeat(E, 1, 1, 1)
-        for e, part in ((e, part) for e in range(E) for part in (0, 1)):
-            index = dropped(layer, e)
-            experts[e, part, index] = _alike(dense[part, index], context, layer, e, part)
-        return experts
-
-    def w2(layer: int) -> Tensor:
-        dense = dense_layer(parent, layer)[1]
-        experts = dense.repeat(E, 1, 1)
-        for e in range(E):
-            index = dropped(layer, e)
-            experts[e, :, index] = _alike(dense[:, index], context, layer, e, 2)
-        return experts
-
-    model = assemble(parent, cfg, lambda layer: new_router(options, E, parent, layer, context), w13, w2)
+    model = assemble(parent, cfg, lambda layer: new_router(options, E, parent, layer, context), expert)
     exact = round(options.ratio * inner) == 0
     note = "the dense function" if exact else f"{1 - options.ratio:.0%} of the dense layer in each expert"
     return Upcycled(model, exact, note)

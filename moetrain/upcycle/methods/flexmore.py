@@ -49,17 +49,15 @@ def flexmore(options: FlexmoreOptions, parents: Sequence[Model], context: Contex
     base, N = parents[0], len(parents)
     cfg = with_experts(base.cfg, N, options.top_k, base.cfg.dense_dim, layers=options.layers)
 
-    def experts(layer: int, part: int) -> Tensor:
-        mine = dense_layer(base, layer)[part]
-        others = [dense_layer(parent, layer)[part] for parent in parents[1:]]
-        return torch.stack([mine, *(_near(mine, other, options.rank) for other in others)])
+    def expert(layer: int, e: int, part: int) -> Tensor:
+        mine = dense_layer(base, layer, part)
+        return mine if e == 0 else _near(mine, dense_layer(parents[e], layer, part), options.rank)
 
     model = assemble(
         base,
         cfg,
         router=lambda layer: new_router(options, N, base, layer, context),
-        w13=lambda layer: experts(layer, 0),
-        w2=lambda layer: experts(layer, 1),
+        expert=expert,
     )
     return Upcycled(
         model, False, f"the base's function in expert 0, and differences of rank {options.rank} in the others"

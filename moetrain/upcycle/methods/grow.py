@@ -15,7 +15,7 @@ from moetrain.config.registry import UPCYCLERS
 from moetrain.config.schema import STRICT, NonNegative, Positive
 from moetrain.convert.tensors import SELECTION_BIAS
 from moetrain.upcycle.method import Context, Model, Upcycled, one_parent
-from moetrain.upcycle.resize import check_resizable, experts_of, resized, with_changed
+from moetrain.upcycle.resize import check_resizable, experts_of, resized, with_entries
 from moetrain.upcycle.watch import usage
 
 # Scores are at most 1; a little more keeps rounding out of it.
@@ -49,8 +49,10 @@ def grow(options: GrowOptions, parents: Sequence[Model], context: Context) -> Up
     if asked is not None and (len(asked) != options.add or max(asked, default=0) >= E):
         raise ConfigError(f"copy_of={asked} must name add={options.add} of the experts 0 to {E - 1} of {parent.where}")
     cfg = resized(parent.cfg, E + options.add, None)
+    if asked is None:
+        context.ids()  # lack of text is to be said now
     used = cache(lambda: usage(parent, context, "nothing"))
-    has_bias = any(name.endswith(SELECTION_BIAS) for name in parent.tensors)
+    has_bias = any(name.endswith(SELECTION_BIAS) for name in parent.source.specs)
     asleep = has_bias and router.score == "sigmoid"
 
     @cache
@@ -60,16 +62,17 @@ def grow(options: GrowOptions, parents: Sequence[Model], context: Context) -> Up
         most = used()[layer].counts_E.argsort(descending=True, stable=True)
         return most[torch.arange(options.add) % E]
 
-    def change(layer: int, part: str, old: Tensor) -> Tensor:
-        new = old[source(layer)]
-        if f".{part}".endswith(SELECTION_BIAS):
-            new = torch.full_like(new, float(old.min()) - ASLEEP)
-        elif part.startswith("router.") and not asleep:
-            new = old.mean(0, keepdim=True).expand_as(new)
-        return torch.cat((old, new))
+    def entry(layer: int, name: str, e: int) -> Tensor:
+        if e < E:
+            return parent.entry(name, e)
+        if name.endswith(SELECTION_BIAS):
+            return parent.read(name).min() - ASLEEP
+        if ".router." in name and not asleep:
+            return parent.read(name).mean(0)
+        return parent.entry(name, int(source(layer)[e - E]))
 
     normalised = router.renormalize or router.order == "topk_then_score" or router.score == "sigmoid"
     top_1 = cfg.layer_value("top_k", cfg.moe_layers()[0]) == 1
     exact = asleep or (normalised and top_1 and not has_bias)
     note = "the parent's function" if exact else "the parent's function where new experts are not among the best"
-    return Upcycled(with_changed(parent, cfg, change), exact, note)
+    return Upcycled(with_entries(parent, cfg, entry), exact, note)

@@ -12,16 +12,15 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from moetrain.config.errors import ConfigError
 from moetrain.config.registry import UPCYCLERS
 from moetrain.config.schema import STRICT, Positive
 from moetrain.mixture.extra import need
 from moetrain.upcycle.method import Context, Model, Upcycled, moe_names, one_parent
-from moetrain.upcycle.resize import check_resizable, experts_of, resized, with_changed
+from moetrain.upcycle.resize import check_fewer, check_resizable, experts_of, resized, with_entries
 from moetrain.upcycle.watch import usage
 
 # The dimension of an expert's tensors that counts its neurons
-NEURONS = {"experts.w13": 1, "experts.w2": 1, "experts.b13": 1}
+NEURONS = {"w13": 1, "w2": 1, "b13": 1}
 
 
 @dataclass(config=STRICT)
@@ -54,12 +53,11 @@ def merge(options: MergeOptions, parents: Sequence[Model], context: Context) -> 
     """
     parent = one_parent(parents, "merge")
     check_resizable(parent, "merge")
-    E = experts_of(parent.cfg)
-    if options.num_experts > E:
-        raise ConfigError(f"num_experts={options.num_experts}: {parent.where} has only {E}; grow it with method=grow")
+    check_fewer(parent, options.num_experts)
     if options.align:
         need("scipy.optimize", "upcycle")
     cfg = resized(parent.cfg, options.num_experts, options.top_k)
+    context.ids()  # lack of text is to be said now
     used = cache(lambda: usage(parent, context, options.alike))
 
     @cache
@@ -67,24 +65,24 @@ def merge(options: MergeOptions, parents: Sequence[Model], context: Context) -> 
         return _groups(used()[layer].counts_E, used()[layer].alike_EE, options.num_experts)
 
     @cache
-    def order(layer: int) -> Tensor:
-        _, w13, w2 = moe_names(layer)
-        return _aligned(groups(layer), parent.tensors[w13], parent.tensors[w2])
+    def order(layer: int) -> dict[int, Tensor]:
+        return _aligned(groups(layer), parent, layer) if options.align else {}
 
-    def change(layer: int, part: str, t: Tensor) -> Tensor:
-        wide = t.to(torch.float64)
-        if options.align and part in NEURONS:
-            dim = NEURONS[part] + 1
-            shape = [len(wide), *(-1 if i == dim else 1 for i in range(1, wide.dim()))]
-            wide = wide.take_along_dim(order(layer).view(shape), dim)
-        share_E = used()[layer].counts_E + 1  # an expert that the text never used still is one
-        rank = options.rank if part in ("experts.w13", "experts.w2") else None
-        merged = [_mean(wide[members], share_E[members], rank) for members in groups(layer)]
-        return torch.stack(merged).to(t.dtype)
+    def entry(layer: int, name: str, group: int) -> Tensor:
+        part, members = name.rpartition(".")[2], groups(layer)[group]
+        entries = [parent.entry(name, e) for e in members]
+        if part in NEURONS:
+            entries = [
+                t.index_select(NEURONS[part], order(layer)[e]) if e in order(layer) else t
+                for e, t in zip(members, entries, strict=True)
+            ]
+        share = used()[layer].counts_E[members] + 1  # an expert that the text never used still is one
+        rank = options.rank if part in ("w13", "w2") else None
+        return _mean(torch.stack(entries).to(torch.float64), share, rank).to(entries[0].dtype)
 
-    exact = options.num_experts == E and options.top_k is None and options.rank is None
+    exact = options.num_experts == experts_of(parent.cfg) and options.top_k is None and options.rank is None
     note = "the parent's function" if exact else "the parent's function where merged experts are one function"
-    return Upcycled(with_changed(parent, cfg, change), exact, note)
+    return Upcycled(with_entries(parent, cfg, entry), exact, note)
 
 
 def _groups(counts_E: Tensor, alike_EE: Tensor, number: int) -> list[list[int]]:
@@ -98,17 +96,23 @@ def _groups(counts_E: Tensor, alike_EE: Tensor, number: int) -> list[list[int]]:
     return groups
 
 
-def _aligned(groups: list[list[int]], w13: Tensor, w2: Tensor) -> Tensor:
-    """The order (E, F) of each expert's neurons that has the largest sum of products with its core's weights."""
+def _aligned(groups: list[list[int]], parent: Model, layer: int) -> dict[int, Tensor]:
+    """For each expert that is no core, the order (F,) of its neurons with the largest sum of products of weights with
+    its core's."""
     assign = need("scipy.optimize", "upcycle").linear_sum_assignment
-    E, _, inner, _ = w13.shape
-    order = torch.arange(inner).repeat(E, 1)
+    order = {}
     for core, *others in groups:
         for e in others:
-            fit = torch.einsum("pfd,pgd->fg", w13[core].double(), w13[e].double())
-            fit += w2[core].double().T @ w2[e].double()
+            fit = _neurons(parent, layer, core) @ _neurons(parent, layer, e).T
             order[e] = torch.from_numpy(assign(fit.numpy(), maximize=True)[1])
     return order
+
+
+def _neurons(parent: Model, layer: int, e: int) -> Tensor:
+    """All weights of each neuron of an expert, (F, 3 D)."""
+    _, w13, w2 = moe_names(layer)
+    gate, up = parent.entry(w13, e)
+    return torch.cat((gate, up, parent.entry(w2, e).T), 1).to(torch.float64)
 
 
 def _mean(members: Tensor, share: Tensor, rank: int | None) -> Tensor:

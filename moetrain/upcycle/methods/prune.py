@@ -9,11 +9,10 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from moetrain.config.errors import ConfigError
 from moetrain.config.registry import UPCYCLERS
 from moetrain.config.schema import STRICT, Positive
 from moetrain.upcycle.method import Context, Model, Upcycled, one_parent
-from moetrain.upcycle.resize import check_resizable, experts_of, resized, with_changed
+from moetrain.upcycle.resize import check_fewer, check_resizable, experts_of, resized, with_entries
 from moetrain.upcycle.watch import usage
 
 
@@ -33,17 +32,16 @@ def prune(options: PruneOptions, parents: Sequence[Model], context: Context) -> 
     """
     parent = one_parent(parents, "prune")
     check_resizable(parent, "prune")
-    E = experts_of(parent.cfg)
-    if options.num_experts > E:
-        raise ConfigError(f"num_experts={options.num_experts}: {parent.where} has only {E}; grow it with method=grow")
+    check_fewer(parent, options.num_experts)
     cfg = resized(parent.cfg, options.num_experts, options.top_k)
+    context.ids()  # lack of text is to be said now
     used = cache(lambda: usage(parent, context, "nothing"))
 
     @cache
     def kept(layer: int) -> Tensor:
         return used()[layer].counts_E.argsort(descending=True, stable=True)[: options.num_experts].sort().values
 
-    model = with_changed(parent, cfg, lambda layer, part, t: t[kept(layer)])
-    exact = options.num_experts == E and options.top_k is None
+    model = with_entries(parent, cfg, lambda layer, name, e: parent.entry(name, int(kept(layer)[e])))
+    exact = options.num_experts == experts_of(parent.cfg) and options.top_k is None
     note = "the parent's function" if exact else "the parent's function for tokens whose experts all stay"
     return Upcycled(model, exact, note)

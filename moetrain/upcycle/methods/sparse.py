@@ -46,15 +46,11 @@ def sparse(options: SparseOptions, parents: Sequence[Model], context: Context) -
     check_dense(parent, "sparse")
     cfg = with_experts(parent.cfg, options.num_experts, options.top_k, parent.cfg.dense_dim, layers=options.layers)
 
-    def copies(dense: Tensor, *what: object) -> Tensor:
-        return torch.stack([_noisy(dense, options, context, *what, e) for e in range(options.num_experts)])
-
     model = assemble(
         parent,
         cfg,
         router=lambda layer: new_router(options, options.num_experts, parent, layer, context),
-        w13=lambda layer: copies(dense_layer(parent, layer)[0], layer, "w13"),
-        w2=lambda layer: copies(dense_layer(parent, layer)[1], layer, "w2"),
+        expert=lambda layer, e, part: _noisy(dense_layer(parent, layer, part), options, context, layer, e, part),
     )
     exact = options.noise == 0
     return Upcycled(model, exact, "the dense function" if exact else "near the dense function: the copies have noise")

@@ -71,6 +71,9 @@ def split(options: SplitOptions, parents: Sequence[Model], context: Context) -> 
     if inner % E:
         raise ConfigError(f"num_experts={E} does not divide the dense width {inner} of {parent.where}")
     cfg = with_experts(parent.cfg, E, K, inner // E, layers=options.layers)
+    scale = K if options.scale is None else options.scale
+    if options.by == "activity":
+        context.ids()  # lack of text is to be said now
     seen = cache(lambda: activity(parent, context))
 
     @cache
@@ -81,24 +84,21 @@ def split(options: SplitOptions, parents: Sequence[Model], context: Context) -> 
         generator = context.generator("split", layer)
         if options.by == "random":
             return torch.randperm(inner, generator=generator).view(E, -1).sort(1).values
-        points = seen()[layer] if options.by == "activity" else parent.tensors[ffn_names(layer)[0]]
+        points = seen()[layer] if options.by == "activity" else parent.read(ffn_names(layer)[0])
         return balanced_clusters(F.normalize(points.to(torch.float32)), E, generator)
 
     def router(layer: int) -> Tensor:
         if options.router != "keys":
             return new_router(RouterStart(options.router, options.router_std), E, parent, layer, context)
-        gate = parent.tensors[ffn_names(layer)[0]]
+        gate = parent.read(ffn_names(layer)[0])
         rows = gate.to(torch.float64)[members(layer)].mean(1)
         std = parent.cfg.init_std if options.router_std is None else options.router_std
         return (rows * (std / rows.std())).to(gate.dtype)
 
-    def w13(layer: int) -> Tensor:
-        return dense_layer(parent, layer)[0][:, members(layer)].movedim(1, 0)
-
-    def w2(layer: int) -> Tensor:
-        down = scaled(dense_layer(parent, layer)[1], K if options.scale is None else options.scale)
-        return down[:, members(layer)].movedim(1, 0)
+    def expert(layer: int, e: int, part: int) -> Tensor:
+        mine = dense_layer(parent, layer, part)[:, members(layer)[e]]
+        return scaled(mine, scale) if part else mine
 
     exact = K == E and options.scale is None and (options.router == "zero" or options.router_std == 0)
     note = "the dense function" if exact else f"{K} of {E} parts of the dense layer, chosen for each token"
-    return Upcycled(assemble(parent, cfg, router, w13, w2), exact, note)
+    return Upcycled(assemble(parent, cfg, router, expert), exact, note)

@@ -73,22 +73,17 @@ def virtual_group(options: VirtualGroupOptions, parents: Sequence[Model], contex
     cfg = with_experts(parent.cfg, E, K, inner // G, layers=options.layers, renormalize=chosen_first)
     formula = G if chosen_first else E * G / K
     scale = formula if options.scale is None else options.scale
-    in_w13, in_w2 = (1.0, scale) if options.scale_in == "down" else (scale ** (1 / 3),) * 2
+    factors = (1.0, scale) if options.scale_in == "down" else (scale ** (1 / 3),) * 2
 
     def router(layer: int) -> Tensor:
         return new_router(options, E // G, parent, layer, context).repeat_interleave(G, 0)
 
-    def w13(layer: int) -> Tensor:
-        slices = dense_layer(parent, layer)[0].unflatten(1, (G, -1)).movedim(1, 0)
-        return scaled(slices, in_w13).repeat(E // G, 1, 1, 1)
-
-    def w2(layer: int) -> Tensor:
-        slices = dense_layer(parent, layer)[1].unflatten(1, (G, -1)).movedim(1, 0)
-        return scaled(slices, in_w2).repeat(E // G, 1, 1)
+    def expert(layer: int, e: int, part: int) -> Tensor:
+        return scaled(dense_layer(parent, layer, part).chunk(G, 1)[e % G], factors[part])
 
     whole_groups = K % G == 0 and (chosen_first or K == E or E == G)
     exact = whole_groups and options.scale is None and (options.scale_in == "down" or scale == 1)
-    return Upcycled(assemble(parent, cfg, router, w13, w2), exact, _note(options, exact))
+    return Upcycled(assemble(parent, cfg, router, expert), exact, _note(options, exact))
 
 
 def _note(options: VirtualGroupOptions, exact: bool) -> str:

@@ -9,17 +9,20 @@ from pathlib import Path
 
 import torch
 
-from moetrain.checkpoint.weights import Spec, blocks
+from moetrain.checkpoint.weights import Spec, blocks, write_weights
+from moetrain.config import load, save
 from moetrain.config.errors import ConfigError, ConvertError
 from moetrain.config.presets import nearest
+from moetrain.config.schema import TokenizerConfig
 from moetrain.convert.export import export_hf
 from moetrain.convert.files import TensorWriter
 from moetrain.convert.open import MODEL_ENTRY, Opened, model_entry, open_weights
 from moetrain.convert.output import output, refuse_output, size
 from moetrain.convert.source import Source
-from moetrain.convert.tokenizer import tokenizer_at
+from moetrain.convert.tokenizer import tokenizer_at, write_tokenizer
 
 HELP = """usage: moetrain convert to=hf from=RUN out=DIR [dtype=bfloat16] [layout=fused] [family=NAME] [tokenizer=PATH]
+       moetrain convert to=moetrain from=HF_DIR out=DIR [dtype=...]
        moetrain convert to=safetensors from=RUN out=FILE.safetensors [dtype=...]
 
 Turn weights of one form into another, part by part: a model never has to fit into memory. docs/convert.md tells more.
@@ -27,6 +30,8 @@ Turn weights of one form into another, part by part: a model never has to fit in
   from=PATH        a run directory (its newest whole checkpoint), a checkpoint RUN/checkpoints/step-N of any mapping, a
                    Hugging Face folder, or a file of to=safetensors
   to=hf            a Hugging Face folder: config.json, sharded safetensors with their index, tokenizer
+  to=moetrain      a folder like a run's, with a checkpoint of weights alone: 'moetrain train init=DIR' starts from it
+                   (and from all that from= takes)
   to=safetensors   one file with our names, the model's config in its header
   out=PATH         where to; it must not be there yet
 
@@ -35,7 +40,7 @@ Turn weights of one form into another, part by part: a model never has to fit in
   family=NAME      to=hf: the class to write for (default: the config's model.family)
   tokenizer=PATH   a tokenizer.json or a folder with one (default: the run's, or the folder's)"""
 
-TARGETS = ("hf", "safetensors")
+TARGETS = ("hf", "moetrain", "safetensors")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 WORDS = ("to", "from", "out", "dtype", "layout", "family", "tokenizer")
 ONLY_HF = ("layout", "family")
@@ -95,12 +100,36 @@ def run(asked: Asked) -> str:
         opened.model.family = asked.family or opened.model.family
         layout = asked.layout
         what = export_hf(opened.model, opened.source, asked.out, tokenizer, asked.dtype, layout=layout)  # type: ignore[arg-type]
+    elif asked.to == "moetrain":
+        what = "checkpoint"
+        write_checkpoint(opened, asked.out, tokenizer, asked.dtype)
     else:
         what = "file"
         write_file(opened, asked.out, asked.dtype)
     seconds = time.perf_counter() - began
     lacks = "" if tokenizer is not None or asked.to == "safetensors" else "; no tokenizer: none was found"
     return f"{what} {asked.out}: {size(nbytes)} from {opened.path}, {nbytes / 1e6 / seconds:,.0f} MB/s{lacks}"
+
+
+def write_checkpoint(
+    opened: Opened, out: Path, tokenizer: Path | None = None, dtype: torch.dtype | None = None
+) -> None:
+    """Write folder ``out`` with checkpoints/step-0, a config.yaml whose ``init`` is this folder, and the tokenizer.
+    Raises ConvertError; see ``output``."""
+    specs = _cast(opened.source, dtype)
+    with output(out, sum(spec.nbytes for spec in specs.values())) as partial:
+        cfg = load(["balance=[bias]"] if opened.has_bias else [])
+        cfg.model, cfg.init = opened.model, str(out.absolute())
+        cfg.run_dir = f"runs/{cfg.model.name}"
+        cfg.train.seq_len = min(cfg.train.seq_len, cfg.model.max_seq_len)
+        cfg.data.tokenizer = TokenizerConfig(vocab_size=min(1024, cfg.model.vocab_size))
+        if tokenizer is not None:
+            write_tokenizer(tokenizer, cfg.model, partial)
+            cfg.data.tokenizer.path = str(out.absolute())
+        save(cfg, partial / "config.yaml")
+        write_weights(
+            partial / "checkpoints", specs, lambda name, box: opened.source.read(name, box).to(specs[name].dtype)
+        )
 
 
 def write_file(opened: Opened, out: Path, dtype: torch.dtype | None = None) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from moetrain.checkpoint.weights import Spec, blocks
@@ -27,7 +28,7 @@ from moetrain.convert.layout import Piece
 from moetrain.convert.output import output
 from moetrain.convert.source import Held, Source
 from moetrain.convert.tensors import SELECTION_BIAS, is_training_state, pieces_in_memory, pieces_of
-from moetrain.convert.tokenizer import GENERATION, Found, write_tokenizer
+from moetrain.convert.tokenizer import GENERATION, write_tokenizer
 from moetrain.model.decoder import Decoder
 from moetrain.moe.options import as_options
 
@@ -40,7 +41,7 @@ def export_hf(
     cfg: ModelConfig,
     tensors: Source | Mapping[str, Tensor],
     out: Path | str,
-    tokenizer: Found | None = None,
+    tokenizer: Tokenizer | Path | None = None,
     dtype: torch.dtype | None = None,
     *,
     layout: Layout = "per_expert",
@@ -49,9 +50,9 @@ def export_hf(
 ) -> str:
     """Write folder ``out``: config.json, generation_config.json, safetensors (an index if several), tokenizer files.
 
-    tensors: our parameters and persistent buffers; read once, in order, part by part, and written at once. tokenizer: a
-    folder's tokenizer files are copied. dtype: of the written floats; None: as they are. layout: the experts one by
-    one, as ``save_pretrained`` writes them, or those of a layer in one tensor, as transformers holds them ("fused").
+    tensors: our parameters and persistent buffers; read once, in order, part by part, and written at once. tokenizer:
+    the files of a folder are copied. dtype: of the written floats; None: as they are. layout: the experts one by one,
+    as ``save_pretrained`` writes them, or those of a layer in one tensor, as transformers holds them ("fused").
     eos_token: the token that ends a document; None: the tokenizer's known one. The folder appears when it is whole, or
     not at all. Returns the family's name. Raises ConvertError: no class fits, a tensor that no rule covers, a tensor
     that is missing, ``out`` holds files already, or the disk has no room.

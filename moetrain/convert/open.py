@@ -13,17 +13,17 @@ from moetrain.checkpoint import layout, newest
 from moetrain.checkpoint.load import damage
 from moetrain.checkpoint.weights import SavedWeights, Spec
 from moetrain.comm.ranks import Ranks
-from moetrain.config import read
+from moetrain.config import load, read
 from moetrain.config.errors import CheckpointError, ConvertError
 from moetrain.config.registry import ROUTERS
-from moetrain.config.schema import ExpertsConfig, ModelConfig
+from moetrain.config.schema import Config, ExpertsConfig, ModelConfig
 from moetrain.config.typed import to_dict, validate
 from moetrain.convert.family import family_of
 from moetrain.convert.files import TensorFile, TensorFolder
 from moetrain.convert.load import Imported, read_hf_config
 from moetrain.convert.source import Source
 from moetrain.convert.tensors import SELECTION_BIAS, is_training_state
-from moetrain.convert.tokenizer import Found, tokenizer_at, tokenizer_of
+from moetrain.convert.tokenizer import tokenizer_at, tokenizer_of
 from moetrain.data.sources import resolve
 from moetrain.model.decoder import Decoder
 from moetrain.moe.options import as_options
@@ -36,14 +36,13 @@ MODEL_ENTRY = "moetrain_model"
 class Opened:
     """Weights with what belongs to them. path: of the files themselves (the step-N folder of a run).
 
-    source: whole tensors under our names, all that ``model`` has and no more. tokenizer: a folder with its files, or
-    the tokenizer alone; None: it is not there.
+    source: whole tensors under our names, all that ``model`` has and no more. tokenizer: see ``tokenizer_at``.
     """
 
     path: Path
     model: ModelConfig
     source: Source
-    tokenizer: Found | None
+    tokenizer: Path | None
 
     @property
     def has_bias(self) -> bool:
@@ -73,6 +72,23 @@ def open_weights(path: Path | str, verify: bool = True, ranks: Ranks | None = No
         f"'{path}' holds no weights that are known here: a run directory has config.yaml, a checkpoint of one "
         f"{layout.MANIFEST}, a Hugging Face folder config.json; or give a *.safetensors file of 'moetrain convert'"
     )
+
+
+def brings(path: str) -> dict[str, Any]:
+    """The settings of a run that starts from the weights at ``path``: their model, their tokenizer if they have one,
+    and the balance method that holds their selection biases, if there are any. Raises a UserError."""
+    opened = open_weights(path, verify=False)
+    found: dict[str, Any] = {"model": to_dict(opened.model)}
+    if opened.tokenizer is not None:
+        found["data"] = {"tokenizer": {"path": str(opened.tokenizer.absolute())}}
+    if opened.has_bias:
+        found["balance"] = to_dict(load(["balance=[bias]"]).balance)
+    return found
+
+
+def check_init(cfg: Config, opened: Opened) -> None:
+    """Raise CheckpointError unless a run of ``cfg`` can start from ``opened``."""
+    check_same(opened.source.specs, specs_of(cfg.model, cfg.balance), f"init={cfg.init}")
 
 
 def _open_run(path: Path, verify: bool, ranks: Ranks | None) -> Opened:

@@ -66,9 +66,11 @@ class InOrder:
 def fill(targets: Mapping[str, Tensor], source: Source) -> None:
     """Fill ``targets``, of which this rank may hold slices (DTensors), reading no more of ``source`` than these.
 
-    Not collective. The names and shapes must be those of the source; values are cast.
+    Not collective. What the source lacks stays as it is; shapes must be the same, and values are cast.
     """
     for name, target in targets.items():
+        if name not in source.specs:
+            continue
         local, box = target, tuple(slice(0, n) for n in target.shape)
         if isinstance(target, DTensor):
             local = target.to_local()

@@ -28,36 +28,32 @@ COMPANIONS = (
     "chat_template.json",
 )
 
-# The tokenizer alone, or a folder with its files.
-Found = Tokenizer | Path
 
-
-def tokenizer_at(path: Path | str) -> Found | None:
+def tokenizer_at(path: Path | str) -> Path | None:
     """The tokenizer at ``path``, a tokenizer.json or a folder: the folder where it has the companions too, else the
-    tokenizer itself; None: there is none. Raises DataError for one that cannot be read."""
+    file; None: there is none."""
     path = Path(resolve(str(path)))
-    folder = path if path.is_dir() else path.parent
     file = path / FILE if path.is_dir() else path
     if not file.is_file():
         return None
-    if file.name == FILE and (folder / CONFIG).is_file():
-        return folder
-    return load_tokenizer(str(file)).tokenizer
+    return file.parent if file.name == FILE and (file.parent / CONFIG).is_file() else file
 
 
-def tokenizer_of(cfg: Config) -> Found | None:
+def tokenizer_of(cfg: Config) -> Path | None:
     """The tokenizer of a run: the one that it was given, or that of its prepared data; None: neither is there."""
     given = cfg.data.tokenizer.path
     return (tokenizer_at(given) if given else None) or tokenizer_at(cfg.data.dir)
 
 
-def write_tokenizer(tokenizer: Found, model: ModelConfig, folder: Path, eos: str | None = None) -> int | None:
-    """Write tokenizer.json and its companions to ``folder``; those of another folder as they are there.
+def write_tokenizer(
+    tokenizer: Tokenizer | Path, model: ModelConfig, folder: Path, eos: str | None = None
+) -> int | None:
+    """Write tokenizer.json and its companions to ``folder``; those of a folder of ``tokenizer_at`` as they are there.
 
     eos: the token that ends a document; None: the one that is configured or known. Returns its id. Raises ConvertError
     for a token that is not there, and a tokenizer that is larger than the model's vocabulary.
     """
-    if isinstance(tokenizer, Path):
+    if isinstance(tokenizer, Path) and tokenizer.is_dir():
         for name in (FILE, *COMPANIONS):
             if (tokenizer / name).is_file():
                 shutil.copyfile(tokenizer / name, folder / name)
@@ -66,6 +62,8 @@ def write_tokenizer(tokenizer: Found, model: ModelConfig, folder: Path, eos: str
         return loaded.eos_id
     from transformers import PreTrainedTokenizerFast
 
+    if isinstance(tokenizer, Path):
+        tokenizer = load_tokenizer(str(tokenizer)).tokenizer
     vocab = tokenizer.get_vocab(with_added_tokens=True)
     eos = eos or next((token for token in KNOWN_EOS if token in vocab), None)
     if eos is not None and eos not in vocab:

@@ -15,7 +15,7 @@ from moetrain.checkpoint import apply_state, gather_state
 from moetrain.checkpoint.weights import Spec
 from moetrain.comm.ranks import Ranks
 from moetrain.config.schema import Config
-from moetrain.convert.source import InOrder
+from moetrain.convert.source import InOrder, Source, fill
 from moetrain.data.loader import IGNORE, Batch
 from moetrain.moe.balance import aux_coefs, aux_names
 from moetrain.optim import build_optimizer
@@ -63,6 +63,10 @@ class Engine(Protocol):
 
     def weights(self) -> dict[str, Tensor]:
         """Parameters and persistent buffers by name, as a checkpoint holds them; DTensors where they are split."""
+        ...
+
+    def load_weights(self, source: Source) -> None:
+        """Replace the weights by those of ``source``, of which this rank reads its slices."""
         ...
 
     def state(self, progress: dict[str, Any]) -> dict[str, Any]:
@@ -176,6 +180,10 @@ class TorchEngine:
 
     def weights(self) -> dict[str, Tensor]:
         return self.model.state_dict()
+
+    def load_weights(self, source: Source) -> None:
+        fill(self.weights(), source)
+        self.runner.weights_updated()
 
     def state(self, progress: dict[str, Any]) -> dict[str, Any]:
         return gather_state(self.model, self.optimizer, progress)

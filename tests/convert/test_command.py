@@ -86,11 +86,13 @@ def test_a_run_becomes_what_its_own_export_is(preset: str, capsys: pytest.Captur
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_through_one_file_and_back(name: str) -> None:
-    """transformers -> one safetensors file with our names -> transformers: bit for bit, in bfloat16 too."""
-    make(name).to(torch.bfloat16).save_pretrained("in")
-    convert("to=safetensors from=in out=deep/one.safetensors")
-    convert("to=hf from=deep/one.safetensors out=out")
+@pytest.mark.parametrize("form", ["safetensors", "moetrain"])
+def test_there_and_back(name: str, form: str) -> None:
+    """transformers -> one file with our names, or a checkpoint -> transformers: bit for bit, in bfloat16."""
+    make(name).to(torch.bfloat16).save_pretrained("in", max_shard_size="60KB")
+    out = "deep/one.safetensors" if form == "safetensors" else "deep/one"
+    convert(f"to={form} from=in out={out}")
+    convert(f"to=hf from={out} out=out")
     before, after = tensors_in(Path("in")), tensors_in(Path("out"))
     assert before.keys() == after.keys()
     for key, t in before.items():
@@ -190,7 +192,11 @@ def test_a_damaged_checkpoint_is_passed_over(capsys: pytest.CaptureFixture[str])
 def test_not_enough_disk(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     a_run(Path("run"), ["model=tiny"])
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 5_000_000}))
-    for words in ("to=hf from=run out=far/x", "to=safetensors from=run out=x.safetensors"):
+    for words in (
+        "to=hf from=run out=far/x",
+        "to=safetensors from=run out=x.safetensors",
+        "to=moetrain from=run out=x",
+    ):
         assert cli.main(["convert", *words.split()]) == 2
         assert "MB, and the disk of" in capsys.readouterr().err
     assert not Path("far").exists() and not list(Path(".").glob("x*"))

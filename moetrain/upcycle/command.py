@@ -12,7 +12,9 @@ from torch import Tensor
 
 from moetrain.config.errors import ConfigError, DataError
 from moetrain.config.registry import UPCYCLERS
+from moetrain.convert.command import write_checkpoint, write_file
 from moetrain.convert.export import export_hf
+from moetrain.convert.family import family_of
 from moetrain.convert.open import Opened, open_weights
 from moetrain.convert.output import refuse_output
 from moetrain.data.sources import resolve
@@ -32,11 +34,13 @@ def run(asked: Asked, say: Callable[[str], None] = print) -> None:
     parents = [Model(one.model, one.source, path) for one, path in zip(opened, asked.parents, strict=True)]
     ids = cache(lambda: calibration_ids(opened[0], asked))
     made = UPCYCLERS.get(asked.method).build(asked.options, parents, Context(asked.seed, ids))
+    if asked.to == "hf":
+        family_of(made.model.cfg)  # raises where no class has the result
     refuse_output(asked.out, sum(spec.nbytes for spec in made.model.source.specs.values()))
     unmeasured = "measure=false" if not asked.measure else _why_no_text(opened[0])
     before = [] if unmeasured else [loss(parent, ids()) for parent in parents]
-    family = export_hf(made.model.cfg, made.model.source, asked.out, opened[0].tokenizer)
-    say(f"{asked.out}: {family}, {_shape(made.model)}; step 0 keeps {made.note}")
+    form = write(made.model, asked, opened[0].tokenizer)
+    say(f"{asked.out}: {form}, {_shape(made.model)}; step 0 keeps {made.note}")
     if unmeasured:
         say(f"losses not measured: {unmeasured}")
         return
@@ -44,7 +48,19 @@ def run(asked: Asked, say: Callable[[str], None] = print) -> None:
     after = loss(Model(written.model, written.source), ids())
     for parent, value in zip(parents, before, strict=True):
         say(f"loss {value:.4f} of {parent.where}, {after - value:+.4f} by upcycling")
-    say(json.dumps(_report(asked, made, family, before, after)))
+    say(json.dumps(_report(asked, made, form, before, after)))
+
+
+def write(model: Model, asked: Asked, tokenizer: Path | None) -> str:
+    """Write ``model`` in the form that is asked for, and say which that is. Raises a UserError."""
+    if asked.to == "hf":
+        return export_hf(model.cfg, model.source, asked.out, tokenizer)
+    opened = Opened(asked.out, model.cfg, model.source, tokenizer)
+    if asked.to == "moetrain":
+        write_checkpoint(opened, asked.out, tokenizer)
+    else:
+        write_file(opened, asked.out)
+    return asked.to
 
 
 def calibration_ids(opened: Opened, asked: Asked) -> Tensor:
@@ -52,8 +68,7 @@ def calibration_ids(opened: Opened, asked: Asked) -> Tensor:
     why = _why_no_text(opened)
     if why or opened.tokenizer is None:
         raise ConfigError(f"method={asked.method} reads text to see what the parent does on it, but {why}")
-    found = opened.tokenizer
-    tokenizer = load_tokenizer(str(found)).tokenizer if isinstance(found, Path) else found
+    tokenizer = load_tokenizer(str(opened.tokenizer)).tokenizer
     file = asked.text or Path(resolve(PROSE))
     try:
         text = file.read_text(encoding="utf-8")
@@ -80,11 +95,11 @@ def _shape(model: Model) -> str:
     return f"{len(cfg.moe_layers())} of {cfg.n_layers} layers with {experts} experts of width {width}, top-{top_k}"
 
 
-def _report(asked: Asked, made: Upcycled, family: str, before: list[float], after: float) -> dict[str, object]:
+def _report(asked: Asked, made: Upcycled, form: str, before: list[float], after: float) -> dict[str, object]:
     return {
         "method": asked.method,
         "out": str(asked.out),
-        "family": family,
+        "form": form,
         "exact": made.exact,
         "keeps": made.note,
         "losses_before": before,

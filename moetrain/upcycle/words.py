@@ -16,11 +16,12 @@ from moetrain.config.typed import fields_of, type_name, validate
 USAGE = "moetrain upcycle method=NAME from=DIR[,DIR...] out=DIR [key=value ...]"
 HELP = f"""usage: {USAGE}
 
-Make a model with experts, as a Hugging Face folder, of dense ones, or grow or shrink one. docs/upcycling.md tells more.
+Make a model with experts, of dense ones, or grow or shrink one. docs/upcycling.md tells more.
 
   method=NAME      how; see below
   from=DIR[,DIR]   the model or models to start from: Hugging Face folders, or runs and checkpoints of moetrain
   out=DIR          where the result goes: a folder that does not exist, or is empty
+  to=FORM          hf (default); moetrain: a checkpoint for 'moetrain train init=DIR'; safetensors: one file
   seed=N           of everything random (default 0)
   text=FILE        text to measure losses on, and to see which experts are used (default: documentation of Python)
   tokens=N         how much of it (default 2048)
@@ -41,6 +42,7 @@ class Asked:
     text: Path | None = None
     tokens: int = TOKENS
     measure: bool = True
+    to: str = "hf"
 
 
 def parse(words: Sequence[str]) -> Asked:
@@ -58,16 +60,17 @@ def parse(words: Sequence[str]) -> Asked:
     text = Path(given.pop("text")) if "text" in given else None
     if text is not None and not text.is_file():
         raise ConfigError(f"text={text}: there is no such file")
-    measure = given.pop("measure", "true")
-    if measure not in ("true", "false"):
-        raise ConfigError(f"measure takes true or false; got '{measure}'")
+    measure = _choice(given, "measure", ("true", "false"))
+    to = _choice(given, "to", ("hf", "moetrain", "safetensors"))
+    if to == "safetensors" and not values["out"].endswith(".safetensors"):
+        raise ConfigError(f"to=safetensors writes one file, so out={values['out']} must end in .safetensors")
     seed, tokens = _whole(given, "seed", 0, 0), _whole(given, "tokens", TOKENS, 2)
-    known = [*fields_of(entry.options), "method", "from", "out", "seed", "text", "tokens", "measure"]
+    known = [*fields_of(entry.options), "method", "from", "out", "seed", "text", "tokens", "measure", "to"]
     for name in given:
         if name not in known:
             raise ConfigError(f"method={entry.name} has no setting '{name}'; {nearest(name, known)}")
     options: Any = validate(entry.options, {name: _value(value) for name, value in given.items()})
-    return Asked(entry.name, parents, Path(values["out"]), options, seed, text, tokens, measure == "true")
+    return Asked(entry.name, parents, Path(values["out"]), options, seed, text, tokens, measure == "true", to)
 
 
 def help_lines() -> Iterator[str]:
@@ -92,6 +95,13 @@ def _split(words: Sequence[str]) -> Iterator[tuple[str, str]]:
             raise ConfigError(f"upcycle: {name} is given twice")
         seen.add(name)
         yield name, value
+
+
+def _choice(given: dict[str, str], name: str, known: tuple[str, ...]) -> str:
+    value = given.pop(name, known[0])
+    if value not in known:
+        raise ConfigError(f"{name} takes {' or '.join(known)}; got '{value}'")
+    return value
 
 
 def _whole(given: dict[str, str], name: str, default: int, least: int) -> int:

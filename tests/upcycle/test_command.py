@@ -11,9 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moetrain import cli
 from moetrain.config.registry import UPCYCLERS
-from moetrain.convert.command import write_file
-from moetrain.convert.open import open_weights
-from tests.upcycle.theirs import saved
+from tests.upcycle.theirs import read_parent, saved, tensors_of
 
 
 def last_json(out: str) -> dict:
@@ -49,13 +47,26 @@ def test_without_a_tokenizer_the_loss_is_not_measured_and_that_is_said(
     assert "losses not measured: " in capsys.readouterr().out
 
 
-def test_a_file_of_our_own_names_can_be_a_parent(tmp_path: Path) -> None:
-    dense = saved("llama", tmp_path / "dense")
-    write_file(open_weights(dense), tmp_path / "dense.safetensors")
-    for name, parent in (("a", dense), ("b", tmp_path / "dense.safetensors")):
-        assert cli.main(["upcycle", "method=drop", f"from={parent}", f"out={tmp_path / name}", "measure=false"]) == 0
-    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
-    assert files[0] == files[1]
+def test_other_forms_in_and_out(tmp_path: Path) -> None:
+    """A result in any form is the same model, and is a parent again."""
+    dense = saved("mistral", tmp_path / "dense")
+    for to, name in (("hf", "a"), ("moetrain", "b"), ("safetensors", "c.safetensors")):
+        out = f"out={tmp_path / name}"
+        assert cli.main(["upcycle", "method=drop", f"from={dense}", out, f"to={to}", "measure=false"]) == 0
+    whole = [tensors_of(read_parent(tmp_path / name)) for name in ("a", "b", "c.safetensors")]
+    for other in whole[1:]:
+        assert other.keys() == whole[0].keys()
+        assert all(torch.equal(other[name], t) for name, t in whole[0].items())
+    again = [
+        "upcycle",
+        "method=grow",
+        f"from={tmp_path / 'b'}",
+        f"out={tmp_path / 'd'}",
+        "copy_of=[1]",
+        "measure=false",
+    ]
+    assert cli.main(again) == 0
+    assert read_parent(tmp_path / "d").cfg.moe.num_experts == 9
 
 
 @pytest.mark.parametrize(
@@ -78,6 +89,7 @@ def test_a_file_of_our_own_names_can_be_a_parent(tmp_path: Path) -> None:
         ("method=sparse from={llama} out=new text=nowhere", "text=nowhere: there is no such file"),
         ("method=sparse from={llama} out=new seed=-1", "seed takes a whole number of 0 or more; got '-1'"),
         ("method=sparse from={mistral} out=new layers=[0]", "no Hugging Face class has this model"),
+        ("method=sparse from={llama} out=new to=safetensors", "out=new must end in .safetensors"),
         ("method=sparse method=drop from={llama} out=new", "method is given twice"),
         ("method=sparse from={damaged} out=new", "is cut short"),
         ("method=prune from={mixtral} out=new", "method=prune reads text to see what the parent does on it, but"),

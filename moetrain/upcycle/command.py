@@ -17,10 +17,12 @@ from moetrain.convert.export import export_hf
 from moetrain.convert.family import family_of
 from moetrain.convert.open import Opened, open_weights
 from moetrain.convert.output import refuse_output
+from moetrain.convert.source import Source
 from moetrain.data.sources import resolve
 from moetrain.data.tokenizer import ids_of, load_tokenizer
 from moetrain.upcycle.measure import loss
 from moetrain.upcycle.method import Context, Model, Upcycled
+from moetrain.upcycle.optimizer import carried
 from moetrain.upcycle.words import Asked
 
 PROSE = "moetrain:data/demo/docs.txt"
@@ -36,10 +38,11 @@ def run(asked: Asked, say: Callable[[str], None] = print) -> None:
     made = UPCYCLERS.get(asked.method).build(asked.options, parents, Context(asked.seed, ids))
     if asked.to == "hf":
         family_of(made.model.cfg)  # raises where no class has the result
+    optimizer = carried(made, opened[0], asked.method) if asked.optimizer else None
     refuse_output(asked.out, sum(spec.nbytes for spec in made.model.source.specs.values()))
     unmeasured = "measure=false" if not asked.measure else _why_no_text(opened[0])
     before = [] if unmeasured else [loss(parent, ids()) for parent in parents]
-    form = write(made.model, asked, opened[0].tokenizer)
+    form = write(made.model, asked, opened[0].tokenizer, optimizer)
     say(f"{asked.out}: {form}, {_shape(made.model)}; step 0 keeps {made.note}")
     if unmeasured:
         say(f"losses not measured: {unmeasured}")
@@ -51,13 +54,13 @@ def run(asked: Asked, say: Callable[[str], None] = print) -> None:
     say(json.dumps(_report(asked, made, form, before, after)))
 
 
-def write(model: Model, asked: Asked, tokenizer: Path | None) -> str:
-    """Write ``model`` in the form that is asked for, and say which that is. Raises a UserError."""
+def write(model: Model, asked: Asked, tokenizer: Path | None, optimizer: Source | None) -> str:
+    """Write ``model``, and its optimizer's state if there is any; say in which form. Raises a UserError."""
     if asked.to == "hf":
         return export_hf(model.cfg, model.source, asked.out, tokenizer)
     opened = Opened(asked.out, model.cfg, model.source, tokenizer)
     if asked.to == "moetrain":
-        write_checkpoint(opened, asked.out, tokenizer)
+        write_checkpoint(opened, asked.out, tokenizer, optimizer=optimizer)
     else:
         write_file(opened, asked.out)
     return asked.to

@@ -47,11 +47,14 @@ class Model:
 @dataclass(frozen=True)
 class Upcycled:
     """What a method made. ``exact``: whether theory says that it computes what its parent does. ``note``: what it
-    preserves, or what it does not, in a few words."""
+    preserves, or what it does not, in a few words. moments: from a parent whose tensors are a quantity of the
+    optimizer's (a moment of each parameter) the same of the result; None: the method does not say what becomes of them.
+    """
 
     model: Model
     exact: bool
     note: str
+    moments: Callable[[Model], Model] | None = None
 
 
 class Made:

@@ -22,6 +22,7 @@ Make a model with experts, of dense ones, or grow or shrink one. docs/upcycling.
   from=DIR[,DIR]   the model or models to start from: Hugging Face folders, or runs and checkpoints of moetrain
   out=DIR          where the result goes: a folder that does not exist, or is empty
   to=FORM          hf (default); moetrain: a checkpoint for 'moetrain train init=DIR'; safetensors: one file
+  optimizer=true   to=moetrain of a run or a checkpoint: take along AdamW's moments, for 'train init_optimizer=true'
   seed=N           of everything random (default 0)
   text=FILE        text to measure losses on, and to see which experts are used (default: documentation of Python)
   tokens=N         how much of it (default 2048)
@@ -43,6 +44,7 @@ class Asked:
     tokens: int = TOKENS
     measure: bool = True
     to: str = "hf"
+    optimizer: bool = False
 
 
 def parse(words: Sequence[str]) -> Asked:
@@ -64,13 +66,18 @@ def parse(words: Sequence[str]) -> Asked:
     to = _choice(given, "to", ("hf", "moetrain", "safetensors"))
     if to == "safetensors" and not values["out"].endswith(".safetensors"):
         raise ConfigError(f"to=safetensors writes one file, so out={values['out']} must end in .safetensors")
+    optimizer = _choice(given, "optimizer", ("false", "true")) == "true"
+    if optimizer and to != "moetrain":
+        raise ConfigError(f"optimizer=true goes with to=moetrain, not with to={to}")
     seed, tokens = _whole(given, "seed", 0, 0), _whole(given, "tokens", TOKENS, 2)
-    known = [*fields_of(entry.options), "method", "from", "out", "seed", "text", "tokens", "measure", "to"]
+    known = [*fields_of(entry.options), "method", "from", "out", "seed", "text", "tokens", "measure", "to", "optimizer"]
     for name in given:
         if name not in known:
             raise ConfigError(f"method={entry.name} has no setting '{name}'; {nearest(name, known)}")
     options: Any = validate(entry.options, {name: _value(value) for name, value in given.items()})
-    return Asked(entry.name, parents, Path(values["out"]), options, seed, text, tokens, measure == "true", to)
+    return Asked(
+        entry.name, parents, Path(values["out"]), options, seed, text, tokens, measure == "true", to, optimizer
+    )
 
 
 def help_lines() -> Iterator[str]:

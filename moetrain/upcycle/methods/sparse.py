@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated
 
 import torch
@@ -46,14 +47,18 @@ def sparse(options: SparseOptions, parents: Sequence[Model], context: Context) -
     check_dense(parent, "sparse")
     cfg = with_experts(parent.cfg, options.num_experts, options.top_k, parent.cfg.dense_dim, layers=options.layers)
 
-    model = assemble(
-        parent,
-        cfg,
-        router=lambda layer: new_router(options, options.num_experts, parent, layer, context),
-        expert=lambda layer, e, part: _noisy(dense_layer(parent, layer, part), options, context, layer, e, part),
-    )
+    def copies(of: Model, start: SparseOptions) -> Model:
+        return assemble(
+            of,
+            cfg,
+            router=lambda layer: new_router(start, start.num_experts, of, layer, context),
+            expert=lambda layer, e, part: _noisy(dense_layer(of, layer, part), start, context, layer, e, part),
+        )
+
     exact = options.noise == 0
-    return Upcycled(model, exact, "the dense function" if exact else "near the dense function: the copies have noise")
+    note = "the dense function" if exact else "near the dense function: the copies have noise"
+    plain = replace(options, router="zero", noise=0.0)
+    return Upcycled(copies(parent, options), exact, note, moments=lambda of: copies(of, plain))
 
 
 def _noisy(dense: Tensor, options: SparseOptions, context: Context, *what: object) -> Tensor:

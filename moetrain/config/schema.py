@@ -75,6 +75,11 @@ class AttentionConfig:
     sliding_layers: list[int] | None = Field(
         default=None, description="layers that use the window; null: all, when one is set"
     )
+    scale: float | None = Field(
+        default=None,
+        gt=0,
+        description="gqa: factor on the scores (Granite: a number of its own); null: 1/sqrt(head_dim)",
+    )
     sinks: bool = Field(default=False, description="a learned logit per head that takes part in the softmax (GPT-OSS)")
     q_lora_rank: int | None = Field(default=None, description="mla: rank of the query compression; null: none")
     kv_lora_rank: NonNegative = Field(default=0, description="mla: rank of the key/value compression")
@@ -84,6 +89,10 @@ class AttentionConfig:
     )
     v_head_dim: NonNegative = Field(default=0, description="mla: per-head width of values")
     backend: Literal["auto", "sdpa", "math"] = Field(default="auto", description="attention kernel; math is the oracle")
+
+    def score_scale(self) -> float:
+        """Factor on the products of queries and keys, for ``kind=gqa``."""
+        return self.head_dim**-0.5 if self.scale is None else self.scale
 
 
 @dataclass(config=STRICT)
@@ -127,6 +136,11 @@ class ModelConfig:
     norm_place: Literal["pre", "post"] = Field(
         default="pre", description="where a block's norms are: before attention and MLP, or after them (OLMo 2)"
     )
+    embedding_multiplier: float = Field(default=1.0, gt=0, description="factor on the embeddings (Granite)")
+    residual_multiplier: float = Field(
+        default=1.0, gt=0, description="factor on what attention and MLP add to the residual stream (Granite)"
+    )
+    logits_divisor: float = Field(default=1.0, gt=0, description="the head's outputs are divided by it (Granite)")
     tie_embeddings: bool = Field(default=False, description="the output head shares the embedding's weight")
     init_std: float = Field(default=0.02, gt=0, description="standard deviation of the normal initialisation")
     attention: AttentionConfig = Field(default_factory=AttentionConfig, description="attention")

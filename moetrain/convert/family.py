@@ -48,6 +48,7 @@ class Family:
     in_memory: the same tensors as ``state_dict()`` names them, where that differs.
     zeros: tensors of theirs, (E,) in each MoE layer, that must exist: zeros where we have none.
     ignored: their tensors that we have no use for (regular expressions); logged when met.
+    last_choice: whether ``auto`` prefers any other class that computes the same, as this one covers plainer ones.
     partial_rotary: whether the class may rotate a part of each head only.
     """
 
@@ -60,6 +61,7 @@ class Family:
     in_memory: ClassVar[tuple[Rule, ...]] = ()
     zeros: ClassVar[tuple[Rule, ...]] = ()
     ignored: ClassVar[tuple[str, ...]] = ()
+    last_choice: ClassVar[bool] = False
     partial_rotary: ClassVar[bool] = False
 
     def from_hf_config(self, config: Mapping[str, Any]) -> ModelConfig:
@@ -139,7 +141,7 @@ def family_of(cfg: ModelConfig) -> Family:
         return family
     kin = [family for family in map(family_named, FAMILIES.names()) if family.is_dense() != bool(cfg.moe_layers())]
     tried = [(family.refusals(cfg), family) for family in kin]
-    lacking, family = min(tried, key=lambda entry: len(entry[0]))
+    lacking, family = min(tried, key=lambda entry: (len(entry[0]), entry[1].last_choice))
     if lacking:
         raise ConvertError(
             f"no Hugging Face class has this model; the nearest, {family.name}, lacks {', '.join(lacking)}"

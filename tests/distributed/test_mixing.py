@@ -15,8 +15,9 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from moetrain.config.check import check_mapping, resolve_sizes
+from moetrain.config.fields import STRICT
 from moetrain.config.registry import MIXERS
-from moetrain.config.schema import STRICT, Config
+from moetrain.config.schema import Config
 from moetrain.data.order import seed_key
 from moetrain.mixture.online import Cost, Decision, Mixer, MixerOptions, Observation
 from moetrain.model.decoder import Decoder

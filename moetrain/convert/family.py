@@ -40,6 +40,17 @@ NO_EXPERTS = {"moe.num_experts": 0}
 ALWAYS: dict[str, Any] = {"hidden_act": "silu", "attention_dropout": 0.0}
 
 
+# classes that people will try, and what the model lacks for them
+NOT_COVERED = {
+    "gemma": "norms with weight 1 + w, and a GELU in the MLP",
+    "gemma2": "norms with weight 1 + w, two norms around each part of a block, and soft caps on scores and logits",
+    "gemma3_text": "norms with weight 1 + w, two norms around each part of a block, and two rotary bases",
+    "longcat_flash": "zero experts, and two attentions in a layer with its experts beside them",
+    "phimoe": "LayerNorm with biases, a bias on the head, and sparsemixer routing",
+    "granitemoeshared": "shared experts whose gate and up are one tensor",
+}
+
+
 class Family:
     """One model class of transformers. Subclasses fill the tables; ``read`` and ``write`` do what tables cannot.
 
@@ -124,7 +135,12 @@ def register(family: F) -> F:
 
 
 def family_named(name: str) -> Family:
-    """The family called ``name`` (``model_type`` of config.json). Raises ConfigError with the nearest known one."""
+    """The family called ``name`` (``model_type`` of config.json).
+
+    Raises ConvertError where the model lacks what the class needs, and ConfigError with the nearest known name.
+    """
+    if name in NOT_COVERED:
+        raise ConvertError(f"Hugging Face models of type {name} are not covered: they need {NOT_COVERED[name]}")
     return FAMILIES.get(name).build()
 
 

@@ -55,10 +55,12 @@ class Method:
     evaluations: int = 0
 
 
+AIOLI = ("mixer=aioli", "mixer.text=train")
 METHODS = [
     Method("proportional", ("data.mixture=proportional",)),
     Method("uniform", ("data.mixture=uniform",)),
-    Method("aioli", ("mixer=aioli", "data.mixture=uniform", "mixer.text=train"), every=100, evaluations=4),
+    Method("aioli", (*AIOLI, "data.mixture=uniform"), every=100, evaluations=4),
+    Method("aioli-few-probes", (*AIOLI, "data.mixture=uniform"), every=100, evaluations=1),
     Method(
         "dga", ("mixer=dga", "data.mixture=uniform", "mixer.text=train", "mixer.cosine=true"), every=50, gradients=1
     ),

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from corpora_text import r_strings
 
-from moetrain.config.schema import DataConfig, SourceConfig, TokenizerConfig
+from moetrain.config.schema_data import DataConfig, SourceConfig, TokenizerConfig
 from moetrain.data.prepare import prepare
 
 BUDGET = 370_000  # bytes per domain: 1.85 MB for the five

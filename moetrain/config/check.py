@@ -12,7 +12,7 @@ from moetrain.config.sizes import Sizes, divisors, near, resolve_sizes
 __all__ = ["Sizes", "check_config", "check_mapping", "resolve_sizes"]
 
 # settings of grouped-query attention -> the value that turns them off
-GQA_ONLY = {"qkv_bias": False, "out_bias": False, "sinks": False, "qk_norm": "none", "clip_qkv": None}
+GQA_ONLY = {"qkv_bias": False, "out_bias": False, "sinks": False, "qk_norm": "none", "clip_qkv": None, "scale": None}
 PER_LAYER = ("num_experts", "top_k", "expert_dim", "shared_dim", "capacity_factor")
 
 

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from moetrain.config.errors import ConfigError
-from moetrain.config.schema import Config, DataConfig, SourceConfig
+from moetrain.config.schema import Config
+from moetrain.config.schema_data import DataConfig, SourceConfig
 
 
 def check_data(cfg: Config) -> None:

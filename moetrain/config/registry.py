@@ -3,7 +3,7 @@
 A new router (balance method, dispatcher, optimizer, model family ...) is one new file in the registry's package and one
 preset; nothing else is edited, because a registry imports every module of its package before it answers.
 
-Options are pydantic dataclasses (``config=schema.STRICT``) that hold the option fields alone, every field with a
+Options are pydantic dataclasses (``config=fields.STRICT``) that hold the option fields alone, every field with a
 default and a description; an entry without options has an empty one. The name of the entry is not among them: the
 config's ``kind`` key (for ``balance``, the key of the mapping) picks the entry and is dropped, and
 ``entry_of(options)`` gives the entry back. So every entry has an options class of its own.

@@ -7,24 +7,13 @@ Defaults are given by keyword, ``Field(default=...)``, which is what type checke
 
 from __future__ import annotations
 
-import itertools
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-STRICT = ConfigDict(extra="forbid", validate_default=False, allow_inf_nan=False)
-
-# A number of the MoE layer: one value, or one per decoder layer (entries of dense layers are ignored).
-PerLayerInt = int | list[int]
-PerLayerFloat = float | list[float]
-# A number of the router or the balance: a constant, or {step: value} joined by straight lines, constant at both ends.
-Scheduled = float | Annotated[dict[int, float], Field(min_length=1)]
-# Filled from a registry; see the module's docstring.
-Kind = Any
-
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
+from moetrain.config.fields import STRICT, Kind, NonNegative, PerLayerFloat, PerLayerInt, Positive
+from moetrain.config.schema_data import DataConfig
 
 
 @dataclass(config=STRICT)
@@ -75,6 +64,11 @@ class AttentionConfig:
     sliding_layers: list[int] | None = Field(
         default=None, description="layers that use the window; null: all, when one is set"
     )
+    scale: float | None = Field(
+        default=None,
+        gt=0,
+        description="gqa: factor on the scores (Granite: a number of its own); null: 1/sqrt(head_dim)",
+    )
     sinks: bool = Field(default=False, description="a learned logit per head that takes part in the softmax (GPT-OSS)")
     q_lora_rank: int | None = Field(default=None, description="mla: rank of the query compression; null: none")
     kv_lora_rank: NonNegative = Field(default=0, description="mla: rank of the key/value compression")
@@ -84,6 +78,10 @@ class AttentionConfig:
     )
     v_head_dim: NonNegative = Field(default=0, description="mla: per-head width of values")
     backend: Literal["auto", "sdpa", "math"] = Field(default="auto", description="attention kernel; math is the oracle")
+
+    def score_scale(self) -> float:
+        """Factor on the products of queries and keys, for ``kind=gqa``."""
+        return self.head_dim**-0.5 if self.scale is None else self.scale
 
 
 @dataclass(config=STRICT)
@@ -127,6 +125,11 @@ class ModelConfig:
     norm_place: Literal["pre", "post"] = Field(
         default="pre", description="where a block's norms are: before attention and MLP, or after them (OLMo 2)"
     )
+    embedding_multiplier: float = Field(default=1.0, gt=0, description="factor on the embeddings (Granite)")
+    residual_multiplier: float = Field(
+        default=1.0, gt=0, description="factor on what attention and MLP add to the residual stream (Granite)"
+    )
+    logits_divisor: float = Field(default=1.0, gt=0, description="the head's outputs are divided by it (Granite)")
     tie_embeddings: bool = Field(default=False, description="the output head shares the embedding's weight")
     init_std: float = Field(default=0.02, gt=0, description="standard deviation of the normal initialisation")
     attention: AttentionConfig = Field(default_factory=AttentionConfig, description="attention")
@@ -205,173 +208,6 @@ class ParallelConfig:
     zero: Literal[1, 2, 3] = Field(default=1, description="deepspeed: what ZeRO shards")
     nvme: str | None = Field(default=None, description="deepspeed: folder for offloaded optimizer state (zero=3)")
     timeout_s: Positive = Field(default=600, description="seconds after which a stuck collective ends the job")
-
-
-@dataclass(config=STRICT)
-class SourceConfig:
-    """One source of text; by default it is a domain of its own."""
-
-    paths: list[str] = Field(
-        default_factory=list,
-        description="files, folders or globs; package: files that ship with moetrain start with 'moetrain:'",
-    )
-    dataset: str | None = Field(
-        default=None,
-        description="instead of paths: a Hugging Face data set by name or folder, or a folder of save_to_disk",
-    )
-    dataset_config: str | None = Field(default=None, description="configuration of the data set; null: its default")
-    dataset_split: str | None = Field(default=None, description="split of the data set; null: train, or its only one")
-    dataset_revision: str | None = Field(
-        default=None, description="revision of a data set on the hub; null: the newest"
-    )
-    tokens: list[str] = Field(
-        default_factory=list,
-        description="instead of paths: files, folders or globs of ready tokens, .npy or Megatron's .idx with .bin",
-    )
-    token_dtype: Literal["uint16", "uint32"] | None = Field(
-        default=None, description="ids of .npy files without a header; null: uint16 up to 65,536 tokens, else uint32"
-    )
-    domain: str | None = Field(default=None, description="domain that the source belongs to; null: its own name")
-    weight: float | None = Field(
-        default=None,
-        description="share of training tokens (of its domain's, where that has several sources); null: in proportion "
-        "to its tokens",
-    )
-    max_epochs: float | None = Field(
-        default=None, gt=0, description="passes after which the source has run out; null: as its domain"
-    )
-    licence: str = Field(default="", description="licence tag of the text")
-    delimiter: str | None = Field(
-        default=None, description="regular expression between documents of a text file; null: one file, one document"
-    )
-    field: str = Field(default="text", description="field or column that holds the text of JSON lines and parquet")
-    filter: Literal["none", "gopher"] = Field(
-        default="none", description="quality filter; gopher: rules for web pages in English, arXiv 2112.11446 A.1"
-    )
-
-
-@dataclass(config=STRICT)
-class DomainConfig:
-    """A domain, a group of sources."""
-
-    weight: float | None = Field(
-        default=None, description="share of training tokens; null: in proportion to the domain's tokens"
-    )
-    max_epochs: float | None = Field(
-        default=None, gt=0, description="passes after which a source of the domain has run out; null: data.max_epochs"
-    )
-
-
-@dataclass(config=STRICT)
-class MixtureStepConfig:
-    """Weights that hold from a point of the run on."""
-
-    weights: dict[str, float] = Field(
-        default_factory=dict,
-        description="domain -> share of training tokens; those not named share the rest as they did before",
-    )
-    from_step: NonNegative | None = Field(default=None, description="optimizer step from which the weights hold")
-    from_tokens: NonNegative | None = Field(default=None, description="or training tokens before the weights hold")
-
-
-@dataclass(config=STRICT)
-class TokenizerConfig:
-    """Which tokenizer, or how to train one."""
-
-    path: str | None = Field(
-        default=None, description="tokenizer.json or a Hugging Face folder; null: train byte-level BPE on the data"
-    )
-    vocab_size: Positive = Field(default=1024, description="size of a tokenizer trained here")
-
-
-@dataclass(config=STRICT)
-class FimConfig:
-    """Fill-in-the-middle (arXiv 2207.14255): data.objective=fim."""
-
-    rate: float = Field(default=0.5, ge=0, le=1, description="share of documents that are rewritten")
-    spm_rate: float = Field(default=0.5, ge=0, le=1, description="share of these with the suffix before the prefix")
-    tokens: list[str] = Field(
-        default_factory=lambda: ["<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"],
-        description="the tokenizer's tokens for prefix, middle and suffix, in this order",
-    )
-
-
-@dataclass(config=STRICT)
-class Ul2Config:
-    """UL2's mixture of denoisers (arXiv 2205.05131): data.objective=ul2."""
-
-    modes: list[str] = Field(
-        default_factory=lambda: ["[R]", "[S]", "[X]"], description="the tokenizer's tokens for the three modes"
-    )
-    sentinel: str = Field(default="<extra_id_{}>", description="its sentinel tokens, {} is their number from 0")
-    sentinels: Positive = Field(default=100, description="how many sentinel tokens there are")
-
-
-@dataclass(config=STRICT)
-class DataConfig:
-    """Text sources and where their tokens are kept."""
-
-    name: str = Field(default="demo", description="name of the data set")
-    dir: str = Field(
-        default="prepared/${data.name}", description="folder of prepared shards, made by 'moetrain prepare'"
-    )
-    sources: dict[str, SourceConfig] = Field(default_factory=dict, description="source name -> its text")
-    made_by: str = Field(default="", description="command that makes the raw text; named where a path does not exist")
-    domains: dict[str, DomainConfig] = Field(
-        default_factory=dict, description="weights and epochs of domains that have several sources"
-    )
-    mixture: Literal["given", "proportional", "uniform", "temperature", "unimax"] = Field(
-        default="given",
-        description="weights of domains: as given, or a rule on their tokens instead (weight 0 still leaves one out)",
-    )
-    temperature: float = Field(
-        default=2.0, gt=0, description="temperature: shares in proportion to tokens^(1/this); 1: proportional"
-    )
-    unimax_epochs: float = Field(
-        default=4.0, gt=0, description="unimax: most passes over a domain in train.steps; else shares are even"
-    )
-    schedule: list[MixtureStepConfig] = Field(
-        default_factory=list,
-        description="changes of the weights, in order: {from_step (or from_tokens): N, weights: {NAME: share}}",
-    )
-    max_epochs: float | None = Field(
-        default=None, gt=0, description="passes after which any source has run out; null: none ever does"
-    )
-    exhausted: Literal["reweight", "stop", "repeat"] = Field(
-        default="reweight",
-        description="when a source has run out: its share goes to the others, the run ends, or max_epochs only warns",
-    )
-    tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig, description="tokenizer")
-    packing: Literal["cut", "best_fit"] = Field(
-        default="cut",
-        description="windows of one stream of text, or of whole documents with padding (needs document_mask)",
-    )
-    objective: Literal["next_token", "fim", "ul2"] = Field(
-        default="next_token",
-        description="what training predicts: next tokens, a document's middle (fim), or corrupted spans (ul2)",
-    )
-    fim: FimConfig = Field(default_factory=FimConfig, description="fill-in-the-middle")
-    ul2: Ul2Config = Field(default_factory=Ul2Config, description="mixture of denoisers")
-    document_mask: bool = Field(
-        default=False, description="attention stays within a document, and positions start anew in each"
-    )
-    val_fraction: float = Field(
-        default=0.05, gt=0, lt=1, description="share of each domain's documents (by bytes) held out"
-    )
-    max_line_mb: Positive = Field(default=64, description="longest line or parquet row that prepare accepts, in MB")
-    invalid_utf8: Literal["refuse", "replace"] = Field(
-        default="refuse", description="bytes that are not UTF-8: refuse the file, or replace them with U+FFFD and count"
-    )
-    deduplicate: bool = Field(
-        default=False, description="remove documents whose text came before, in any domain; the first domain keeps it"
-    )
-    licences: list[str] | None = Field(
-        default=None, description="licence tags that sources may have; others, and none, are refused; null: all"
-    )
-    processes: Positive = Field(
-        default=1, description="processes that filter and tokenise in prepare; the result does not depend on it"
-    )
-    workers: NonNegative = Field(default=1, description="background batches that are loaded ahead of the step")
 
 
 @dataclass(config=STRICT)
@@ -519,16 +355,3 @@ class Config:
     export: ExportConfig = Field(default_factory=ExportConfig, description="Hugging Face export")
     generate: GenerateConfig = Field(default_factory=GenerateConfig, description="sample text")
     launch: LaunchConfig = Field(default_factory=LaunchConfig, description="local launch")
-
-
-def value_at(value: Scheduled, step: int) -> float:
-    """``value`` at optimizer step ``step`` (0-based): the constant, or a linear interpolation between the points."""
-    if not isinstance(value, dict):
-        return float(value)
-    points = sorted(value.items())
-    if step <= points[0][0]:
-        return float(points[0][1])
-    for (s0, v0), (s1, v1) in itertools.pairwise(points):
-        if step <= s1:
-            return float(v0 + (v1 - v0) * (step - s0) / (s1 - s0))
-    return float(points[-1][1])

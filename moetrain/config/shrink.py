@@ -77,7 +77,7 @@ def _attention(model: ModelConfig, cfg: Config, sizes: Sizes) -> None:
     if a.kind == "gqa":
         fits = [kv for kv in divisors(a.n_heads) if max(kv, sizes.tp) % min(kv, sizes.tp) == 0]
         a.n_kv_heads = min(fits, key=lambda kv: abs(kv - a.n_heads / group))
-        a.head_dim = 8
+        a.head_dim = 8 if 8 * model.rope.fraction % 2 == 0 else a.head_dim
     else:
         a.q_lora_rank = None if a.q_lora_rank is None else 16
         a.kv_lora_rank, a.qk_nope_head_dim, a.qk_rope_head_dim, a.v_head_dim = 16, 8, 8, 8

@@ -40,6 +40,17 @@ NO_EXPERTS = {"moe.num_experts": 0}
 ALWAYS: dict[str, Any] = {"hidden_act": "silu", "attention_dropout": 0.0}
 
 
+# classes that people will try, and what the model lacks for them
+NOT_COVERED = {
+    "gemma": "norms with weight 1 + w, and a GELU in the MLP",
+    "gemma2": "norms with weight 1 + w, two norms around each part of a block, and soft caps on scores and logits",
+    "gemma3_text": "norms with weight 1 + w, two norms around each part of a block, and two rotary bases",
+    "longcat_flash": "zero experts, and two attentions in a layer with its experts beside them",
+    "phimoe": "LayerNorm with biases, a bias on the head, and sparsemixer routing",
+    "granitemoeshared": "shared experts whose gate and up are one tensor",
+}
+
+
 class Family:
     """One model class of transformers. Subclasses fill the tables; ``read`` and ``write`` do what tables cannot.
 
@@ -48,6 +59,7 @@ class Family:
     in_memory: the same tensors as ``state_dict()`` names them, where that differs.
     zeros: tensors of theirs, (E,) in each MoE layer, that must exist: zeros where we have none.
     ignored: their tensors that we have no use for (regular expressions); logged when met.
+    last_choice: whether ``auto`` prefers any other class that computes the same, as this one covers plainer ones.
     partial_rotary: whether the class may rotate a part of each head only.
     """
 
@@ -60,6 +72,7 @@ class Family:
     in_memory: ClassVar[tuple[Rule, ...]] = ()
     zeros: ClassVar[tuple[Rule, ...]] = ()
     ignored: ClassVar[tuple[str, ...]] = ()
+    last_choice: ClassVar[bool] = False
     partial_rotary: ClassVar[bool] = False
 
     def from_hf_config(self, config: Mapping[str, Any]) -> ModelConfig:
@@ -122,7 +135,12 @@ def register(family: F) -> F:
 
 
 def family_named(name: str) -> Family:
-    """The family called ``name`` (``model_type`` of config.json). Raises ConfigError with the nearest known one."""
+    """The family called ``name`` (``model_type`` of config.json).
+
+    Raises ConvertError where the model lacks what the class needs, and ConfigError with the nearest known name.
+    """
+    if name in NOT_COVERED:
+        raise ConvertError(f"Hugging Face models of type {name} are not covered: they need {NOT_COVERED[name]}")
     return FAMILIES.get(name).build()
 
 
@@ -139,7 +157,7 @@ def family_of(cfg: ModelConfig) -> Family:
         return family
     kin = [family for family in map(family_named, FAMILIES.names()) if family.is_dense() != bool(cfg.moe_layers())]
     tried = [(family.refusals(cfg), family) for family in kin]
-    lacking, family = min(tried, key=lambda entry: len(entry[0]))
+    lacking, family = min(tried, key=lambda entry: (len(entry[0]), entry[1].last_choice))
     if lacking:
         raise ConvertError(
             f"no Hugging Face class has this model; the nearest, {family.name}, lacks {', '.join(lacking)}"

@@ -10,7 +10,10 @@ from moetrain.config.schema import ModelConfig
 from moetrain.model.attention import window_of
 from moetrain.moe.options import as_options
 
-NUMBERS = ("vocab_size", "dim", "n_layers", "max_seq_len", "norm_eps", "norm_place")
+TRUNK = (
+    *("vocab_size", "dim", "n_layers", "max_seq_len", "norm_eps", "norm_place", "tie_embeddings"),
+    *("embedding_multiplier", "residual_multiplier", "logits_divisor"),
+)
 GQA = ("n_kv_heads", "head_dim", "qkv_bias", "out_bias", "qk_norm", "clip_qkv", "sinks")
 MLA = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 YARN = ("factor", "original_max_seq_len", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
@@ -30,12 +33,13 @@ def features(cfg: ModelConfig) -> dict[str, Any]:
     Numbers of the MoE layer are lists over the MoE layers; ``moe.num_experts`` is over all, with 0 for dense ones.
     """
     a, moe = cfg.attention, cfg.moe_layers()
-    found: dict[str, Any] = {name: getattr(cfg, name) for name in NUMBERS}
-    found["tie_embeddings"] = cfg.tie_embeddings
+    found: dict[str, Any] = {name: getattr(cfg, name) for name in TRUNK}
     if len(moe) < cfg.n_layers:
         found["dense_dim"] = cfg.dense_dim
     for name in ("kind", "n_heads", *(MLA if a.kind == "mla" else GQA)):
         found[f"attention.{name}"] = getattr(a, name)
+    if a.kind == "gqa":
+        found["attention.scale"] = a.score_scale()
     found["attention.sliding_window"] = [window_of(cfg, i) for i in range(cfg.n_layers)]
     for name in ("theta", "fraction", "interleaved", "scaling", *ROPE[cfg.rope.scaling]):
         found[f"rope.{name}"] = getattr(cfg.rope, name)

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from moetrain.config.errors import DataError
-from moetrain.config.schema import Config, DataConfig
+from moetrain.config.schema import Config
+from moetrain.config.schema_data import DataConfig
 from moetrain.data.deal import Exhausted
 from moetrain.data.history import Phase
 from moetrain.data.weights import change_weights, resolve_weights, temperature_weights, unimax_weights

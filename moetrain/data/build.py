@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from moetrain.config.errors import DataError
-from moetrain.config.schema import DataConfig
+from moetrain.config.schema_data import DataConfig
 from moetrain.data.manifest import TOKENIZER_FILE, DomainInfo, Manifest, SplitInfo, removed_line
 from moetrain.data.objectives import special_tokens
 from moetrain.data.progress import Progress, Survey, Written

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.config.errors import DataError
-from moetrain.config.schema import SourceConfig
+from moetrain.config.schema_data import SourceConfig
 from moetrain.data.read import ROWS, Reader, ReadOptions, first_line, needed
 from moetrain.data.sources import SAVED_MARKS, SourceFile, resolve
 

@@ -15,7 +15,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from moetrain.config.errors import DataError
-from moetrain.config.schema import DataConfig
+from moetrain.config.schema_data import DataConfig
 from moetrain.data.gather import IGNORE, Rows, documents
 from moetrain.data.order import seed_key
 from moetrain.data.sampler import Sample

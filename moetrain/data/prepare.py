@@ -22,7 +22,7 @@ from pathlib import Path
 
 from moetrain.comm.ranks import Ranks
 from moetrain.config.errors import DataError
-from moetrain.config.schema import DataConfig, SourceConfig
+from moetrain.config.schema_data import DataConfig, SourceConfig
 from moetrain.data.build import SOURCES_FILE, Build, fingerprint
 from moetrain.data.manifest import FILE, SPLITS, VERSION, Manifest
 from moetrain.data.objectives import special_tokens

@@ -6,7 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from moetrain.config.errors import DataError
-from moetrain.config.schema import DataConfig, SourceConfig
+from moetrain.config.schema_data import DataConfig, SourceConfig
 from moetrain.data.hub import DatasetReader, find_dataset
 from moetrain.data.read import DocumentReader, Reader, ReadOptions, check_packages, file_digest
 from moetrain.data.sources import SourceFile, compile_delimiter, find_files, resolve

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from moetrain.config.errors import DataError
-from moetrain.config.schema import SourceConfig
+from moetrain.config.schema_data import SourceConfig
 
 PACKAGE_PREFIX = "moetrain:"
 # A folder gives its files with these endings, JSON lines and parquet. Files that are named, or matched by a glob, are

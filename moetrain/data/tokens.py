@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from moetrain.config.errors import DataError
-from moetrain.config.schema import SourceConfig
+from moetrain.config.schema_data import SourceConfig
 from moetrain.data.shards import DTYPES, bin_path, read_index
 from moetrain.data.sources import SourceFile, matching
 from moetrain.data.tokenizer import LoadedTokenizer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from moetrain.config.schema import DataConfig, SourceConfig, TokenizerConfig
+from moetrain.config.schema_data import DataConfig, SourceConfig, TokenizerConfig
 
 TEXTS = {
     "letters": "abcdefghij klmnop qrstuv wxyz. ",

@@ -7,7 +7,7 @@ from typing import Any
 
 from moetrain.config import Config, to_dict
 from moetrain.config.errors import ConfigError
-from moetrain.config.schema import DataConfig
+from moetrain.config.schema_data import DataConfig
 from moetrain.data.asked import ask, domains_of
 from moetrain.data.manifest import Manifest
 

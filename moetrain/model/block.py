@@ -24,6 +24,7 @@ class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)). Dense layers have ``mlp``, MoE layers ``moe``; the other is None.
 
     With ``norm_place=post`` x + norm(attention(x)) and x + norm(mlp(x)): OLMo 2 (arXiv 2501.00656, section 3.1).
+    What is added to x may have a factor (``residual_multiplier``: Granite).
 
     ``recompute`` says what backward computes again: nothing, the inner activations of experts and MLPs ("selective": no
     row is dispatched again; tensor parallelism gathers an MLP's tokens again), or the whole block. Routing is never
@@ -35,6 +36,7 @@ class Block(nn.Module):
         self.layer = layer
         self.window = window_of(cfg, layer)
         self.post_norm = cfg.norm_place == "post"
+        self.multiplier = cfg.residual_multiplier
         self.attention_norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.attention = build_attention(cfg)
         self.mlp_norm = RMSNorm(cfg.dim, cfg.norm_eps)
@@ -84,7 +86,8 @@ class Block(nn.Module):
         return x if self.post_norm else norm(x)
 
     def _add(self, x: Tensor, out: Tensor, norm: RMSNorm) -> Tensor:
-        return x + (norm(out) if self.post_norm else out)
+        out = norm(out) if self.post_norm else out
+        return x + (out if self.multiplier == 1 else out * self.multiplier)
 
     def compile_dense(self) -> None:
         """torch.compile ``attend`` in place; the routed part has shapes that depend on the data."""

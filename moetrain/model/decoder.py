@@ -84,7 +84,8 @@ class Decoder(nn.Module):
     def embedded(self, tokens_BS: Tensor) -> Tensor:
         """x_BSD, the input of the first block."""
         assert self.embed is not None
-        return self.vocabulary.embed(tokens_BS, _weight(self.embed))
+        x_BSD = self.vocabulary.embed(tokens_BS, _weight(self.embed))
+        return x_BSD if self.cfg.embedding_multiplier == 1 else x_BSD * self.cfg.embedding_multiplier
 
     def places(
         self,
@@ -122,6 +123,8 @@ class Decoder(nn.Module):
         table = self.embed if self.head is None else self.head
         assert table is not None
         h, w_VD = self.norm(x_BSD), _weight(table)
+        if self.cfg.logits_divisor != 1:
+            h = h / self.cfg.logits_divisor
         if targets_BS is None:
             return self.vocabulary.logits(h, w_VD)
         return self.vocabulary.loss(h, w_VD, targets_BS, reduction)

@@ -67,12 +67,17 @@ class Mixing:
 
     def load_state(self, state: dict[str, Any] | None, step: int) -> list[str]:
         """Take up what ``state`` gave at step ``step``; lines that say what is not as it was. Where the mixer or the
-        domains are others now, the mixer begins anew from the weights in force."""
+        domains are others now, or the user has given other weights, it begins anew from the weights in force."""
         if self.mixer is None or state is None:
             return []
+        why = ""
         if (state["name"], state["domains"]) != (self.name, self.mixer.domains):
+            why = f"this run had {state['name']} over {', '.join(state['domains'])}"
+        elif self._in_force(step) != on_grid(state["weights"]):
+            why = "the weights given now are not those that it had put in force"
+        if why:
             self.until = max(step, self.until)
-            return [f"{self.name} begins anew: this run had {state['name']} over {', '.join(state['domains'])}"]
+            return [f"{self.name} begins anew: {why}"]
         self.until, self.weights, self.inside = state["until"], dict(state["weights"]), dict(state["inside"])
         self.mixer.load_state(state["state"])
         return []
@@ -96,6 +101,15 @@ class Mixing:
             parts.append(f"{gradients} gradients of {self._gradient_sequences()} sequences")
         share = extra / (cost.steps * t.global_batch)
         return f"{self.name} over {', '.join(self.mixer.domains)}: {', '.join(parts)}; {share:.1%} more work"
+
+    def _in_force(self, step: int) -> dict[str, float]:
+        """The weights of the domains that step ``step`` is to be dealt by, before anything has run out."""
+        assert self.mixer is not None
+        domain_of = self.loader.data.domain_of
+        weights = dict.fromkeys(self.mixer.domains, 0.0)
+        for source, weight in self.loader.sampler.history.at(self.loader.first_sample(step)).weights.items():
+            weights[domain_of[source]] = weights.get(domain_of[source], 0.0) + weight
+        return on_grid(weights)
 
     def _start(self, step: int) -> Decision:
         assert self.mixer is not None

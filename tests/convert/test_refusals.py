@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moetrain.config import load
 from moetrain.config.errors import ConfigError, ConvertError
+from moetrain.config.registry import FAMILIES
 from moetrain.config.schema import ExpertsConfig, ModelConfig
 from moetrain.convert.export import export_hf
 from moetrain.convert.family import family_named, family_of
@@ -37,15 +38,15 @@ def ours_of(name: str, balance: dict[str, Any] | None = None) -> tuple[Decoder, 
     return Decoder(cfg, balance or {}, ExpertsConfig()), dict(theirs.state_dict())
 
 
+def at(state: State, part: str) -> str:
+    """The name of one tensor of ``state``."""
+    return next(name for name in state if part in name)
+
+
 def drop(state: State) -> str:
-    state.pop("model.layers.1.mlp.experts.down_proj")
-    return "model.layers.1.mlp.experts.0.down_proj.weight.* is missing"
-
-
-def drop_one_expert(state: State) -> str:
-    whole = state.pop("model.layers.1.mlp.experts.down_proj")
-    state |= {f"model.layers.1.mlp.experts.{e}.down_proj.weight": w for e, w in enumerate(whole) if e != 3}
-    return "model.layers.1.mlp.experts.3.down_proj.weight.* is missing"
+    name = at(state, "layers.1.self_attn.o_proj.weight")
+    del state[name]
+    return f"'{name}' is missing"
 
 
 def add(state: State) -> str:
@@ -54,8 +55,8 @@ def add(state: State) -> str:
 
 
 def another_layer(state: State) -> str:
-    state["model.layers.3.mlp.gate.weight"] = torch.ones(6, 32)
-    return "covers tensor 'model.layers.3.mlp.gate.weight'"
+    state["model.layers.7.self_attn.o_proj.weight"] = torch.ones(32, 32)
+    return "covers tensor 'model.layers.7.self_attn.o_proj.weight'"
 
 
 def widen(state: State) -> str:
@@ -63,13 +64,42 @@ def widen(state: State) -> str:
     return r"'model.norm.weight' has shape \(33,\); the model needs \(32,\)"
 
 
+def turn(state: State) -> str:
+    name = at(state, "layers.1.self_attn.o_proj.weight")
+    state[name] = torch.ones(5, *state[name].shape)
+    return f"'{name}' has shape .*; the model needs"
+
+
+@pytest.mark.parametrize("harm", [drop, add, another_layer, widen, turn])
+@pytest.mark.parametrize("name", FAMILIES.names())
+def test_in_every_family_a_tensor_without_a_place_or_a_place_without_a_tensor(
+    name: str, harm: Callable[[State], str]
+) -> None:
+    ours, state = ours_of(name, {"bias": {}} if family_named(name).zeros else {})
+    expected = harm(state)
+    with pytest.raises(ConvertError, match=expected) as error:
+        load_hf(ours, state)
+    one_line(error)
+
+
+def experts(state: State) -> str:
+    state.pop("model.layers.1.mlp.experts.down_proj")
+    return "model.layers.1.mlp.experts.0.down_proj.weight.* is missing"
+
+
+def one_expert(state: State) -> str:
+    whole = state.pop("model.layers.1.mlp.experts.down_proj")
+    state |= {f"model.layers.1.mlp.experts.{e}.down_proj.weight": w for e, w in enumerate(whole) if e != 3}
+    return "model.layers.1.mlp.experts.3.down_proj.weight.* is missing"
+
+
 def twice(state: State) -> str:
     state["model.layers.1.mlp.experts.3.down_proj.weight"] = state["model.layers.1.mlp.experts.down_proj"][3]
     return "holds our tensor 'layers.1.moe.experts.w2' twice"
 
 
-@pytest.mark.parametrize("harm", [drop, drop_one_expert, add, another_layer, widen, twice])
-def test_a_tensor_without_a_place_or_a_place_without_a_tensor(harm: Callable[[State], str]) -> None:
+@pytest.mark.parametrize("harm", [experts, one_expert, twice])
+def test_experts_that_are_missing_or_there_twice(harm: Callable[[State], str]) -> None:
     ours, state = ours_of("qwen3_moe")
     expected = harm(state)
     with pytest.raises(ConvertError, match=expected) as error:
@@ -130,6 +160,8 @@ def test_an_unknown_family_is_refused_with_the_nearest() -> None:
         ({"num_hidden_layers": 0}, "n_layers cannot be 0"),
         ({"hidden_size": "wide"}, "transformers refuses the config of mixtral"),
         ({"model_type": "bert"}, "no model family is called 'bert'"),
+        ({"model_type": "phimoe"}, "type phimoe are not covered: they need LayerNorm with biases"),
+        ({"model_type": "longcat_flash"}, "need zero experts, and two attentions"),
     ],
 )
 def test_a_config_that_is_not_covered(change: dict[str, Any], words: str, tmp_path: Path) -> None:

@@ -36,6 +36,9 @@ def test_every_tensor_comes_back_bit_for_bit(name: str, dtype: torch.dtype, tmp_
     balance = {"bias": {}, "aux_loss": {"scope": "step"}} if has_bias else {"aux_loss": {}}
     ours = Decoder(cfg, balance, ExpertsConfig())  # float32: holds bfloat16 exactly
     load_hf(ours, tmp_path / "in")
+    from_memory = Decoder(cfg, balance, ExpertsConfig())
+    load_hf(from_memory, theirs.state_dict())  # the other layout of the experts
+    assert all(torch.equal(t, ours.state_dict()[fqn]) for fqn, t in from_memory.state_dict().items())
     assert export_hf(cfg, ours.state_dict(), tmp_path / "out", dtype=dtype, max_shard_bytes=40_000) == cfg.family
 
     before, after = tensors_in(tmp_path / "in"), tensors_in(tmp_path / "out")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moetrain.config.schema import DataConfig, SourceConfig, TokenizerConfig
+from moetrain.config.schema_data import DataConfig, SourceConfig, TokenizerConfig
 from moetrain.data.dataset import TokenData
 from moetrain.data.prepare import prepare
 

@@ -10,7 +10,8 @@ import pytest
 
 from moetrain.config import load
 from moetrain.config.errors import ConfigError, DataError
-from moetrain.config.schema import Config, DataConfig, DomainConfig, MixtureStepConfig, SourceConfig, TrainConfig
+from moetrain.config.schema import Config, TrainConfig
+from moetrain.config.schema_data import DataConfig, DomainConfig, MixtureStepConfig, SourceConfig
 from moetrain.data.asked import ask
 from moetrain.data.dataset import TokenData
 from moetrain.data.forecast import describe, warnings, worth

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moetrain.config.schema import SourceConfig
+from moetrain.config.schema_data import SourceConfig
 from moetrain.data import baselines as module
 from moetrain.data.baselines import Bigram, Unigram, baselines
 from moetrain.data.dataset import TokenData

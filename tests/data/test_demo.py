@@ -12,7 +12,7 @@ import pytest
 import yaml
 from pydantic import TypeAdapter
 
-from moetrain.config.schema import DataConfig
+from moetrain.config.schema_data import DataConfig
 from moetrain.data.baselines import Unigram
 from moetrain.data.dataset import TokenData
 from moetrain.data.prepare import prepare

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from moetrain.config.errors import DataError
-from moetrain.config.schema import SourceConfig
+from moetrain.config.schema_data import SourceConfig
 from moetrain.data.prepare import prepare
 from tests.data.conftest import config, document
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from moetrain.config import load
 from moetrain.config.errors import ConfigError, DataError
-from moetrain.config.schema import DataConfig, TokenizerConfig, Ul2Config
+from moetrain.config.schema_data import DataConfig, TokenizerConfig, Ul2Config
 from moetrain.data.dataset import TokenData
 from moetrain.data.gather import IGNORE, Rows
 from moetrain.data.loader import Loader

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from moetrain.config.errors import DataError
-from moetrain.config.schema import Config, DataConfig, DomainConfig, MixtureStepConfig, SourceConfig, TrainConfig
+from moetrain.config.schema import Config, TrainConfig
+from moetrain.config.schema_data import DataConfig, DomainConfig, MixtureStepConfig, SourceConfig
 from moetrain.data.dataset import TokenData
 from moetrain.data.loader import Loader
 from moetrain.data.position import position, restore

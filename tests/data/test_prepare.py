@@ -14,7 +14,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from moetrain.config.errors import DataError
-from moetrain.config.schema import SourceConfig
+from moetrain.config.schema_data import SourceConfig
 from moetrain.data import shards
 from moetrain.data.dataset import TokenData
 from moetrain.data.prepare import prepare

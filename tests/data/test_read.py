@@ -19,7 +19,7 @@ import pytest
 import zstandard
 
 from moetrain.config.errors import DataError
-from moetrain.config.schema import DataConfig, SourceConfig
+from moetrain.config.schema_data import DataConfig, SourceConfig
 from moetrain.data.manifest import Manifest
 from moetrain.data.prepare import prepare
 from moetrain.data.read import Reader, ReadOptions

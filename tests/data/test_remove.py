@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from moetrain.config.errors import DataError
-from moetrain.config.schema import SourceConfig
+from moetrain.config.schema_data import SourceConfig
 from moetrain.data.dataset import TokenData
 from moetrain.data.filters import FILTERS, gopher, ngram_shares, quality_rules, repetition_rules
 from moetrain.data.manifest import Manifest

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from moetrain.config.errors import DataError
-from moetrain.config.schema import DataConfig, SourceConfig, TokenizerConfig
+from moetrain.config.schema_data import DataConfig, SourceConfig, TokenizerConfig
 from moetrain.data import build, prepare, shards
 from moetrain.data.dataset import TokenData
 from tests.data.conftest import DELIMITER, config, contents, write_corpus

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from moetrain.config.errors import DataError
-from moetrain.config.schema import DataConfig, SourceConfig, TokenizerConfig
+from moetrain.config.schema_data import DataConfig, SourceConfig, TokenizerConfig
 from moetrain.data import tokens
 from moetrain.data.dataset import TokenData
 from moetrain.data.prepare import prepare

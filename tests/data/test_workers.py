@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moetrain.config.errors import DataError
-from moetrain.config.schema import SourceConfig
+from moetrain.config.schema_data import SourceConfig
 from moetrain.data import build
 from moetrain.data.prepare import prepare
 from moetrain.data.workers import Workers

@@ -15,8 +15,9 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from moetrain.config.check import check_mapping, resolve_sizes
+from moetrain.config.fields import STRICT
 from moetrain.config.registry import MIXERS
-from moetrain.config.schema import STRICT, Config
+from moetrain.config.schema import Config
 from moetrain.data.order import seed_key
 from moetrain.mixture.online import Cost, Decision, Mixer, MixerOptions, Observation
 from moetrain.model.decoder import Decoder
@@ -218,7 +219,18 @@ def test_a_resumed_run_decides_the_same(prepared: Path, tmp_path: Path, kind: st
     assert all(abs(count - sum(w[name] for w in held)) < 2 for name, count in counts.items())
 
 
-def test_another_mixer_on_resume_begins_anew(prepared: Path, tmp_path: Path) -> None:
+def given(cfg: Config) -> Config:
+    """With weights of the user's instead of uniform ones."""
+    cfg.data.mixture = "given"
+    cfg.data.sources["letters"].weight, cfg.data.sources["digits"].weight = 0.8, 0.2
+    return cfg
+
+
+@pytest.mark.parametrize("change", ["nothing", "mixer", "weights", "caps"])
+def test_what_is_changed_on_resume_holds(prepared: Path, tmp_path: Path, change: str) -> None:
+    """Another mixer begins anew with what the first has found; a mixer begins anew with weights that the user gives,
+    rather than decide from what it had found before; other caps leave it its weights."""
+
     def cut(cfg: Config) -> None:
         trainer = build(cfg)
         for _ in range(4):
@@ -230,10 +242,21 @@ def test_another_mixer_on_resume_begins_anew(prepared: Path, tmp_path: Path) -> 
         trainer = build(cfg)
         trainer.resume()
         in_force = trainer.sampler.domain_weights(4 * 8)
-        return in_force, trainer.train_step()
+        return in_force, trainer.mixing.weights is None, trainer.train_step()
 
-    first, second = (mixed(prepared, kind, ["train.micro_batch=8"], tmp_path / "run") for kind in ("doremi", "dga"))
-    run_ranks(1, cut, first)
-    [(in_force, row)] = run_ranks(1, resumed, second)
-    assert in_force["digits"] != pytest.approx(0.5, abs=1e-4), "what the first mixer found holds on"
-    assert row["mixture"] == pytest.approx(in_force, abs=1e-6)
+    run_ranks(1, cut, mixed(prepared, "doremi", ["train.micro_batch=8"], tmp_path / "run"))
+    second = mixed(prepared, "dga" if change == "mixer" else "doremi", ["train.micro_batch=8"], tmp_path / "run")
+    if change == "weights":
+        given(second)
+    if change == "caps":
+        second.data.sources["letters"].max_epochs = 50
+    [(in_force, anew, row)] = run_ranks(1, resumed, second)
+    assert anew == (change in ("mixer", "weights"))
+    if change == "weights":
+        assert in_force == pytest.approx({"letters": 0.8, "digits": 0.2}, abs=1e-6)
+    else:
+        assert in_force["digits"] != pytest.approx(0.5, abs=1e-4), "what the first mixer found holds on"
+    if anew:
+        assert row["mixture"] == pytest.approx(in_force, abs=1e-6)
+    else:
+        assert "mixture" not in row, "the next decision is due in step 6"

@@ -145,7 +145,11 @@ def test_split_equals_one_process(attention: str, tp: int, tied: bool, reduction
 
 @pytest.mark.parametrize(
     ("changes", "recompute"),
-    [({"norm_place": "post"}, "selective"), ({"rope": RopeConfig(fraction=0.5)}, "none")],
+    [
+        ({"norm_place": "post"}, "selective"),
+        ({"rope": RopeConfig(fraction=0.5)}, "none"),
+        ({"embedding_multiplier": 3.0, "residual_multiplier": 0.3, "logits_divisor": 2.0}, "full"),
+    ],
 )
 def test_options_of_blocks_split_alike(changes: dict[str, Any], recompute: str) -> None:
     cfg = config("kv heads 2, norm of all heads, clipped", **changes)

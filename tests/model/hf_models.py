@@ -58,6 +58,12 @@ GLM = TOP_2 | {
     "head_dim": 12,
     "num_mtp_layers": 0,
 }
+GRANITE = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.5,
+    "logits_scaling": 1.7,
+}
 ERNIE = {"moe_k": 2, "moe_num_experts": 6, "moe_intermediate_size": 24, "moe_num_shared_experts": 2}
 
 # name -> (model_type, settings beside BASE): each class as released, and the options that its checkpoints use
@@ -80,6 +86,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "max_window_layers": 0,
         },
     ),
+    "granite": ("granite", GRANITE | {"attention_bias": True}),
+    "granitemoe": ("granitemoe", GRANITE | TOP_2 | {"num_local_experts": 6, "tie_word_embeddings": True}),
     "olmo2": ("olmo2", {}),
     "flex_olmo": ("flex_olmo", TOP_2 | {"num_experts": 6}),
     "flex_olmo-renormalised-biases": (

@@ -42,7 +42,11 @@ def choices(routers: list[nn.Module], ids_of: Callable[[tuple], Tensor]) -> list
 
 
 def routers_of_theirs(model: nn.Module) -> list[nn.Module]:
-    return [m for name, m in model.named_modules() if name.endswith((".mlp.gate", ".mlp.router"))]
+    return [
+        m
+        for name, m in model.named_modules()
+        if name.endswith((".mlp.gate", ".mlp.router", ".block_sparse_moe.router"))
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])

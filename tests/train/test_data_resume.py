@@ -21,7 +21,7 @@ from moetrain.checkpoint.layout import steps
 from moetrain.cli import main
 from moetrain.config import save
 from moetrain.config.check import resolve_sizes
-from moetrain.config.schema import MixtureStepConfig
+from moetrain.config.schema_data import MixtureStepConfig
 from moetrain.data.loader import Batch, Loader
 from moetrain.data.prepare import prepare
 from moetrain.data.toy import toy_data

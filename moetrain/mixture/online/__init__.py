@@ -18,9 +18,10 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from moetrain.config.errors import ConfigError
+from moetrain.config.fields import STRICT, NonNegative, Positive
 from moetrain.config.presets import nearest
 from moetrain.config.registry import MIXERS
-from moetrain.config.schema import STRICT, Config, NonNegative, Positive
+from moetrain.config.schema import Config
 from moetrain.data.sampler import Sampler
 
 GRID = 1_000_000  # weights are put in force as multiples of one millionth

@@ -10,8 +10,8 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from moetrain.config.errors import ConfigError
+from moetrain.config.fields import STRICT, Positive
 from moetrain.config.registry import MIXERS
-from moetrain.config.schema import STRICT, Positive
 from moetrain.data.order import Permutation, seed_key
 from moetrain.mixture.online import Cost, Decision, Mixer, MixerOptions, Observation, exponentiated
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pydantic.dataclasses import dataclass
 
+from moetrain.config.fields import STRICT
 from moetrain.config.registry import MIXERS
-from moetrain.config.schema import STRICT
 
 
 @dataclass(config=STRICT)

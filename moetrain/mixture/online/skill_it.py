@@ -9,8 +9,9 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from moetrain.config.errors import ConfigError
+from moetrain.config.fields import STRICT, Positive
 from moetrain.config.registry import MIXERS
-from moetrain.config.schema import STRICT, Config, Positive
+from moetrain.config.schema import Config
 from moetrain.mixture.online import (
     Cost,
     Decision,

@@ -24,6 +24,7 @@ class GroupedQueryAttention(nn.Module):
         self.head_dim = a.head_dim
         self.qk_norm = a.qk_norm
         self.clip = a.clip_qkv
+        self.scale = a.score_scale()
         self.interleaved = cfg.rope.interleaved
         self.backend = a.backend
         self.core: Core = attend
@@ -51,5 +52,5 @@ class GroupedQueryAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, places, self.interleaved), rotate(k, places, self.interleaved)
         sinks_H = local_part(self.sinks)
-        out = self.core(q, k, v, places, window, scale=self.head_dim**-0.5, sinks_H=sinks_H, backend=self.backend)
+        out = self.core(q, k, v, places, window, scale=self.scale, sinks_H=sinks_H, backend=self.backend)
         return self.wo(out.flatten(2))

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from annotated_types import Ge, MinLen
 from torch import Tensor, nn
 
+from moetrain.config.fields import value_at
 from moetrain.config.registry import BALANCE
-from moetrain.config.schema import value_at
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.options import as_options
 from moetrain.moe.routing import TokenContext

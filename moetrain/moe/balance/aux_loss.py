@@ -10,8 +10,8 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from moetrain.config.fields import STRICT
 from moetrain.config.registry import BALANCE
-from moetrain.config.schema import STRICT
 from moetrain.moe.balance import BalanceMethod, Decision, Strength
 from moetrain.moe.permute import count
 

@@ -9,8 +9,8 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from moetrain.comm import Group, Pending, all_gather_ints, all_gather_v, start_reduce_scatter_v
+from moetrain.config.fields import STRICT
 from moetrain.config.registry import DISPATCHERS
-from moetrain.config.schema import STRICT
 from moetrain.moe.dispatch import Dispatcher, Payload, Plan, held
 from moetrain.moe.dispatch.held import Held
 from moetrain.moe.routing import Routing, Rows

@@ -10,8 +10,8 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from moetrain.comm import Group, Pending, all_gather_v, all_to_all, reduce_scatter_v, start_all_to_all
+from moetrain.config.fields import STRICT
 from moetrain.config.registry import DISPATCHERS
-from moetrain.config.schema import STRICT
 from moetrain.moe.dispatch import Dispatcher, Payload, Plan
 from moetrain.moe.permute import RowOrder, count, gather_rows, inverse, order_by_expert, permute, sum_rows
 from moetrain.moe.routing import Routing, Rows

@@ -7,8 +7,8 @@ from typing import Any
 from pydantic.dataclasses import dataclass
 
 from moetrain.comm import Group
+from moetrain.config.fields import STRICT
 from moetrain.config.registry import DISPATCHERS
-from moetrain.config.schema import STRICT
 from moetrain.moe.dispatch import Dispatcher
 from moetrain.moe.dispatch.all_to_all import AllToAllDispatcher, AllToAllOptions
 from moetrain.moe.dispatch.local import LocalDispatcher, LocalOptions

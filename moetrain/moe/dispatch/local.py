@@ -7,8 +7,9 @@ from torch import Tensor
 
 from moetrain.comm import Group, Pending
 from moetrain.config.errors import ConfigError
+from moetrain.config.fields import STRICT
 from moetrain.config.registry import DISPATCHERS
-from moetrain.config.schema import STRICT, Config
+from moetrain.config.schema import Config
 from moetrain.moe.dispatch import Dispatcher, Payload, Plan, held
 from moetrain.moe.dispatch.held import Held
 from moetrain.moe.routing import Routing, Rows

@@ -11,8 +11,9 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from moetrain.config.errors import ConfigError
+from moetrain.config.fields import STRICT, Positive
 from moetrain.config.registry import ROUTERS
-from moetrain.config.schema import STRICT, Config, ModelConfig, Positive
+from moetrain.config.schema import Config, ModelConfig
 from moetrain.moe.routers import Router
 from moetrain.moe.routing import Carry, Routing, TokenContext
 

@@ -7,8 +7,8 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import nn
 
+from moetrain.config.fields import STRICT
 from moetrain.config.registry import OPTIMIZERS
-from moetrain.config.schema import STRICT
 from moetrain.optim.groups import decay_groups, trainable
 
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
+from moetrain.config.fields import STRICT
 from moetrain.config.registry import OPTIMIZERS
-from moetrain.config.schema import STRICT
 from moetrain.optim.groups import decay_groups, role_of, trainable
 from moetrain.optim.optimizers.adamw import fused
 from moetrain.optim.orthogonal import at_once, newton_schulz, orthogonalize

@@ -13,7 +13,7 @@ from moetrain.checkpoint.weights import Spec, blocks, write_weights
 from moetrain.config import load, save
 from moetrain.config.errors import ConfigError, ConvertError
 from moetrain.config.presets import nearest
-from moetrain.config.schema import TokenizerConfig
+from moetrain.config.schema_data import TokenizerConfig
 from moetrain.convert.export import export_hf
 from moetrain.convert.files import TensorWriter
 from moetrain.convert.open import MODEL_ENTRY, Opened, model_entry, open_weights

@@ -19,6 +19,7 @@ from tests.upcycle.theirs import apply, assert_same, exported, logits, saved, te
         ("qwen3", "qwen3_moe"),
         ("qwen3-biases-windows", "qwen3_moe"),
         ("olmo2", "flex_olmo"),
+        ("granite", "granitemoe"),
     ],
 )
 def test_copies_compute_the_dense_function(name: str, family: str, tmp_path: Path) -> None:

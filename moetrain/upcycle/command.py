@@ -43,7 +43,7 @@ def run(asked: Asked, say: Callable[[str], None] = print) -> None:
     unmeasured = "measure=false" if not asked.measure else _why_no_text(opened[0])
     before = [] if unmeasured else [loss(parent, ids()) for parent in parents]
     form = write(made.model, asked, opened[0].tokenizer, optimizer)
-    say(f"{asked.out}: {form}, {_shape(made.model)}; step 0 keeps {made.note}")
+    say(f"{asked.out}: {form}, {_shape(made.model)}; step 0: {made.note}")
     if unmeasured:
         say(f"losses not measured: {unmeasured}")
         return
@@ -104,7 +104,7 @@ def _report(asked: Asked, made: Upcycled, form: str, before: list[float], after:
         "out": str(asked.out),
         "form": form,
         "exact": made.exact,
-        "keeps": made.note,
+        "step_0": made.note,
         "losses_before": before,
         "loss_after": after,
     }

@@ -25,7 +25,7 @@ def test_a_folder_that_transformers_loads_and_the_losses(
     words = ["upcycle", "method=sparse", f"from={dense_folder}", f"out={out}", "num_experts=4", "tokens=600"]
     assert cli.main(words) == 0
     said = capsys.readouterr().out
-    assert "2 of 2 layers with 4 experts of width 40, top-2; step 0 keeps the dense function" in said
+    assert "2 of 2 layers with 4 experts of width 40, top-2; step 0: the dense function" in said
     result = last_json(said)
     assert result["exact"] and result["loss_after"] == pytest.approx(result["losses_before"][0], rel=1e-5)
     assert not list(tmp_path.glob("*.upcycled")) and not list(tmp_path.glob("*.partial"))

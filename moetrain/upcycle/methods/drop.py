@@ -53,9 +53,8 @@ def drop(options: DropOptions, parents: Sequence[Model], context: Context) -> Up
         order = torch.randperm(inner, generator=context.generator("drop", layer, e))
         index = order[: round(options.ratio * inner)]
         mine = dense_layer(parent, layer, part).clone()
-        for name, matrix in zip(("down",) if part else ("gate", "up"), [mine] if part else mine, strict=True):
-            if part:
-                matrix = matrix.T
+        matrices = {"down": mine.T} if part else {"gate": mine[0], "up": mine[1]}
+        for name, matrix in matrices.items():
             matrix[index] = _alike(matrix[index], context, layer, e, name)
         return mine
 

@@ -11,7 +11,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from moetrain_launch import local
 
@@ -61,7 +61,7 @@ def train(argv: Sequence[str]) -> int:
     if args.resume:
         refuse_no_run(args.resume)
         base = base or args.resume / "config.yaml"
-    cfg = load(
+    cfg = load_run(
         args.overrides,
         base=base,
         config_dirs=args.config_dir,
@@ -91,7 +91,7 @@ def prepare(argv: Sequence[str]) -> int:
     args = parser.parse_intermixed_args(argv)
     if args.help:
         return show_help(parser, "prepare", args.overrides or ["data"])
-    cfg = load(args.overrides, config_dirs=args.config_dir)
+    cfg = load_run(args.overrides, config_dirs=args.config_dir)
     from moetrain.data.prepare import prepare as prepare_data
 
     prepare_data(cfg.data)
@@ -122,7 +122,7 @@ def mapping(argv: Sequence[str]) -> int:
     if args.help:
         return show_help(parser, "mapping", args.overrides or ["parallel"])
     numbers, overrides = take_numbers(args.overrides, ("world", "node"))
-    cfg = load(overrides, config_dirs=args.config_dir, kinds=False)
+    cfg = load_run(overrides, config_dirs=args.config_dir, kinds=False)
     sizes = resolve_sizes(cfg.parallel, numbers.get("world", cfg.launch.ranks))
     try:
         refused = ""
@@ -152,7 +152,7 @@ def parity(argv: Sequence[str]) -> int:
         return show_help(parser, "parity", args.overrides or ["parallel"])
     numbers, overrides = take_numbers(args.overrides, ("world", "steps"))
     ranks = lambda cfg: numbers.get("world", cfg.launch.ranks)  # noqa: E731
-    cfg = load(overrides, config_dirs=args.config_dir, check=lambda cfg: check_mapping(cfg, ranks(cfg)))
+    cfg = load_run(overrides, config_dirs=args.config_dir, check=lambda cfg: check_mapping(cfg, ranks(cfg)))
     world = ranks(cfg)
     from moetrain.config.shrink import shrink, shrunken
     from moetrain.train import parity
@@ -186,6 +186,19 @@ def mixture(argv: Sequence[str]) -> int:
     return 0
 
 
+def convert(argv: Sequence[str]) -> int:
+    """Turn weights into another form: to=hf from=RUN out=DIR, to=moetrain from=HF_DIR out=DIR."""
+    parser = command_parser("convert")
+    args = parser.parse_intermixed_args(argv)
+    from moetrain.convert import command
+
+    if args.help or not args.overrides:
+        print(command.HELP)
+        return 0 if args.help else 2
+    print(command.run(command.parse(args.overrides)))
+    return 0
+
+
 def version(argv: Sequence[str]) -> int:
     """Print the versions of moetrain, Python and torch."""
     command_parser("version").parse_args(argv)
@@ -203,6 +216,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "mapping": mapping,
     "parity": parity,
     "mixture": mixture,
+    "convert": convert,
     "version": version,
 }
 
@@ -275,6 +289,17 @@ def take_numbers(words: Sequence[str], names: Sequence[str]) -> tuple[dict[str, 
         else:
             numbers[name] = int(value)
     return numbers, others
+
+
+def load_run(overrides: Sequence[str], **how: Any) -> Config:
+    """``config.load``, where ``init=PATH`` brings its model and tokenizer."""
+
+    def start(path: str) -> dict[str, Any]:
+        from moetrain.convert.open import brings
+
+        return brings(path)
+
+    return load(overrides, start=start, **how)
 
 
 def asks(key: str, overrides: Sequence[str]) -> bool:

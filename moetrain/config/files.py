@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ def load(
     config_dirs: Sequence[Path | str] = (),
     check: Callable[[Config], object] | None = None,
     kinds: bool = True,
+    start: Callable[[str], Mapping[str, Any]] | None = None,
 ) -> Config:
     """The config of a run, checked.
 
@@ -36,11 +37,12 @@ def load(
     config_dirs: folders of further presets, laid out like ``configs/``.
     check: called with the config before the registries, and with them torch, are imported; it sees ``Kind`` fields as
         plain mappings. The place for checks against the number of ranks.
+    start: called with the ``init`` of overrides; gives the settings that its weights bring (``presets.compose_tree``).
     kinds: False leaves ``Kind`` fields as those mappings, unchecked, and imports no torch.
     Raises ConfigError, one line.
     """
     if base is None:
-        tree = presets.compose_tree(overrides, config_dirs, to_dict(Config()))
+        tree = presets.compose_tree(overrides, config_dirs, to_dict(Config()), start)
     else:
         settings = presets.parse(overrides)
         presets.refuse_presets(settings)

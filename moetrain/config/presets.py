@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,10 +79,18 @@ def parse(overrides: Sequence[str]) -> list[Override]:
     return parsed
 
 
-def compose_tree(overrides: Sequence[str], config_dirs: Sequence[Path | str], defaults: dict[str, Any]) -> DictConfig:
+def compose_tree(
+    overrides: Sequence[str],
+    config_dirs: Sequence[Path | str],
+    defaults: dict[str, Any],
+    start: Callable[[str], Mapping[str, Any]] | None = None,
+) -> DictConfig:
     """``defaults``, the presets that ``overrides`` choose, then the single settings of ``overrides``; not yet resolved.
 
-    Raises ConfigError for words that cannot be read, groups and presets that do not exist, and sweeps.
+    start: called with the setting ``init``, if it is among ``overrides``; the groups that it gives take the place of
+    what presets say, except for those which ``overrides`` choose.
+    Raises ConfigError for words that cannot be read, groups and presets that do not exist, a choice of a model beside
+    ``init``, and sweeps.
     """
     presets = Presets.find(config_dirs)
     groups = presets.groups()
@@ -97,7 +105,22 @@ def compose_tree(overrides: Sequence[str], config_dirs: Sequence[Path | str], de
             settings.append(override)
     tree = OmegaConf.merge(OmegaConf.create(defaults), _compose(chosen, presets))
     assert isinstance(tree, DictConfig)
+    init = next((o.value() for o in settings if o.key_or_group == "init"), None)
+    if start is not None and isinstance(init, str):
+        _bring(tree, start(init), init, [word.lstrip("+").split("=")[0].split("@")[0] for word in chosen])
     return apply_settings(tree, settings)
+
+
+def _bring(tree: DictConfig, brought: Mapping[str, Any], init: str, chosen: Sequence[str]) -> None:
+    """Lay what ``init`` brings over ``tree``, group by group; of ``data``, single settings."""
+    for group in chosen:
+        if group.split("/")[0] == "model":
+            raise ConfigError(f"init={init} brings its model; take out {group}=..., single model.* settings may stay")
+    for group, settings in brought.items():
+        if group == "data":
+            tree[group] = OmegaConf.merge(tree[group], settings)
+        elif group not in chosen:
+            tree[group] = settings
 
 
 def apply_settings(tree: DictConfig, settings: Sequence[Override]) -> DictConfig:

@@ -314,6 +314,11 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="accelerator; auto: cuda where there is one"
     )
+    init: str | None = Field(
+        default=None,
+        description="start from these weights, with their model: what 'moetrain convert' wrote, a run, a checkpoint "
+        "of one, or a Hugging Face folder; null: random weights",
+    )
     dry_run: bool = Field(
         default=False,
         description="only print memory and communication per rank, from one process, for any launch.ranks",

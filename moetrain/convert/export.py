@@ -4,69 +4,67 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import groupby
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
+from tokenizers import Tokenizer
 from torch import Tensor
 
+from moetrain.checkpoint.weights import Spec, blocks
 from moetrain.config.errors import ConvertError
 from moetrain.config.registry import ROUTERS
 from moetrain.config.schema import ExpertsConfig, ModelConfig
 from moetrain.convert.family import Family, family_of
 from moetrain.convert.features import TRAINING_ONLY
-from moetrain.convert.tensors import SELECTION_BIAS, is_training_state, pieces_of
-from moetrain.data.tokenizer import KNOWN_EOS
+from moetrain.convert.files import INDEX, TensorWriter
+from moetrain.convert.layout import Piece
+from moetrain.convert.output import output
+from moetrain.convert.source import Held, Source
+from moetrain.convert.tensors import SELECTION_BIAS, is_training_state, pieces_in_memory, pieces_of
+from moetrain.convert.tokenizer import GENERATION, write_tokenizer
 from moetrain.model.decoder import Decoder
 from moetrain.moe.options import as_options
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
 log = logging.getLogger("moetrain")
+
+Layout = Literal["per_expert", "fused"]
 
 
 def export_hf(
     cfg: ModelConfig,
-    tensors: Iterable[tuple[str, Tensor]] | Mapping[str, Tensor],
+    tensors: Source | Mapping[str, Tensor],
     out: Path | str,
-    tokenizer: Tokenizer | None = None,
+    tokenizer: Tokenizer | Path | None = None,
     dtype: torch.dtype | None = None,
     *,
+    layout: Layout = "per_expert",
     eos_token: str | None = None,
     max_shard_bytes: int = 5 * 1000**3,
 ) -> str:
     """Write folder ``out``: config.json, generation_config.json, safetensors (an index if several), tokenizer files.
 
-    tensors: our parameters and persistent buffers by name, whole, one at a time. dtype: of the written floats; None: as
-    they are. eos_token: the token that ends a document; None: the tokenizer's known one. The folder appears when it is
-    whole, or not at all. Returns the family's name. Raises ConvertError: no class fits, a tensor that no rule covers, a
-    tensor that is missing, or ``out`` holds files already.
+    tensors: our parameters and persistent buffers; read once, in order, part by part, and written at once. tokenizer:
+    the files of a folder are copied. dtype: of the written floats; None: as they are. layout: the experts one by one,
+    as ``save_pretrained`` writes them, or those of a layer in one tensor, as transformers holds them ("fused").
+    eos_token: the token that ends a document; None: the tokenizer's known one. The folder appears when it is whole, or
+    not at all. Returns the family's name. Raises ConvertError: no class fits, a tensor that no rule covers, a tensor
+    that is missing, ``out`` holds files already, or the disk has no room.
     """
-    out = Path(out)
+    source = Held(tensors) if isinstance(tensors, Mapping) else tensors
     family = family_of(cfg)
     _note_training_only(cfg)
-    if out.exists() and any(out.iterdir()):
-        raise ConvertError(f"'{out}' is not empty; export to another folder or remove it first")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        items = tensors.items() if isinstance(tensors, Mapping) else tensors
-        main_dtype = _write_shards(_converted(family, cfg, items, dtype), partial, max_shard_bytes)
-        eos_id = _write_tokenizer(tokenizer, eos_token, cfg, partial)
-        _write_configs(family, cfg, main_dtype, eos_id, partial)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    plan = _plan(family, cfg, source.specs, dtype, layout)
+    with output(Path(out), sum(spec.nbytes for spec in plan.specs.values())) as partial:
+        eos_id = None if tokenizer is None else write_tokenizer(tokenizer, cfg, partial, eos_token)
+        _write_shards(plan, source, partial, max_shard_bytes)
+        _write_configs(family, cfg, plan.main_dtype, eos_id, partial)
     return family.name
 
 
@@ -80,72 +78,112 @@ def _note_training_only(cfg: ModelConfig) -> None:
         log.warning("%s acts in training only: the Hugging Face model routes without it", ", ".join(used))
 
 
-def _converted(
-    family: Family, cfg: ModelConfig, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None
-) -> Iterator[tuple[str, Tensor]]:
-    """Their name and tensor, for every tensor of the class; a selection bias stays float32."""
-    seen = set()
-    for fqn, whole in tensors:
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be written. specs: of all their tensors. pieces: which of them our tensors become. zeros: those of
+    them that we have none of. unsaid: our tensors that must be zero, since nothing of them can be written."""
+
+    specs: dict[str, Spec]
+    pieces: dict[str, list[Piece]]
+    zeros: list[str]
+    unsaid: dict[str, Family]
+
+    @property
+    def main_dtype(self) -> str:
+        """The dtype of most elements."""
+        elements: Counter[torch.dtype] = Counter()
+        for spec in self.specs.values():
+            elements[spec.dtype] += prod(spec.shape)
+        return str(elements.most_common(1)[0][0]).removeprefix("torch.")
+
+
+def _plan(
+    family: Family, cfg: ModelConfig, ours: Mapping[str, Spec], dtype: torch.dtype | None, layout: Layout
+) -> _Plan:
+    """Every tensor of the class, with its shape and dtype; a selection bias stays float32."""
+    plan = _Plan({}, {}, [], {})
+    for fqn, spec in ours.items():
         if is_training_state(fqn):
             continue
         is_bias = fqn.endswith(SELECTION_BIAS)
-        if is_bias and not family.zeros and not whole.any():
+        if is_bias and not family.zeros:
+            plan.unsaid[fqn] = family
             continue
-        for piece in pieces_of(family, fqn, tuple(whole.shape)):
-            seen.add(piece.hf)
-            theirs = piece.to_hf(whole.detach())
-            keep = torch.float32 if is_bias else dtype or theirs.dtype
-            yield piece.hf, theirs.to(keep) if theirs.is_floating_point() else theirs
+        plan.pieces[fqn] = _pieces(family, fqn, spec.shape, layout)
+        keep = spec.dtype
+        if keep.is_floating_point:
+            keep = torch.float32 if is_bias else dtype or keep
+        plan.specs.update((piece.hf, Spec(piece.hf_shape(spec.shape), keep)) for piece in plan.pieces[fqn])
     for rule in family.zeros:
         for layer in cfg.moe_layers():
-            shape = (cfg.layer_value("num_experts", layer),)
-            for piece in rule.pieces(rule.ours.format(l=layer), shape):
-                if piece.hf not in seen:
-                    seen.add(piece.hf)
-                    yield piece.hf, torch.zeros(piece.hf_shape(shape))
-    _check_complete(family, cfg, seen)
-
-
-def _check_complete(family: Family, cfg: ModelConfig, seen: set[str]) -> None:
+            fqn, shape = rule.ours.format(l=layer), (cfg.layer_value("num_experts", layer),)
+            if fqn not in plan.pieces:
+                for piece in _pieces(family, fqn, shape, layout):
+                    plan.specs[piece.hf] = Spec(piece.hf_shape(shape), torch.float32)
+                    plan.zeros.append(piece.hf)
     with torch.device("meta"):
         model = Decoder(cfg, {}, ExpertsConfig())
-    for fqn, p in model.named_parameters():
-        for piece in pieces_of(family, fqn, tuple(p.shape)):
-            if piece.hf not in seen:
-                raise ConvertError(f"our tensor '{fqn}' was not given, so '{piece.hf}' cannot be written")
+    for fqn, _ in model.named_parameters():
+        if fqn not in ours:
+            raise ConvertError(f"our tensor '{fqn}' was not given, so it cannot be written")
+    return plan
 
 
-def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, limit: int) -> str:
-    """Files of at most ``limit`` bytes (or one tensor), with an index if there are several. Returns the main dtype."""
-    shards: list[list[str]] = []
-    held: dict[str, Tensor] = {}
-    total = size = 0
-    elements: Counter[torch.dtype] = Counter()
+def _pieces(family: Family, fqn: str, shape: tuple[int, ...], layout: Layout) -> list[Piece]:
+    """What our tensor ``fqn`` becomes in ``layout``. Raises ConvertError when no rule covers it."""
+    in_memory = pieces_in_memory(family, fqn, shape) if layout == "fused" else []
+    return in_memory or pieces_of(family, fqn, shape)
 
-    def flush() -> None:
-        if held:
-            save_file(held, folder / f"{len(shards)}.part", metadata={"format": "pt"})
-            shards.append(list(held))
-            held.clear()
 
-    for name, t in tensors:
-        if size and size + t.nbytes > limit:
-            flush()
-            size = 0
-        held[name] = t.to("cpu").contiguous().clone()
-        size, total = size + t.nbytes, total + t.nbytes
-        elements[t.dtype] += t.numel()
-    flush()
+def _converted(plan: _Plan, source: Source) -> Iterator[tuple[str, Tensor, int]]:
+    """(their name, rows of their tensor, first row), part by part."""
+    for fqn, spec in source.specs.items():
+        if fqn in plan.unsaid and source.read(fqn).any():
+            pieces_of(plan.unsaid[fqn], fqn, spec.shape)  # says that it cannot be exported
+        pieces = plan.pieces.get(fqn, [])
+        by_row = (
+            bool(pieces) and not pieces[0].index and (pieces[0].rearrange is None or pieces[0].rearrange.keeps_first)
+        )
+        if by_row:
+            for box in blocks(fqn, spec):
+                yield pieces[0].hf, pieces[0].to_hf(source.read(fqn, box)), box[0].start if box else 0
+        else:
+            for first, together in groupby(pieces, key=lambda piece: piece.index[:1]):
+                part = source.read(fqn, tuple(slice(i, i + 1) for i in first))
+                for piece in together:
+                    inside = replace(piece, index=(0,) * len(first) + piece.index[1:])
+                    yield piece.hf, inside.to_hf(part), 0
+    for name in plan.zeros:
+        yield name, torch.zeros(plan.specs[name].shape), 0
+
+
+def _write_shards(plan: _Plan, source: Source, folder: Path, limit: int) -> None:
+    """Files of at most ``limit`` bytes (or one tensor), with an index if there are several."""
+    shards: list[dict[str, Spec]] = [{}]
+    filled = 0
+    for name, spec in plan.specs.items():
+        if shards[-1] and filled + spec.nbytes > limit:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = spec
+        filled += spec.nbytes
     weight_map: dict[str, str] = {}
-    for i, names in enumerate(shards):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"{i}.part").rename(folder / file)
-        weight_map |= dict.fromkeys(names, file)
+    with ExitStack() as stack:
+        writers: dict[str, TensorWriter] = {}
+        for i, specs in enumerate(shards):
+            file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+            writer = stack.enter_context(TensorWriter(folder / file, specs, {"format": "pt"}))
+            writers |= dict.fromkeys(specs, writer)
+            weight_map |= dict.fromkeys(specs, file)
+        for name, part, row in _converted(plan, source):
+            writers[name].write(name, part.to(plan.specs[name].dtype), row)
     if len(shards) > 1:
-        metadata = {"total_size": total, "total_parameters": elements.total()}
+        metadata = {
+            "total_size": sum(spec.nbytes for spec in plan.specs.values()),
+            "total_parameters": sum(prod(spec.shape) for spec in plan.specs.values()),
+        }
         index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-        _write_json(folder / "model.safetensors.index.json", index)
-    return str(elements.most_common(1)[0][0]).removeprefix("torch.")
+        _write_json(folder / INDEX, index)
 
 
 def _write_configs(family: Family, cfg: ModelConfig, dtype: str, eos_id: int | None, folder: Path) -> None:
@@ -154,26 +192,9 @@ def _write_configs(family: Family, cfg: ModelConfig, dtype: str, eos_id: int | N
     about: dict[str, Any] = {"transformers_version": transformers.__version__}
     if eos_id is not None:
         about["eos_token_id"] = eos_id
-    _write_json(folder / "generation_config.json", about)
+    if not (folder / GENERATION).exists():  # else it came with the tokenizer
+        _write_json(folder / GENERATION, about)
     _write_json(folder / "config.json", family.to_hf_config(cfg) | about | {"dtype": dtype, "use_cache": True})
-
-
-def _write_tokenizer(tokenizer: Tokenizer | None, eos: str | None, cfg: ModelConfig, folder: Path) -> int | None:
-    """tokenizer.json and its companions. Returns the id of the token that ends a document."""
-    if tokenizer is None:
-        return None
-    from transformers import PreTrainedTokenizerFast
-
-    vocab = tokenizer.get_vocab(with_added_tokens=True)
-    eos = eos or next((token for token in KNOWN_EOS if token in vocab), None)
-    if eos is not None and eos not in vocab:
-        raise ConvertError(f"the tokenizer has no token {eos!r} to end a document with")
-    if max(vocab.values()) >= cfg.vocab_size:
-        raise ConvertError(f"the tokenizer has {max(vocab.values()) + 1} tokens, but model.vocab_size={cfg.vocab_size}")
-    named = {} if eos is None else {"eos_token": eos}
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=cfg.max_seq_len, **named)
-    fast.save_pretrained(folder)
-    return None if eos is None else vocab[eos]
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -42,6 +42,12 @@ class Rearrange:
         flat = [name for group in groups for name in group]
         return t.reshape([size[name] for name in flat]).permute([flat.index(name) for name in names])
 
+    @property
+    def keeps_first(self) -> bool:
+        """Whether the first dimension is the same on both sides, so that a slice along it is one there too."""
+        names, groups = self._parse()
+        return groups[0] == names[:1]
+
 
 @dataclass(frozen=True)
 class Piece:

@@ -43,6 +43,8 @@ def run(cfg: Config, resume: bool = False) -> None:
         watch.step, watch.last_good = lambda: trainer.step, trainer.checkpointer.last_good
         if resume:
             trainer.resume()
+        else:
+            trainer.start()
         announce(trainer)
         try:
             finish(trainer, trainer.fit())

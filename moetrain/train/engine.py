@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moetrain.checkpoint import apply_state, gather_state
+from moetrain.checkpoint.weights import Spec
 from moetrain.comm.ranks import Ranks
 from moetrain.config.schema import Config
+from moetrain.convert.source import InOrder, Source, fill
 from moetrain.data.loader import IGNORE, Batch
 from moetrain.moe.balance import aux_coefs, aux_names
 from moetrain.optim import build_optimizer
@@ -63,6 +65,10 @@ class Engine(Protocol):
         """Parameters and persistent buffers by name, as a checkpoint holds them; DTensors where they are split."""
         ...
 
+    def load_weights(self, source: Source) -> None:
+        """Replace the weights by those of ``source``, of which this rank reads its slices."""
+        ...
+
     def state(self, progress: dict[str, Any]) -> dict[str, Any]:
         """What a checkpoint holds; see ``checkpoint.gather_state``."""
         ...
@@ -81,17 +87,22 @@ def build_engine(cfg: Config, dims: ParallelDims, device: torch.device) -> Engin
     return TorchEngine(cfg, dims, device)
 
 
-def whole_weights(engine: Engine, dims: ParallelDims) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole tensor on the CPU) of all ``engine.weights()`` of all stages, one at a time, on rank 0; the other
-    ranks take part and get what they hold. Collective."""
+def whole_weights(engine: Engine, dims: ParallelDims) -> InOrder:
+    """``engine.weights()`` of all stages, gathered on the CPU of rank 0 one at a time; the other ranks take part and
+    get what they hold. Collective, and so is every step through what it gives."""
     pipeline = Ranks(dims.group("pp"))
     mine = engine.weights()
-    for stage, names in enumerate(pipeline.gather(list(mine))):
-        for name in names:
-            value = mine[name] if pipeline.rank == stage else None
-            whole = value.full_tensor() if isinstance(value, DTensor) else value
-            whole = None if whole is None else whole.detach().cpu()
-            yield name, pipeline.bring(whole, stage)
+    stages = pipeline.gather({name: Spec.of(value) for name, value in mine.items()})
+
+    def gathered() -> Iterator[tuple[str, Tensor]]:
+        for stage, names in enumerate(stages):
+            for name in names:
+                value = mine[name] if pipeline.rank == stage else None
+                whole = value.full_tensor() if isinstance(value, DTensor) else value
+                whole = None if whole is None else whole.detach().cpu()
+                yield name, pipeline.bring(whole, stage)
+
+    return InOrder({name: spec for names in stages for name, spec in names.items()}, gathered())
 
 
 class TorchEngine:
@@ -169,6 +180,10 @@ class TorchEngine:
 
     def weights(self) -> dict[str, Tensor]:
         return self.model.state_dict()
+
+    def load_weights(self, source: Source) -> None:
+        fill(self.weights(), source)
+        self.runner.weights_updated()
 
     def state(self, progress: dict[str, Any]) -> dict[str, Any]:
         return gather_state(self.model, self.optimizer, progress)

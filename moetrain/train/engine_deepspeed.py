@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moetrain.config.errors import ConfigError
 from moetrain.config.schema import Config
+from moetrain.convert.source import Source, fill
 from moetrain.data.loader import Batch
 from moetrain.model.decoder import Decoder
 from moetrain.moe.balance import aux_coefs, end_of_step
@@ -102,6 +103,12 @@ class DeepSpeedEngine:
     def weights(self) -> dict[str, Tensor]:
         """See ``Engine``."""
         return self.zero_state.weights()
+
+    def load_weights(self, source: Source) -> None:
+        """See ``Engine``."""
+        weights = self.weights()
+        fill(weights, source)
+        self.zero_state.set_weights(weights)
 
     def state(self, progress: dict[str, Any]) -> dict[str, Any]:
         """See ``Engine``. Copies, in float32, each rank's share of the whole."""

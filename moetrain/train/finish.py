@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from moetrain.comm.ranks import RankError, Ranks
 from moetrain.config.errors import ConvertError, TrainError
 from moetrain.convert.export import export_hf
+from moetrain.convert.tokenizer import tokenizer_of
 from moetrain.data.baselines import Baselines, baselines
 from moetrain.data.loader import validation_batches
 from moetrain.train.engine import whole_weights
@@ -94,27 +93,22 @@ def export(trainer: Trainer, evaluation: Evaluation) -> dict[str, Any]:
     out = trainer.run_dir / "export"
     dtype = getattr(torch, trainer.cfg.export.dtype)
     whole = whole_weights(trainer.engine, trainer.dims)
+    cfg = trainer.cfg
 
     def write() -> None:
         try:
             shutil.rmtree(out, ignore_errors=True)  # of an earlier end of this run, before it was resumed
-            export_hf(trainer.cfg.model, whole, out, trainer.data.tokenizer(), dtype)
+            export_hf(cfg.model, whole, out, tokenizer_of(cfg), dtype)
         finally:
-            drain(whole)
+            whole.drain()
 
     ranks = Ranks()
     try:
-        ranks.each(write if ranks.rank == 0 else lambda: drain(whole))
+        ranks.each(write if ranks.rank == 0 else whole.drain)
     except RankError as error:
         raise ConvertError(f"the export was not written: {error}") from None
     log.info("exported   %s", out)
     return {"export": str(out)} | (verify(trainer, evaluation) if trainer.cfg.export.verify else {})
-
-
-def drain(tensors: Iterator[tuple[str, Tensor]]) -> None:
-    """Run through the rest of ``tensors``: gathering is collective, so every rank takes part to the end."""
-    for _ in tensors:
-        pass
 
 
 def verify(trainer: Trainer, evaluation: Evaluation) -> dict[str, Any]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
+from moetrain.checkpoint.layout import steps
 from moetrain.config.errors import CheckpointError, DataError
 from moetrain.config.schema import Config
 from moetrain.convert.family import family_of
+from moetrain.convert.open import check_init, open_weights
 from moetrain.data.asked import Asked, ask, domains_of
 from moetrain.data.dataset import TokenData
 from moetrain.data.objectives import Objective, build_objective
@@ -36,6 +38,8 @@ def preflight(cfg: Config, resume: bool = False) -> None:
     build_mixer(cfg, sampler)
     if cfg.export.at_end:
         family_of(cfg.model)
+    if cfg.init is not None and not (resume and steps(Path(cfg.run_dir) / "checkpoints")):
+        check_init(cfg, open_weights(cfg.init, verify=False))
 
 
 def open_data(cfg: Config) -> TokenData:

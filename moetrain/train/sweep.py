@@ -16,6 +16,7 @@ from moetrain.config import Config, load, save
 from moetrain.config.check import check_mapping
 from moetrain.config.errors import ConfigError, TrainError
 from moetrain.config.presets import expand_sweep
+from moetrain.convert.open import brings
 
 FILE = "sweep.yaml"
 VERSION = 1
@@ -39,7 +40,7 @@ def plan_jobs(runs: dict[str, list[str]], config_dirs: Sequence[str]) -> list[Jo
     """A job for each of ``runs``: name -> words. Raises ConfigError for the first config that cannot run."""
     jobs = []
     for name, words in runs.items():
-        cfg = load(words, config_dirs=config_dirs, check=lambda cfg: check_mapping(cfg, cfg.launch.ranks))
+        cfg = load(words, config_dirs=config_dirs, check=lambda cfg: check_mapping(cfg, cfg.launch.ranks), start=brings)
         if cfg.dry_run:
             raise ConfigError("dry_run=true shows one mapping at a time; take out -m")
         jobs.append(Job(name, words, cfg))

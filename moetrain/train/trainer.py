@@ -10,9 +10,12 @@ from typing import Any
 import torch.distributed as dist
 
 from moetrain.checkpoint import Checkpointer, load, seed_step
+from moetrain.comm.ranks import Ranks
 from moetrain.config import to_dict
 from moetrain.config.check import Sizes
 from moetrain.config.schema import Config
+from moetrain.convert.features import differences
+from moetrain.convert.open import check_init, open_weights
 from moetrain.data.forecast import why_end
 from moetrain.data.loader import Loader
 from moetrain.data.position import position, restore
@@ -53,6 +56,18 @@ class Trainer:
         self.waited_s = 0.0  # of them, for data
         self.last_loads = Loads({}, {})
 
+    def start(self) -> None:
+        """Begin at step 0, from the weights that ``init`` names if there are any. Collective. Raises a UserError."""
+        cfg = self.cfg
+        if cfg.init is None:
+            return
+        opened = open_weights(cfg.init, ranks=Ranks())
+        check_init(cfg, opened)
+        self.engine.load_weights(opened.source)
+        log.info("weights    from %s", opened.path)
+        if unlike := differences(cfg.model, opened.model):
+            log.warning("weights    of another model: here it has %s", ", ".join(unlike))
+
     def resume(self) -> None:
         """Continue from the newest whole checkpoint, or from the start when there is none. Raises DataError when the
         data is not what it was."""
@@ -60,6 +75,7 @@ class Trainer:
         newest = self.checkpointer.newest()
         if newest is None:
             log.info("no checkpoint in %s yet: starting from step 0", self.run_dir)
+            self.start()
             return
         state = self.engine.state(self._progress())
         load(newest, state)

@@ -109,17 +109,16 @@ def _plan(
         if is_bias and not family.zeros:
             plan.unsaid[fqn] = family
             continue
-        pieces = pieces_in_memory(family, fqn, spec.shape) if layout == "fused" else []
-        plan.pieces[fqn] = pieces or pieces_of(family, fqn, spec.shape)
+        plan.pieces[fqn] = _pieces(family, fqn, spec.shape, layout)
         keep = spec.dtype
         if keep.is_floating_point:
             keep = torch.float32 if is_bias else dtype or keep
         plan.specs.update((piece.hf, Spec(piece.hf_shape(spec.shape), keep)) for piece in plan.pieces[fqn])
     for rule in family.zeros:
         for layer in cfg.moe_layers():
-            shape = (cfg.layer_value("num_experts", layer),)
-            for piece in rule.pieces(rule.ours.format(l=layer), shape):
-                if piece.hf not in plan.specs:
+            fqn, shape = rule.ours.format(l=layer), (cfg.layer_value("num_experts", layer),)
+            if fqn not in plan.pieces:
+                for piece in _pieces(family, fqn, shape, layout):
                     plan.specs[piece.hf] = Spec(piece.hf_shape(shape), torch.float32)
                     plan.zeros.append(piece.hf)
     with torch.device("meta"):
@@ -128,6 +127,12 @@ def _plan(
         if fqn not in ours:
             raise ConvertError(f"our tensor '{fqn}' was not given, so it cannot be written")
     return plan
+
+
+def _pieces(family: Family, fqn: str, shape: tuple[int, ...], layout: Layout) -> list[Piece]:
+    """What our tensor ``fqn`` becomes in ``layout``. Raises ConvertError when no rule covers it."""
+    in_memory = pieces_in_memory(family, fqn, shape) if layout == "fused" else []
+    return in_memory or pieces_of(family, fqn, shape)
 
 
 def _converted(plan: _Plan, source: Source) -> Iterator[tuple[str, Tensor, int]]:

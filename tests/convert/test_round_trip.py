@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moetrain.config import load
+from moetrain.config.registry import FAMILIES
 from moetrain.config.schema import ExpertsConfig
 from moetrain.convert.export import export_hf
 from moetrain.convert.family import family_named, family_of
@@ -57,6 +58,27 @@ def test_every_tensor_comes_back_bit_for_bit(name: str, dtype: torch.dtype, tmp_
     with torch.no_grad():
         # the same weights, but not at the same addresses, which the last bits of a CPU product can depend on
         torch.testing.assert_close(again(tokens()).logits, first(tokens()).logits, rtol=1e-5, atol=1e-5)
+
+
+MOE = [name for name in FAMILIES.names() if not family_named(name).is_dense()]
+BIASED = [name for name in MOE if family_named(name).zeros]
+
+
+@pytest.mark.parametrize(("name", "has_bias"), [(name, False) for name in MOE] + [(name, True) for name in BIASED])
+def test_transformers_reads_the_other_layout_of_the_experts_too(name: str, has_bias: bool, tmp_path: Path) -> None:
+    """Fused, as its models hold them in memory; a bias for choosing experts that we have none of is zero there."""
+    theirs = make(name)
+    cfg = family_named(name).from_hf_config(theirs.config.to_dict())
+    state = theirs.state_dict()
+    if not has_bias:
+        state = {key: torch.zeros_like(t) if "e_score_correction_bias" in key else t for key, t in state.items()}
+    ours = Decoder(cfg, {"bias": {}} if has_bias else {}, ExpertsConfig())
+    load_hf(ours, state)
+    export_hf(cfg, ours.state_dict(), tmp_path / "out", layout="fused")
+    assert tensors_in(tmp_path / "out").keys() == state.keys() - ({"lm_head.weight"} if cfg.tie_embeddings else set())
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
+    assert all(torch.equal(t, state[key]) for key, t in again.state_dict().items())
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -67,7 +67,7 @@ def write(model: Model, asked: Asked, tokenizer: Path | None, optimizer: Source 
 
 
 def calibration_ids(opened: Opened, asked: Asked) -> Tensor:
-    """Ids (B, S) of the text, at most ``asked.tokens`` of them, in rows of ``SEQ_LEN``. Raises a UserError."""
+    """Ids (B, S) of the text, at most ``asked.tokens`` of them, in rows of at most ``SEQ_LEN``. Raises a UserError."""
     why = _why_no_text(opened)
     if why or opened.tokenizer is None:
         raise ConfigError(f"method={asked.method} reads text to see what the parent does on it, but {why}")
@@ -83,7 +83,7 @@ def calibration_ids(opened: Opened, asked: Asked) -> Tensor:
         raise DataError(f"text={file} has fewer than 2 tokens")
     if int(ids.max()) >= opened.model.vocab_size:
         raise DataError(f"the tokenizer of {opened.path} has ids beyond vocab_size={opened.model.vocab_size}")
-    rows = max(1, len(ids) // SEQ_LEN)
+    rows = -(-len(ids) // min(SEQ_LEN, opened.model.max_seq_len))
     return ids[: len(ids) // rows * rows].view(rows, -1)
 
 

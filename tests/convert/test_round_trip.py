@@ -136,6 +136,14 @@ def test_auto_finds_a_dense_class_for_a_model_without_experts(settings: list[str
     assert family_of(load(["model=tiny", "model.moe.num_experts=0", *attention]).model).name == family
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_auto_finds_the_class_that_a_model_came_from(name: str) -> None:
+    family = MODELS[name][0]
+    cfg = family_named(family).from_hf_config(make(name).config.to_dict())
+    cfg.family = "auto"
+    assert family_of(cfg).name == ("llama" if name == "mistral-full" else family)  # without a window they are the same
+
+
 def train_bpe() -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

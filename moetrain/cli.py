@@ -186,6 +186,25 @@ def mixture(argv: Sequence[str]) -> int:
     return 0
 
 
+def upcycle(argv: Sequence[str]) -> int:
+    """Make a model with experts of dense ones, or grow or shrink one: method=sparse from=HF_DIR out=DIR ..."""
+    parser = Parser(prog="moetrain upcycle", add_help=False, allow_abbrev=False)
+    parser.add_argument("words", nargs="*", metavar="key=value")
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--traceback", action="store_true")
+    args = parser.parse_intermixed_args(argv)
+    from moetrain.upcycle import words
+
+    if args.help:
+        print("\n".join(words.help_lines()))
+        return 0
+    asked = words.parse(args.words)
+    from moetrain.upcycle.command import run
+
+    run(asked)
+    return 0
+
+
 def convert(argv: Sequence[str]) -> int:
     """Turn weights into another form: to=hf from=RUN out=DIR, to=moetrain from=HF_DIR out=DIR."""
     parser = command_parser("convert")
@@ -217,6 +236,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "parity": parity,
     "mixture": mixture,
     "convert": convert,
+    "upcycle": upcycle,
     "version": version,
 }
 

@@ -32,6 +32,7 @@ from moetrain.comm.ranks import one_line
 from moetrain.config.errors import CheckpointError, UserError
 
 MODEL = "model."
+OPTIMIZER = "optim.state."
 # Bytes that are read and written in one go.
 BLOCK = 2**26
 # One slice per dimension, with start and stop; those left out at the end are whole.
@@ -83,21 +84,22 @@ def read_box(file: BinaryIO, start: int, spec: Spec, box: Box = ()) -> Tensor:
 class SavedWeights:
     """Parameters and persistent buffers of checkpoint ``path`` (a step-N folder), saved under any mapping.
 
+    section: what their names begin with there; with OPTIMIZER they are "<parameter>.<quantity>", its optimizer's state.
     specs: our name -> shape and dtype. Raises CheckpointError when the checkpoint cannot be read; that its files are
     what they were is for ``load.newest`` or ``load.damage`` to say.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, section: str = MODEL) -> None:
+        self.path, self.section = path, section
         try:
             metadata = FileSystemReader(path).read_metadata()
         except Exception as error:  # unpickling damaged bytes raises anything
             raise CheckpointError(f"checkpoint {path} cannot be read: .metadata: {one_line(error)}") from None
         self._places = metadata.storage_data
         self._tensors = {
-            name.removeprefix(MODEL): saved
+            name.removeprefix(section): saved
             for name, saved in metadata.state_dict_metadata.items()
-            if name.startswith(MODEL) and isinstance(saved, TensorStorageMetadata)
+            if name.startswith(section) and isinstance(saved, TensorStorageMetadata)
         }
         self.specs = {name: Spec(tuple(t.size), t.properties.dtype) for name, t in self._tensors.items()}
 
@@ -121,7 +123,7 @@ class SavedWeights:
         return torch.empty([s.stop - s.start for s in box], dtype=spec.dtype) if found is None else found
 
     def _read_chunk(self, name: str, chunk: ChunkStorageMetadata, number: int, box: Box) -> Tensor:
-        place = self._places[MetadataIndex(MODEL + name, chunk.offsets, number)]
+        place = self._places[MetadataIndex(self.section + name, chunk.offsets, number)]
         spec = Spec(tuple(chunk.sizes), self.specs[name].dtype)
         try:
             with (self.path / place.relative_path).open("rb") as file:
@@ -178,20 +180,30 @@ class _Window(io.RawIOBase):
         return len(data)
 
 
-def write_weights(folder: Path, specs: Mapping[str, Spec], read: Callable[[str, Box], Tensor]) -> Path:
+Read = Callable[[str, Box], Tensor]
+
+
+def write_weights(
+    folder: Path, specs: Mapping[str, Spec], read: Read, optimizer: tuple[Mapping[str, Spec], Read] | None = None
+) -> Path:
     """Write step-0 in ``folder``: a checkpoint of weights alone, which ``read(name, box)`` gives part by part.
 
+    optimizer: the same of "<parameter>.<quantity>", where optimizer state goes with them.
     Experts are chunks of their own, so that a rank which reads some of them reads no others. The checkpoint appears
     when it is whole, with its manifest. Returns its path. Raises CheckpointError when it cannot be written.
     """
     final = layout.path_of(folder, 0)
     temporary = final.with_suffix(".tmp")
     writer = HashingWriter(temporary)
-    state = {"model": {name: torch.empty(s.shape, dtype=s.dtype, device="meta") for name, s in specs.items()}}
+    state = {"model": _shapes(specs)}
+    reads = {MODEL: read}
+    if optimizer is not None:
+        state["optim"] = {f"state.{name}": t for name, t in _shapes(optimizer[0]).items()}
+        reads[OPTIMIZER] = optimizer[1]
     try:
         layout.tidy(folder)
         temporary.mkdir()
-        dcp.save(state, storage_writer=writer, planner=_PartByPart(read), no_dist=True)
+        dcp.save(state, storage_writer=writer, planner=_PartByPart(reads), no_dist=True)
         for name, written in writer.hashes.items():
             layout.check_file(temporary, name, written)
         layout.write_manifest(temporary, 0, writer.hashes, {"world_size": 1, "torch": torch.__version__})
@@ -206,12 +218,16 @@ def write_weights(folder: Path, specs: Mapping[str, Spec], read: Callable[[str, 
         raise CheckpointError(f"checkpoint {final} was not written: {one_line(cause)}") from None
 
 
-class _PartByPart(DefaultSavePlanner):
-    """Plans by shapes alone, and reads each part when its turn to be written comes."""
+def _shapes(specs: Mapping[str, Spec]) -> dict[str, Tensor]:
+    return {name: torch.empty(s.shape, dtype=s.dtype, device="meta") for name, s in specs.items()}
 
-    def __init__(self, read: Callable[[str, Box], Tensor]) -> None:
+
+class _PartByPart(DefaultSavePlanner):
+    """Plans by shapes alone, and reads each part when its turn to be written comes. reads: section -> its ``Read``."""
+
+    def __init__(self, reads: Mapping[str, Read]) -> None:
         super().__init__()
-        self.read = read
+        self.reads = reads
 
     def create_local_plan(self) -> SavePlan:
         items = []
@@ -229,7 +245,8 @@ class _PartByPart(DefaultSavePlanner):
         assert write_item.tensor_data is not None and write_item.tensor_data.chunk is not None
         chunk = write_item.tensor_data.chunk
         box = tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))
-        return self.read(write_item.index.fqn.removeprefix(MODEL), box).contiguous()
+        section = next(section for section in self.reads if write_item.index.fqn.startswith(section))
+        return self.reads[section](write_item.index.fqn.removeprefix(section), box).contiguous()
 
 
 def blocks(name: str, spec: Spec) -> Iterator[Box]:

@@ -33,6 +33,8 @@ def check_config(cfg: Config) -> None:
             f"data.tokenizer.vocab_size={tokenizer.vocab_size} is larger than model.vocab_size={model.vocab_size}; "
             "the embedding needs a row for every token"
         )
+    if cfg.init_optimizer and cfg.init is None:
+        raise ConfigError("init_optimizer=true goes with init=PATH, which is null")
     check_data(cfg)
 
 

@@ -319,6 +319,9 @@ class Config:
         description="start from these weights, with their model: what 'moetrain convert' wrote, a run, a checkpoint "
         "of one, or a Hugging Face folder; null: random weights",
     )
+    init_optimizer: bool = Field(
+        default=False, description="take the optimizer's state from init as well, a run or a checkpoint that has it"
+    )
     dry_run: bool = Field(
         default=False,
         description="only print memory and communication per rank, from one process, for any launch.ranks",

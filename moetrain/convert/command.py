@@ -112,7 +112,11 @@ def run(asked: Asked) -> str:
 
 
 def write_checkpoint(
-    opened: Opened, out: Path, tokenizer: Path | None = None, dtype: torch.dtype | None = None
+    opened: Opened,
+    out: Path,
+    tokenizer: Path | None = None,
+    dtype: torch.dtype | None = None,
+    optimizer: Source | None = None,
 ) -> None:
     """Write folder ``out`` with checkpoints/step-0, a config.yaml whose ``init`` is this folder, and the tokenizer.
     Raises ConvertError; see ``output``."""
@@ -128,7 +132,10 @@ def write_checkpoint(
             cfg.data.tokenizer.path = str(out.absolute())
         save(cfg, partial / "config.yaml")
         write_weights(
-            partial / "checkpoints", specs, lambda name, box: opened.source.read(name, box).to(specs[name].dtype)
+            partial / "checkpoints",
+            specs,
+            lambda name, box: opened.source.read(name, box).to(specs[name].dtype),
+            None if optimizer is None else (optimizer.specs, optimizer.read),
         )
 
 

@@ -40,6 +40,9 @@ def read_hf_config(folder: Path | str) -> ModelConfig:
         raise ConvertError(f"cannot read '{file}': {error}") from None
     if not isinstance(config, dict) or "model_type" not in config:
         raise ConvertError(f"'{file}' has no model_type; is '{folder}' a Hugging Face model folder?")
+    if quantised := config.get("quantization_config"):
+        method = quantised.get("quant_method", "") if isinstance(quantised, dict) else quantised
+        raise ConvertError(f"'{folder}' is quantised ({method}); save it dequantised first, and without that setting")
     return family_named(config["model_type"]).from_hf_config(config)
 
 
@@ -78,6 +81,9 @@ class Imported:
         for name, spec in theirs.specs.items():
             if name in places:
                 piece = places[name]
+                if not spec.dtype.is_floating_point:
+                    kind = str(spec.dtype).removeprefix("torch.")
+                    raise ConvertError(f"tensor '{name}' holds {kind}, not floating-point numbers; dequantise it first")
                 _check_shape(piece, ours[piece.ours].shape, spec.shape)
                 self.pieces.setdefault(piece.ours, []).append(piece)
             elif _is_ignored(family, cfg, name):

@@ -11,7 +11,7 @@ import torch
 
 from moetrain.checkpoint import layout, newest
 from moetrain.checkpoint.load import damage
-from moetrain.checkpoint.weights import SavedWeights, Spec
+from moetrain.checkpoint.weights import OPTIMIZER, SavedWeights, Spec
 from moetrain.comm.ranks import Ranks
 from moetrain.config import load, read
 from moetrain.config.errors import CheckpointError, ConvertError
@@ -89,6 +89,11 @@ def brings(path: str) -> dict[str, Any]:
 def check_init(cfg: Config, opened: Opened) -> None:
     """Raise CheckpointError unless a run of ``cfg`` can start from ``opened``."""
     check_same(opened.source.specs, specs_of(cfg.model, cfg.balance), f"init={cfg.init}")
+
+
+def has_optimizer(opened: Opened) -> bool:
+    """Whether ``opened`` is a checkpoint that has an optimizer's state."""
+    return isinstance(opened.source, SavedWeights) and bool(SavedWeights(opened.path, OPTIMIZER).specs)
 
 
 def _open_run(path: Path, verify: bool, ranks: Ranks | None) -> Opened:

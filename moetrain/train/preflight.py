@@ -9,7 +9,7 @@ from moetrain.checkpoint.layout import steps
 from moetrain.config.errors import CheckpointError, DataError
 from moetrain.config.schema import Config
 from moetrain.convert.family import family_of
-from moetrain.convert.open import check_init, open_weights
+from moetrain.convert.open import check_init, has_optimizer, open_weights
 from moetrain.data.asked import Asked, ask, domains_of
 from moetrain.data.dataset import TokenData
 from moetrain.data.objectives import Objective, build_objective
@@ -39,7 +39,10 @@ def preflight(cfg: Config, resume: bool = False) -> None:
     if cfg.export.at_end:
         family_of(cfg.model)
     if cfg.init is not None and not (resume and steps(Path(cfg.run_dir) / "checkpoints")):
-        check_init(cfg, open_weights(cfg.init, verify=False))
+        opened = open_weights(cfg.init, verify=False)
+        check_init(cfg, opened)
+        if cfg.init_optimizer and not has_optimizer(opened):
+            raise CheckpointError(f"init_optimizer=true, but {opened.path} has no optimizer state; take it out")
 
 
 def open_data(cfg: Config) -> TokenData:

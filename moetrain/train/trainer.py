@@ -64,7 +64,11 @@ class Trainer:
         opened = open_weights(cfg.init, ranks=Ranks())
         check_init(cfg, opened)
         self.engine.load_weights(opened.source)
-        log.info("weights    from %s", opened.path)
+        if cfg.init_optimizer:
+            state = self.engine.state(self._progress())
+            load(opened.path, {"optim": state["optim"]})
+            self.engine.load_state(state)
+        log.info("%s from %s", "state     " if cfg.init_optimizer else "weights   ", opened.path)
         if unlike := differences(cfg.model, opened.model):
             log.warning("weights    of another model: here it has %s", ", ".join(unlike))
 

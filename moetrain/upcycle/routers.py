@@ -1,0 +1,32 @@
+"""How the router of a new MoE layer starts."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from moetrain.config.schema import STRICT
+from moetrain.upcycle.method import Context, Model, ffn_names, moe_names
+
+
+@dataclass(config=STRICT)
+class RouterStart:
+    """Options of all methods that make routers."""
+
+    router: Literal["random", "zero"] = Field(
+        default="random", description="how routers start: random rows, or zero ones, which prefer no expert"
+    )
+    router_std: float | None = Field(default=None, ge=0, description="router=random: its std; null: model.init_std")
+
+
+def new_router(start: RouterStart, rows: int, parent: Model, layer: int, context: Context) -> Tensor:
+    """Router rows (rows, D) of a layer, in the dtype of ``parent``."""
+    router = torch.zeros(rows, parent.cfg.dim)
+    if start.router == "random":
+        std = parent.cfg.init_std if start.router_std is None else start.router_std
+        router.normal_(0, std, generator=context.generator(moe_names(layer)[0]))
+    return router.to(parent.source.specs[ffn_names(layer)[0]].dtype)

@@ -1,0 +1,126 @@
+"""The words of ``moetrain upcycle``: those of every method, and a method's own options."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moetrain.config.errors import ConfigError
+from moetrain.config.presets import nearest
+from moetrain.config.registry import UPCYCLERS
+from moetrain.config.typed import fields_of, type_name, validate
+
+USAGE = "moetrain upcycle method=NAME from=DIR[,DIR...] out=DIR [key=value ...]"
+HELP = f"""usage: {USAGE}
+
+Make a model with experts, of dense ones, or grow or shrink one. docs/upcycling.md tells more.
+
+  method=NAME      how; see below
+  from=DIR[,DIR]   the model or models to start from: Hugging Face folders, or runs and checkpoints of moetrain
+  out=DIR          where the result goes: a folder that does not exist, or is empty
+  to=FORM          hf (default); moetrain: a checkpoint for 'moetrain train init=DIR'; safetensors: one file
+  optimizer=true   to=moetrain of a run or a checkpoint: take along AdamW's moments, for 'train init_optimizer=true'
+  seed=N           of everything random (default 0)
+  text=FILE        text to measure losses on, and to see which experts are used (default: documentation of Python)
+  tokens=N         how much of it (default 2048)
+  measure=false    print no losses: they need parents and result in memory, one after the other
+"""
+TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The words of the command line, as HELP explains them. options: of the method's own class."""
+
+    method: str
+    parents: tuple[str, ...]
+    out: Path
+    options: Any
+    seed: int = 0
+    text: Path | None = None
+    tokens: int = TOKENS
+    measure: bool = True
+    to: str = "hf"
+    optimizer: bool = False
+
+
+def parse(words: Sequence[str]) -> Asked:
+    """Read words like "method=sparse". Raises ConfigError for one that is missing, unknown, or has no such value."""
+    given = dict(_split(words))
+    values = {name: given.pop(name, "") for name in ("method", "from", "out")}
+    for name, value in values.items():
+        if not value:
+            raise ConfigError(f"upcycle: {name}= is missing; usage: {USAGE}")
+    try:
+        entry = UPCYCLERS.get(values["method"])
+    except ConfigError as error:
+        raise ConfigError(f"method={values['method']}: {error}") from None
+    parents = tuple(part for part in values["from"].split(",") if part)
+    text = Path(given.pop("text")) if "text" in given else None
+    if text is not None and not text.is_file():
+        raise ConfigError(f"text={text}: there is no such file")
+    measure = _choice(given, "measure", ("true", "false"))
+    to = _choice(given, "to", ("hf", "moetrain", "safetensors"))
+    if to == "safetensors" and not values["out"].endswith(".safetensors"):
+        raise ConfigError(f"to=safetensors writes one file, so out={values['out']} must end in .safetensors")
+    optimizer = _choice(given, "optimizer", ("false", "true")) == "true"
+    if optimizer and to != "moetrain":
+        raise ConfigError(f"optimizer=true goes with to=moetrain, not with to={to}")
+    seed, tokens = _whole(given, "seed", 0, 0), _whole(given, "tokens", TOKENS, 2)
+    known = [*fields_of(entry.options), "method", "from", "out", "seed", "text", "tokens", "measure", "to", "optimizer"]
+    for name in given:
+        if name not in known:
+            raise ConfigError(f"method={entry.name} has no setting '{name}'; {nearest(name, known)}")
+    options: Any = validate(entry.options, {name: _value(value) for name, value in given.items()})
+    return Asked(
+        entry.name, parents, Path(values["out"]), options, seed, text, tokens, measure == "true", to, optimizer
+    )
+
+
+def help_lines() -> Iterator[str]:
+    """HELP, then every method with its options."""
+    yield HELP
+    for name in UPCYCLERS.names():
+        options = UPCYCLERS.get(name).options
+        yield f"method={name}: {(options.__doc__ or '').splitlines()[0]}"
+        for key, field in fields_of(options).items():
+            default = json.dumps(field.get_default(call_default_factory=True)).strip('"')
+            yield f"  {key:16} {type_name(field.annotation, field.metadata)} = {default}: {field.description}"
+        yield ""
+
+
+def _split(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    seen = set()
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"upcycle: '{word}' is not key=value; usage: {USAGE}")
+        if name in seen:
+            raise ConfigError(f"upcycle: {name} is given twice")
+        seen.add(name)
+        yield name, value
+
+
+def _choice(given: dict[str, str], name: str, known: tuple[str, ...]) -> str:
+    value = given.pop(name, known[0])
+    if value not in known:
+        raise ConfigError(f"{name} takes {' or '.join(known)}; got '{value}'")
+    return value
+
+
+def _whole(given: dict[str, str], name: str, default: int, least: int) -> int:
+    value = given.pop(name, str(default))
+    if not (value.isascii() and value.isdigit()) or int(value) < least:
+        raise ConfigError(f"{name} takes a whole number of {least} or more; got '{value}'")
+    return int(value)
+
+
+def _value(text: str) -> Any:
+    """A number, true, null or a list as JSON writes it; anything else is text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import ValidationError
@@ -84,6 +85,7 @@ class Family:
     in_memory: the same tensors as ``state_dict()`` names them, where that differs.
     zeros: tensors of theirs, (E,) in each MoE layer, that must exist: zeros where we have none.
     ignored: their tensors that we have no use for (regular expressions); logged when met.
+    stock: whether the class is one of transformers' own. files: what an export carries, where it is not.
     """
 
     name: ClassVar[str]
@@ -95,6 +97,8 @@ class Family:
     in_memory: ClassVar[tuple[Rule, ...]] = ()
     zeros: ClassVar[tuple[Rule, ...]] = ()
     ignored: ClassVar[tuple[str, ...]] = ()
+    stock: ClassVar[bool] = True
+    files: ClassVar[tuple[Path, ...]] = ()
 
     def from_hf_config(self, config: Mapping[str, Any]) -> ModelConfig:
         """Our config of their config.json. Raises ConvertError naming a setting that has no counterpart here."""
@@ -151,9 +155,10 @@ def family_named(name: str) -> Family:
 
 
 def family_of(cfg: ModelConfig) -> Family:
-    """The family that ``cfg`` is exported as: ``cfg.family``, or for ``auto`` the first whose class computes the same.
+    """The family that ``cfg`` is exported as: ``cfg.family``, or for ``auto`` the first whose class computes the same;
+    where none of transformers' does, one that carries its own code.
 
-    Raises ConvertError that names the features which no class, or not the chosen one, has.
+    Raises ConvertError that names the features which the chosen class does not have, or none.
     """
     if cfg.family != "auto":
         family = family_named(cfg.family)
@@ -161,13 +166,24 @@ def family_of(cfg: ModelConfig) -> Family:
         if lacking:
             raise ConvertError(f"model.family={cfg.family} has no {', '.join(lacking)}; try model.family=auto")
         return family
-    tried = [(family.refusals(cfg), family) for family in map(family_named, FAMILIES.names())]
+    families = list(map(family_named, FAMILIES.names()))
+    tried = [(family.refusals(cfg), family) for family in families if family.stock]
     lacking, family = min(tried, key=lambda entry: len(entry[0]))
-    if lacking:
+    if not lacking:
+        return family
+    own = next((family for family in families if not family.stock and not family.refusals(cfg)), None)
+    if own is None:
         raise ConvertError(
             f"no Hugging Face class has this model; the nearest, {family.name}, lacks {', '.join(lacking)}"
         )
-    return family
+    return own
+
+
+def lacking_features(cfg: ModelConfig) -> str:
+    """Which features of ``cfg`` the class of transformers that comes nearest lacks, in words for a log line."""
+    stock = [family for family in map(family_named, FAMILIES.names()) if family.stock]
+    lacking, family = min(((family.refusals(cfg), family) for family in stock), key=lambda entry: len(entry[0]))
+    return f"the nearest, {family.name}, lacks {', '.join(lacking)}" if lacking else f"but {family.name} has it"
 
 
 def complete(model_type: str, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 import logging
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moetrain.config import load
 from moetrain.config.errors import ConvertError
-from moetrain.config.schema import ExpertsConfig
+from moetrain.config.schema import AttentionConfig, ExpertsConfig, ModelConfig, MoEConfig, RopeConfig
 from moetrain.convert.export import export_hf
 from moetrain.convert.family import family_of
+from moetrain.convert.features import features
 from moetrain.convert.load import load_hf, read_hf_config
+from moetrain.convert.remote import modeling_moetrain
 from moetrain.model.decoder import Decoder
+from moetrain.moe.routers.topk import TopKOptions
 from tests.convert.test_round_trip import tensors_in, train_bpe
 
 YARN = ["model.rope.scaling=yarn", "model.rope.factor=4", "model.rope.original_max_seq_len=16"]
@@ -87,6 +91,28 @@ def test_logits_loss_and_gradients(name: str, tmp_path: Path, caplog: pytest.Log
     result.loss.backward()
     for key, p in ours.named_parameters():
         torch.testing.assert_close(theirs.get_parameter(key).grad, p.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_no_setting_of_a_model_is_unknown_to_the_module_or_to_the_comparison_of_classes() -> None:
+    """A setting that either leaves out would change what the model computes, and nobody would be told."""
+    settings = {"": ModelConfig, "attention.": AttentionConfig, "rope.": RopeConfig, "moe.": MoEConfig}
+    paths = [prefix + f.name for prefix, kind in settings.items() for f in fields(kind)]
+    paths += [f"router.{f.name}" for f in fields(TopKOptions)]
+    # names, groups, and what acts in training or in the choice of a kernel alone
+    aside = {"name", "family", "max_seq_len", "init_std", "attention", "rope", "moe", "router", "attention.backend"}
+    aside |= {"moe.capacity_factor", "moe.drop_policy", "router.force_balance"}
+    source = Path(modeling_moetrain.__file__).read_text(encoding="utf-8")
+    assert [path for path in paths if path not in aside and f'"{path.rpartition(".")[2]}"' not in source] == []
+
+    known: set[str] = set()
+    for name in ("tiny", "tiny-deepseek", "tiny-gpt-oss", "tiny-qwen2"):
+        for scaling in ("none", "linear", "llama3", "yarn"):
+            model = load([f"model={name}", "model.moe.first_dense=1"]).model
+            model.rope.scaling = scaling  # type: ignore[assignment]
+            known |= features(model).keys()
+    # in terms of others: which layers have experts, and how far each attends
+    known |= {"moe.first_dense", "moe.every", "attention.sliding_layers", "router.topk_groups", "router.group_score"}
+    assert [path for path in paths if path not in aside and path not in known] == []
 
 
 @pytest.mark.parametrize("name", MODELS)

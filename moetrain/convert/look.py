@@ -17,6 +17,8 @@ from moetrain.convert.open import Opened
 from moetrain.convert.source import Source
 from moetrain.model.count import count_parameters
 
+FEW = 2**18
+
 # part -> what its tensors' names match; the first that matches
 PARTS = {
     "embedding": r"embed\.",
@@ -54,18 +56,21 @@ class Figures:
 
     def add(self, name: str, part: Tensor) -> None:
         """Count ``part``, some of tensor ``name``."""
-        wide = part.detach().reshape(-1).float()
-        finite = wide.isfinite()
-        if not bool(finite.all()):
-            self.nonfinite += int((~finite).sum())
-            wide = wide[finite]
         self.parameters += part.numel()
         self.nbytes += part.nbytes
         self.dtypes.add(str(part.dtype).removeprefix("torch."))
-        self.squares += float(wide.square().sum(dtype=torch.float64))
-        largest = float(wide.abs().max()) if wide.numel() else 0.0
-        if largest > self.largest or not self.of:
-            self.largest, self.of = largest, name
+        for some in part.detach().reshape(-1).split(FEW):  # what is made of them stays in the processor's cache
+            wide = some.float()
+            squares = float(wide.dot(wide))
+            if not math.isfinite(squares):
+                finite = wide.isfinite()
+                self.nonfinite += int((~finite).sum())
+                wide = wide[finite]
+                squares = float(wide.double().square().sum())  # which may be finite where float32 has no such number
+            self.squares += squares
+            if wide.numel():
+                low, high = wide.aminmax()
+                self._widen(max(float(high), -float(low)), name)
 
     def merge(self, other: Figures) -> None:
         """Count what ``other`` has counted."""
@@ -74,8 +79,11 @@ class Figures:
         self.squares += other.squares
         self.nonfinite += other.nonfinite
         self.dtypes |= other.dtypes
-        if other.largest > self.largest or not self.of:
-            self.largest, self.of = other.largest, other.of
+        self._widen(other.largest, other.of)
+
+    def _widen(self, largest: float, of: str) -> None:
+        if largest > self.largest or not self.of:
+            self.largest, self.of = largest, of
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
@@ -19,28 +18,12 @@ from moetrain import __version__
 from moetrain.config import Config, load, save
 from moetrain.config.check import check_mapping, resolve_sizes
 from moetrain.config.errors import ConfigError, UserError
+from moetrain.terminal import Parser, command_parser, show_help, wide_console
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    pass
 
 USAGE = "moetrain COMMAND [options] [key=value ...]"
-
-
-class Parser(argparse.ArgumentParser):
-    """Argument parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see '{self.prog} --help'")
-
-
-def command_parser(name: str) -> Parser:
-    """What every command understands: overrides, and how to show errors and help."""
-    parser = Parser(prog=f"moetrain {name}", add_help=False, allow_abbrev=False)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, and presets as group=NAME")
-    parser.add_argument("-h", "--help", action="store_true", help="show this; 'train --help optim' shows one group")
-    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
-    parser.add_argument("--config-dir", action="append", default=[], metavar="DIR", help="a folder of your own presets")
-    return parser
 
 
 def train(argv: Sequence[str]) -> int:
@@ -218,6 +201,29 @@ def convert(argv: Sequence[str]) -> int:
     return 0
 
 
+def inspect(argv: Sequence[str]) -> int:
+    """Show what weights look like, with a picture: parts, norms, outliers, how alike experts are: inspect PATH."""
+    parser = command_parser("inspect")
+    parser.add_argument("--json", action="store_true", help="print all of it as JSON")
+    args = parser.parse_intermixed_args(argv)
+    from moetrain.convert import look_report
+    from moetrain.convert.look import look
+    from moetrain.convert.open import open_weights
+
+    if args.help or not args.overrides:
+        print(look_report.HELP)
+        return 0 if args.help else 2
+    path, plot = look_report.parse(args.overrides)
+    found = look(open_weights(path))
+    if args.json:
+        print(look_report.as_json(found))
+    else:
+        wide_console().print(look_report.as_tables(found))
+    if plot is not None:
+        look_report.draw(found, plot)
+    return 0
+
+
 def version(argv: Sequence[str]) -> int:
     """Print the versions of moetrain, Python and torch."""
     command_parser("version").parse_args(argv)
@@ -237,6 +243,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "mixture": mixture,
     "convert": convert,
     "upcycle": upcycle,
+    "inspect": inspect,
     "version": version,
 }
 
@@ -404,40 +411,6 @@ def show_commands() -> None:
     for name, function in COMMANDS.items():
         print(f"  {name:10} {(function.__doc__ or '').splitlines()[0]}")
     print("\n'moetrain train --help' lists every setting, 'moetrain train --help optim' those of one group.")
-
-
-def wide_console() -> Console:
-    """The terminal. A pipe or a file gets wide lines, so that grep finds a name with its description."""
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 180, highlight=False)
-
-
-def show_help(parser: Parser, command: str, only: Sequence[str]) -> int:
-    """Print a command's options, the presets, and every setting (or those below the paths in ``only``)."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    from moetrain.config import help
-
-    console = wide_console()
-    tables: list[tuple[str, list[help.Row]]] = []
-    if not only:
-        console.print(parser.format_help(), markup=False)
-        tables.append(("presets, chosen with group=NAME", help.presets()))
-    for path in only or [""]:
-        found = [(section.title, section.rows) for section in help.sections(path)]
-        if not found:
-            raise ConfigError(f"'{path}' is not a setting or a group; see 'moetrain {command} --help'")
-        tables += found
-    for title, rows in tables:
-        console.print(title, markup=False)
-        table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-        for row in rows:
-            default = f"= {row.default}" if row.default else ""
-            table.add_row(f"  {escape(row.path)}", escape(f"{row.type} {default}"), escape(row.description))
-        console.print(table, "")
-    return 0
 
 
 def entry() -> NoReturn:

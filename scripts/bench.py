@@ -3,6 +3,7 @@
 step: tokens per second of a whole training step against transformers' model of the same shape (``bench_step.py``).
 dispatch: bytes, time and overlap of the dispatchers, against DeepSpeed's MoE layer (``bench_dispatch.py``).
 data: a mixture of 1,000 sources, against Hugging Face datasets and megatron-core (``bench_data.py``).
+convert: a 30B-shaped checkpoint there and back, against a file copy and transformers (``bench_convert.py``).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import logging
 import sys
 from pathlib import Path
 
+import bench_convert
 import bench_data
 import bench_dispatch
 import bench_step
@@ -31,13 +33,17 @@ def main() -> int:
     data = commands.add_parser("data", help="a mixture of many sources", description=bench_data.__doc__,
                                formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     bench_data.add_arguments(data)
-    for command in (step, dispatch, data):
+    convert = commands.add_parser("convert", help="checkpoints there and back", description=bench_convert.__doc__,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    bench_convert.add_arguments(convert)
+    for command in (step, dispatch, data, convert):
         command.add_argument("--json", type=Path, metavar="FILE", help="write the rows here as JSON")
     args = parser.parse_args()
     if args.json is not None and not args.json.parent.is_dir():
         parser.error(f"--json: there is no folder '{args.json.parent}'")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    result = {"step": bench_step.main, "dispatch": bench_dispatch.main, "data": bench_data.main}[args.command](args)
+    benches = (("step", bench_step), ("dispatch", bench_dispatch), ("data", bench_data), ("convert", bench_convert))
+    result = dict(benches)[args.command].main(args)
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0

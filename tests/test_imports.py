@@ -25,6 +25,7 @@ FLOORS: list[set[str]] = [
     {"moetrain.data", "moetrain.mixture", "moetrain.optim", "moetrain.checkpoint"}
     | {"moetrain.convert", "moetrain.upcycle", "moetrain.planner", "moetrain.report"},
     {"moetrain.train"},
+    {"moetrain.terminal"},
     {"moetrain.cli"},
 ]
 HEIGHT = {part: height for height, floor in enumerate(FLOORS) for part in floor}

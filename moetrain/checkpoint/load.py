@@ -71,6 +71,9 @@ def load(path: Path, state: dict[str, Any]) -> None:
         metadata = ranks.each(lambda: _metadata(reader))[ranks.rank]
     except RankError as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from None
+    if state.get("optim") and not any(key.startswith("optim.") for key in metadata.state_dict_metadata):
+        what = f"checkpoint {path} holds weights alone, no training to go on with"
+        raise CheckpointError(f"{what}; start a run from them with init={path}")
     target: dict[str, Any] = {section: dict(values) if section != "train" else b"" for section, values in state.items()}
     _drop_never_stepped(target, metadata)
     _refuse_other_model(path, target, metadata, ranks)

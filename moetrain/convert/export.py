@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -21,7 +22,7 @@ from moetrain.checkpoint.weights import Spec, blocks
 from moetrain.config.errors import ConvertError
 from moetrain.config.registry import ROUTERS
 from moetrain.config.schema import ExpertsConfig, ModelConfig
-from moetrain.convert.family import Family, family_of
+from moetrain.convert.family import Family, family_of, lacking_features
 from moetrain.convert.features import TRAINING_ONLY
 from moetrain.convert.files import INDEX, TensorWriter
 from moetrain.convert.layout import Piece
@@ -60,10 +61,15 @@ def export_hf(
     source = Held(tensors) if isinstance(tensors, Mapping) else tensors
     family = family_of(cfg)
     _note_training_only(cfg)
+    if not family.stock:
+        log.warning("no class of transformers has this model (%s): the export carries its own, which is loaded with "
+                    "trust_remote_code=True", lacking_features(cfg))  # fmt: skip
     plan = _plan(family, cfg, source.specs, dtype, layout)
     with output(Path(out), sum(spec.nbytes for spec in plan.specs.values())) as partial:
         eos_id = None if tokenizer is None else write_tokenizer(tokenizer, cfg, partial, eos_token)
         _write_shards(plan, source, partial, max_shard_bytes)
+        for file in family.files:
+            shutil.copyfile(file, partial / file.name)
         _write_configs(family, cfg, plan.main_dtype, eos_id, partial)
     return family.name
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import ValidationError
@@ -61,6 +62,7 @@ class Family:
     ignored: their tensors that we have no use for (regular expressions); logged when met.
     last_choice: whether ``auto`` prefers any other class that computes the same, as this one covers plainer ones.
     partial_rotary: whether the class may rotate a part of each head only.
+    stock: whether the class is one of transformers' own. files: what an export carries, where it is not.
     """
 
     name: ClassVar[str]
@@ -74,6 +76,8 @@ class Family:
     ignored: ClassVar[tuple[str, ...]] = ()
     last_choice: ClassVar[bool] = False
     partial_rotary: ClassVar[bool] = False
+    stock: ClassVar[bool] = True
+    files: ClassVar[tuple[Path, ...]] = ()
 
     def from_hf_config(self, config: Mapping[str, Any]) -> ModelConfig:
         """Our config of their config.json. Raises ConvertError naming a setting that has no counterpart here."""
@@ -145,9 +149,10 @@ def family_named(name: str) -> Family:
 
 
 def family_of(cfg: ModelConfig) -> Family:
-    """The family that ``cfg`` is exported as: ``cfg.family``, or for ``auto`` the first whose class computes the same.
+    """The family that ``cfg`` is exported as: ``cfg.family``, or for ``auto`` the first whose class computes the same;
+    where none of transformers' does, one that carries its own code.
 
-    Raises ConvertError that names the features which no class, or not the chosen one, has.
+    Raises ConvertError that names the features which the chosen class does not have, or none.
     """
     if cfg.family != "auto":
         family = family_named(cfg.family)
@@ -155,14 +160,37 @@ def family_of(cfg: ModelConfig) -> Family:
         if lacking:
             raise ConvertError(f"model.family={cfg.family} has no {', '.join(lacking)}; try model.family=auto")
         return family
-    kin = [family for family in map(family_named, FAMILIES.names()) if family.is_dense() != bool(cfg.moe_layers())]
-    tried = [(family.refusals(cfg), family) for family in kin]
-    lacking, family = min(tried, key=lambda entry: (len(entry[0]), entry[1].last_choice))
-    if lacking:
+    lacking, family = _nearest(cfg)
+    if not lacking:
+        return family
+    carried = [family for family in map(family_named, FAMILIES.names()) if not family.stock]
+    own = next((family for family in carried if not family.refusals(cfg)), None)
+    if own is None:
         raise ConvertError(
             f"no Hugging Face class has this model; the nearest, {family.name}, lacks {', '.join(lacking)}"
         )
-    return family
+    return own
+
+
+def lacking_features(cfg: ModelConfig) -> str:
+    """Which features of ``cfg`` the class of transformers that comes nearest lacks, in words for a log line."""
+    lacking, family = _nearest(cfg)
+    return f"the nearest, {family.name}, lacks {', '.join(lacking)}" if lacking else f"but {family.name} has it"
+
+
+def _nearest(cfg: ModelConfig) -> tuple[list[str], Family]:
+    """The class of transformers that lacks the least of ``cfg``, and what that is. A model without experts is compared
+    with dense classes, any other with those that have experts."""
+    stock = [family for family in map(family_named, FAMILIES.names()) if family.stock]
+    kin = [family for family in stock if family.is_dense() != bool(cfg.moe_layers())]
+    tried = [(family.refusals(cfg), family) for family in kin]
+
+    def distance(entry: tuple[list[str], Family]) -> tuple[bool, int, bool]:
+        lacking, family = entry
+        is_error = any(not feature.startswith("model.") for feature in lacking)  # instead of a list of features
+        return is_error, len(lacking), family.last_choice
+
+    return min(tried, key=distance)
 
 
 def complete(model_type: str, config: Mapping[str, Any]) -> dict[str, Any]:

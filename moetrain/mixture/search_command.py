@@ -14,6 +14,7 @@ from rich.console import Console
 from moetrain.config import load
 from moetrain.config.check import check_mapping
 from moetrain.config.errors import ConfigError, DataError
+from moetrain.convert.open import brings
 from moetrain.data.asked import domains_of
 from moetrain.data.dataset import TokenData
 from moetrain.data.prepare import prepare
@@ -42,7 +43,7 @@ def search(asked: Asked, config_dirs: Sequence[str], console: Console) -> None:
         need(package)
     folder = Path(asked.where)
     words = [*asked.settings, f"seed={asked.seed}"]
-    cfg = load(words, config_dirs=config_dirs, check=lambda cfg: check_mapping(cfg, cfg.launch.ranks))
+    cfg = load(words, config_dirs=config_dirs, check=lambda cfg: check_mapping(cfg, cfg.launch.ranks), start=brings)
     plot = asked.plot or str(folder / "mixture.png")
     refuse_changes(cfg)
     prepare(cfg.data)

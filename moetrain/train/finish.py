@@ -129,7 +129,8 @@ def transformers_loss(trainer: Trainer) -> float:
 
     transformers_logging.disable_progress_bar()
     t, data = trainer.cfg.train, trainer.data
-    model = AutoModelForCausalLM.from_pretrained(trainer.run_dir / "export", dtype="auto").eval()
+    folder = trainer.run_dir / "export"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=True).eval()
     total, count = 0.0, 0
     for source in data.sources:
         for batch in validation_batches(data, source, t.seq_len, t.micro_batch, t.eval_sequences, 0, 1):

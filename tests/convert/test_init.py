@@ -80,6 +80,13 @@ def test_training_starts_there_and_resumes_without_it(capsys: pytest.CaptureFixt
     assert "'hf' holds no weights" in capsys.readouterr().err
 
 
+def test_weights_are_no_run_to_resume(capsys: pytest.CaptureFixture[str]) -> None:
+    a_model("tiny", "hf")
+    assert cli.main(["convert", "to=moetrain", "from=hf", "out=mine"]) == 0
+    assert cli.main(["train", "--resume", "mine", "train.seq_len=32"]) == 2
+    assert "holds weights alone, no training to go on with; start a run from them with init=" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

@@ -17,7 +17,7 @@ from moetrain.config.errors import ConfigError, ConvertError
 from moetrain.config.registry import FAMILIES
 from moetrain.config.schema import ExpertsConfig, ModelConfig
 from moetrain.convert.export import export_hf
-from moetrain.convert.family import family_named, family_of
+from moetrain.convert.family import family_named, family_of, lacking_features
 from moetrain.convert.load import load_hf, read_hf_config
 from moetrain.model.decoder import Decoder
 from tests.convert.test_round_trip import train_bpe
@@ -71,7 +71,7 @@ def turn(state: State) -> str:
 
 
 @pytest.mark.parametrize("harm", [drop, add, another_layer, widen, turn])
-@pytest.mark.parametrize("name", FAMILIES.names())
+@pytest.mark.parametrize("name", [name for name in FAMILIES.names() if family_named(name).stock])
 def test_in_every_family_a_tensor_without_a_place_or_a_place_without_a_tensor(
     name: str, harm: Callable[[State], str]
 ) -> None:
@@ -140,8 +140,12 @@ def test_a_tied_head_that_differs_is_refused() -> None:
     ],
 )
 def test_the_feature_that_no_class_has_is_named(settings: list[str], words: str) -> None:
+    cfg = load(["model=tiny", *settings]).model
+    if cfg.family == "auto":  # exported with code of its own
+        assert family_of(cfg).name == "moetrain" and words in lacking_features(cfg)
+        return
     with pytest.raises(ConvertError) as error:
-        family_of(load(["model=tiny", *settings]).model)
+        family_of(cfg)
     assert words in one_line(error)
 
 

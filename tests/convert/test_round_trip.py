@@ -60,7 +60,8 @@ def test_every_tensor_comes_back_bit_for_bit(name: str, dtype: torch.dtype, tmp_
         torch.testing.assert_close(again(tokens()).logits, first(tokens()).logits, rtol=1e-5, atol=1e-5)
 
 
-MOE = [name for name in FAMILIES.names() if not family_named(name).is_dense()]
+STOCK = [name for name in FAMILIES.names() if family_named(name).stock]
+MOE = [name for name in STOCK if not family_named(name).is_dense()]
 BIASED = [name for name in MOE if family_named(name).zeros]
 
 
@@ -134,6 +135,14 @@ def test_auto_finds_the_class_with_the_features_of_the_model(preset: str, family
 def test_auto_finds_a_dense_class_for_a_model_without_experts(settings: list[str], family: str) -> None:
     attention = [f"model.attention.{setting}" for setting in ["qk_norm=none", *settings]]
     assert family_of(load(["model=tiny", "model.moe.num_experts=0", *attention]).model).name == family
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_auto_finds_the_class_that_a_model_came_from(name: str) -> None:
+    family = MODELS[name][0]
+    cfg = family_named(family).from_hf_config(make(name).config.to_dict())
+    cfg.family = "auto"
+    assert family_of(cfg).name == ("llama" if name == "mistral-full" else family)  # without a window they are the same
 
 
 def train_bpe() -> Tokenizer:

@@ -1,0 +1,170 @@
+"""Models that no class of transformers has: the export carries its own, and transformers computes the same with it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from moetrain.config import load
+from moetrain.config.errors import ConvertError
+from moetrain.config.schema import AttentionConfig, ExpertsConfig, ModelConfig, MoEConfig, RopeConfig
+from moetrain.convert.export import export_hf
+from moetrain.convert.family import family_of
+from moetrain.convert.features import features
+from moetrain.convert.load import load_hf, read_hf_config
+from moetrain.convert.remote import modeling_moetrain
+from moetrain.model.decoder import Decoder
+from moetrain.moe.routers.topk import TopKOptions
+from tests.convert.test_round_trip import tensors_in, train_bpe
+
+YARN = ["model.rope.scaling=yarn", "model.rope.factor=4", "model.rope.original_max_seq_len=16"]
+LLAMA3 = ["model.rope.scaling=llama3", "model.rope.factor=4", "model.rope.original_max_seq_len=16"]
+SMALL = ["model.vocab_size=320", "model.dim=32", "model.n_layers=4", "model.family=auto"]
+# settings -> a feature that no class has, as it is named
+MODELS: dict[str, tuple[list[str], str]] = {
+    "shared, by layer": (
+        ["model=tiny", "model.moe.shared_dim=24", "model.moe.top_k=[1,2,3,2]", "model.moe.expert_dim=[16,8,16,24]",
+         "model.attention.qk_norm=full", "model.attention.clip_qkv=0.5", "model.tie_embeddings=true", *LLAMA3],
+        "model.moe.top_k=[1, 2, 3, 2]",
+    ),
+    "latent, softmax in groups": (
+        ["model=tiny-deepseek", "model.router.score=softmax", "model.router.group_score=max", "model.rope.mscale=1.0",
+         "model.rope.mscale_all_dim=0.7", "model.attention.sliding_window=5", *YARN],
+        "model.router.score=softmax",
+    ),
+    "clamped experts, sinks": (
+        ["model=tiny-gpt-oss", "model.attention.qk_norm=head", "model.rope.interleaved=true", "model.moe.every=2",
+         "model.dense_dim=40", "model.attention.sliding_layers=[1]", *YARN, "model.rope.truncate=false"],
+        "model.rope.interleaved=true",
+    ),
+    "sigmoid, gated shared": (
+        ["model=tiny", "model/router=sigmoid_topk", "model.moe.shared_dim=24", "model.moe.shared_gate=true",
+         "model.moe.first_dense=1", "model.attention.qkv_bias=true", "model.rope.scaling=linear",
+         "model.rope.factor=2", "model.router.scale=1.7"],
+        "model.moe.shared_dim=24",
+    ),
+    "norms after, heads rotated in part, factors": (
+        ["model=tiny", "model.moe.first_dense=1", "model.norm_place=post", "model.rope.fraction=0.5",
+         "model.attention.scale=0.3", "model.embedding_multiplier=3", "model.residual_multiplier=0.4",
+         "model.logits_divisor=2", "model.router.min_sum=0.9", "model.rope.interleaved=true"],
+        "model.norm_place=post",
+    ),
+}  # fmt: skip
+
+
+def random_model(settings: list[str]) -> Decoder:
+    cfg = load([*settings, *SMALL])
+    torch.manual_seed(0)
+    model = Decoder(cfg.model, {"bias": {}} if cfg.model.attention.kind == "mla" else {}, ExpertsConfig()).eval()
+    with torch.no_grad():
+        for name, t in model.state_dict().items():
+            t.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.2)
+    return model
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_loss_and_gradients(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings, feature = MODELS[name]
+    ours = random_model(settings)
+    caplog.set_level(logging.WARNING, logger="moetrain")
+    assert export_hf(ours.cfg, ours.state_dict(), tmp_path / "out", train_bpe()) == "moetrain"
+    assert "no class of transformers has this model" in caplog.text and feature in caplog.text
+
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+    assert type(theirs).__name__ == "MoetrainForCausalLM"
+    ids = torch.randint(0, 320, (2, 24), generator=torch.Generator().manual_seed(3))
+    targets = torch.cat((ids[:, 1:], torch.full((2, 1), -100)), 1)
+    logits, _ = ours(ids)
+    loss = ours(ids, targets)[0] / 46
+    result = theirs(ids, labels=ids)
+    torch.testing.assert_close(result.logits, logits, rtol=1e-4, atol=1e-4)
+    assert result.loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    loss.backward()
+    result.loss.backward()
+    for key, p in ours.named_parameters():
+        torch.testing.assert_close(theirs.get_parameter(key).grad, p.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_no_setting_of_a_model_is_unknown_to_the_module_or_to_the_comparison_of_classes() -> None:
+    """A setting that either leaves out would change what the model computes, and nobody would be told."""
+    settings = {"": ModelConfig, "attention.": AttentionConfig, "rope.": RopeConfig, "moe.": MoEConfig}
+    paths = [prefix + f.name for prefix, kind in settings.items() for f in fields(kind)]
+    paths += [f"router.{f.name}" for f in fields(TopKOptions)]
+    # names, groups, and what acts in training or in the choice of a kernel alone
+    aside = {"name", "family", "max_seq_len", "init_std", "attention", "rope", "moe", "router", "attention.backend"}
+    aside |= {"moe.capacity_factor", "moe.drop_policy", "router.force_balance"}
+    source = Path(modeling_moetrain.__file__).read_text(encoding="utf-8")
+    assert [path for path in paths if path not in aside and f'"{path.rpartition(".")[2]}"' not in source] == []
+
+    known: set[str] = set()
+    for name in ("tiny", "tiny-deepseek", "tiny-gpt-oss", "tiny-qwen2"):
+        for scaling in ("none", "linear", "llama3", "yarn"):
+            model = load([f"model={name}", "model.moe.first_dense=1"]).model
+            model.rope.scaling = scaling  # type: ignore[assignment]
+            known |= features(model).keys()
+    # in terms of others: which layers have experts, and how far each attends
+    known |= {"moe.first_dense", "moe.every", "attention.sliding_layers", "router.topk_groups", "router.group_score"}
+    assert [path for path in paths if path not in aside and path not in known] == []
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_it_is_read_back_bit_for_bit(name: str, tmp_path: Path) -> None:
+    ours = random_model(MODELS[name][0])
+    balance = {"bias": {}} if ours.cfg.attention.kind == "mla" else {}
+    export_hf(ours.cfg, ours.state_dict(), tmp_path / "out", dtype=torch.bfloat16)
+    cfg = read_hf_config(tmp_path / "out")
+    again = Decoder(cfg, balance, ExpertsConfig())
+    load_hf(again, tmp_path / "out")
+    for key, t in ours.state_dict().items():
+        assert torch.equal(again.state_dict()[key], t if key.endswith("bias_E") else t.bfloat16().float()), key
+    export_hf(cfg, again.state_dict(), tmp_path / "again", dtype=torch.bfloat16)
+    before, after = tensors_in(tmp_path / "out"), tensors_in(tmp_path / "again")
+    assert before.keys() == after.keys() and all(torch.equal(after[key], t) for key, t in before.items())
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True, dtype=torch.bfloat16)
+    kept = [p.dtype for key, p in half.named_parameters() if key.endswith("selection_bias")]
+    assert set(kept) <= {torch.float32} and half(torch.arange(8)[None]).logits.dtype == torch.bfloat16
+
+
+def test_it_stands_on_its_own(tmp_path: Path) -> None:
+    """In a process that cannot import moetrain: it loads, generates, and padding on the left changes nothing."""
+    ours = random_model(MODELS["sigmoid, gated shared"][0])
+    export_hf(ours.cfg, ours.state_dict(), tmp_path / "out", train_bpe())
+    code = f"""
+import sys, json, torch
+sys.modules["moetrain"] = None
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder = {str(tmp_path / "out")!r}
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+ids = torch.arange(5, 12)[None]
+padded = torch.cat((torch.zeros(1, 3, dtype=torch.long), ids), 1)
+mask = (torch.arange(10) > 2).long()[None]
+plain, pad = model(ids).logits, model(padded, attention_mask=mask).logits[:, 3:]
+out = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+print(json.dumps([float((plain - pad).abs().max()), out[0].tolist()]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    difference, generated = json.loads(done.stdout.splitlines()[-1])
+    assert difference < 1e-4
+    ids = list(range(5, 12))
+    for _ in range(4):
+        with torch.no_grad():
+            ids.append(int(ours(torch.tensor([ids]))[0][0, -1].argmax()))
+    assert generated == ids[: len(generated)] and len(generated) > 7
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("the text")["input_ids"]
+
+
+def test_it_can_be_asked_for_and_has_to_be_whole(tmp_path: Path) -> None:
+    cfg = load(["model=tiny", "model.family=moetrain"]).model
+    assert family_of(cfg).name == "moetrain"
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "moetrain"}))
+    with pytest.raises(ConvertError, match="no entry 'moetrain'"):
+        read_hf_config(tmp_path)

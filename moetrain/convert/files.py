@@ -57,10 +57,13 @@ class TensorFile:
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
         data = header.pop("")
         for name, entry in header.items():
-            if entry["dtype"] not in DTYPES:
-                raise ConvertError(f"'{path}': tensor '{name}' has dtype {entry['dtype']}, which is not covered")
-            start, end = entry["data_offsets"]
-            self.specs[name] = Spec(tuple(entry["shape"]), DTYPES[entry["dtype"]])
+            try:
+                dtype, shape, (start, end) = entry["dtype"], tuple(map(int, entry["shape"])), entry["data_offsets"]
+            except (KeyError, TypeError, ValueError):
+                raise ConvertError(f"'{path}' is damaged: its header does not describe tensor '{name}'") from None
+            if dtype not in DTYPES:
+                raise ConvertError(f"'{path}': tensor '{name}' has dtype {dtype}, which is not covered")
+            self.specs[name] = Spec(shape, DTYPES[dtype])
             self._starts[name] = data + start
             if end - start != self.specs[name].nbytes:
                 raise ConvertError(f"'{path}' is damaged: tensor '{name}' has {end - start} bytes for its shape")

@@ -30,14 +30,15 @@ def output(out: Path, nbytes: int, folder: bool = True) -> Iterator[Path]:
     Raises ConvertError: see ``refuse_output``, and for a disk that cannot be written.
     """
     refuse_output(out, nbytes)
-    partial = out.with_name(out.name + ".partial")
+    place = out.absolute()  # "." could not be renamed
+    partial = place.with_name(place.name + ".partial")
     try:
         _remove(partial)
-        (partial if folder else out.parent).mkdir(parents=True, exist_ok=True)
+        (partial if folder else place.parent).mkdir(parents=True, exist_ok=True)
         yield partial
-        if out.is_dir():
-            out.rmdir()
-        partial.rename(out)
+        if place.is_dir():
+            place.rmdir()
+        partial.rename(place)
     except OSError as error:
         _remove(partial)
         raise ConvertError(f"'{out}' was not written: {one_line(error)}") from None

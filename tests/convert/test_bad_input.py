@@ -60,6 +60,10 @@ def test_a_file_that_was_cut_short(capsys: pytest.CaptureFixture[str]) -> None:
         assert "in/model.safetensors" in err and ("cut short" if size > 10_000 else "damaged") in err
     file.write_bytes(b"\x10" + data[1:9] + b"x" * (len(data) - 9))
     assert "is damaged or no safetensors file" in refused(capsys)
+    length = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + length].replace(b'"shape":[32]', b'"shape":null')
+    file.write_bytes(data[:8] + header[:length] + data[8 + length :])
+    assert "its header does not describe tensor" in refused(capsys)
 
 
 def test_an_index_that_names_what_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -77,11 +77,16 @@ class Mixture:
         owed: Mapping[str, int] | None = None,
     ) -> None:
         self.weights = whole_weights(weights)  # source -> share in units of 2^-60
+        owed = owed or {}
         trees: dict[str, list[_Node]] = {}
         for name, weight in self.weights.items():
             group = groups[name] if groups else name
-            trees.setdefault(group, []).append(_Node(weight, name, owed=owed.get(name, 0) if owed else 0))
-        self._root = _huffman([_huffman(leaves) for leaves in trees.values()])
+            trees.setdefault(group, []).append(_Node(weight, name, owed=owed.get(name, 0)))
+        of_group: dict[str, int] = {}  # also what its sources are owed that have no weight
+        for name, samples in owed.items():
+            group = groups[name] if groups else name
+            of_group[group] = of_group.get(group, 0) + samples
+        self._root = _huffman(replace(_huffman(leaves), owed=of_group.get(group, 0)) for group, leaves in trees.items())
 
     def locate(self, i: int) -> tuple[str, int]:
         """(source, j): sample ``i`` is the j-th (from 0) that the source gets."""

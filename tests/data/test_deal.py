@@ -62,11 +62,22 @@ def deviations(dealer: Dealer, samples: int) -> tuple[np.ndarray, np.ndarray]:
 @given(runs())
 @settings(max_examples=60, deadline=None)
 def test_shares_hold_over_all_phases_for_sources_and_domains(run: tuple[dict[str, Source], list[Phase]]) -> None:
-    """At every prefix, however often weights changed before: less than 2 samples for a domain, 3 for a source of a
-    domain of several (its own two and its share of the domain's)."""
+    """At every prefix, however often weights changed before: a few samples. (A search for the worst found 3.0 for a
+    domain and 4.0 for a source of a domain of several.) Less than 2 while they never changed."""
     sources, phases = run
     of_sources, of_domains = deviations(Dealer(sources, phases), phases[-1].first_sample + 300)
+    assert np.abs(of_domains).max() < 4 and np.abs(of_sources).max() < 6
+    of_sources, of_domains = deviations(Dealer(sources, phases[:1]), 300)
     assert np.abs(of_domains).max() < 2 and np.abs(of_sources).max() < 3
+
+
+def test_a_domain_is_owed_what_its_sources_without_weight_are() -> None:
+    """Two domains are never more than half a sample off, whichever of their sources have weight."""
+    sources = {name: Source(domain, 512.0) for name, domain in zip(names(4), "abaa", strict=True)}
+    weights = [[0.5, 0.0, 0.0, 0.5], [0.0, 0.5, 0.5, 0.0], [0.1, 0.9, 0.0, 0.0]]
+    phases = [Phase(first, shares(w), "config") for first, w in zip([0, 5, 8], weights, strict=True)]
+    _, of_domains = deviations(Dealer(sources, phases), 50)
+    assert np.abs(of_domains).max() < 0.5 + 1e-9
 
 
 def test_a_rare_source_is_dealt_under_a_thousand_short_phases() -> None:
@@ -84,7 +95,7 @@ def test_a_rare_source_is_dealt_under_a_thousand_short_phases() -> None:
 def test_token_shares_are_within_a_thousandth_at_every_prefix_over_a_million_tokens(
     run: tuple[dict[str, Source], list[Phase]], data: st.DataObject
 ) -> None:
-    """Samples of 128 tokens, of which rounding moves less than 3: 384 tokens of a million. Asked for at random
+    """Samples of 128 tokens, of which rounding moves a few: 0.1% are 7. Asked for at random
     prefixes, by the closed form ``counts``, which the other tests compare with counting."""
     sources, phases = run
     sources = {name: Source(source.domain, 128.0) for name, source in sources.items()}

@@ -1,4 +1,4 @@
-"""How the router of a new MoE layer starts."""
+"""How the router of a new MoE layer starts, and the options that methods with new routers share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from moetrain.config.schema import STRICT
+from moetrain.config.fields import STRICT, Positive
 from moetrain.upcycle.method import Context, Model, ffn_names, moe_names
 
 
@@ -21,6 +21,15 @@ class RouterStart:
         default="random", description="how routers start: random rows, or zero ones, which prefer no expert"
     )
     router_std: float | None = Field(default=None, ge=0, description="router=random: its std; null: model.init_std")
+
+
+@dataclass(config=STRICT)
+class CopyOptions(RouterStart):
+    """Options of methods whose experts are copies of a dense layer."""
+
+    num_experts: Positive = Field(default=8, description="experts of a layer")
+    top_k: Positive = Field(default=2, description="experts per token")
+    layers: list[int] | None = Field(default=None, description="layers that get experts, as [1,3]; null: all")
 
 
 def new_router(start: RouterStart, rows: int, parent: Model, layer: int, context: Context) -> Tensor:

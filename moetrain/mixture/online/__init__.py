@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from typing import Any, ClassVar, Literal
@@ -88,7 +89,7 @@ class MixerOptions:
             )
 
 
-class Mixer:
+class Mixer(ABC):
     """Base of all methods. Built as ``Method(options, domains, seed)``.
 
     ``domains``: those that are trained on. Raises ConfigError for options that do not fit them.
@@ -99,25 +100,25 @@ class Mixer:
     def __init__(self, options: Any, domains: Sequence[str], seed: int) -> None:
         self.options, self.domains, self.seed = options, list(domains), seed
 
+    @abstractmethod
     def start(self, prior: Mapping[str, float]) -> Decision:
         """The first decision. ``prior``: the shares of the config, positive, summing to 1."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decide(self, seen: Observation) -> Decision:
         """The next decision; of one step at least."""
-        raise NotImplementedError
 
+    @abstractmethod
     def state(self) -> dict[str, Any]:
         """All that later decisions depend on, as JSON has it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load_state(self, state: dict[str, Any]) -> None:
         """Take up what ``state`` gave."""
-        raise NotImplementedError
 
+    @abstractmethod
     def cost(self) -> Cost:
         """What it takes in the long run."""
-        raise NotImplementedError
 
     def first(self) -> int:
         """Steps after the start until it first knows better weights than it began with."""

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from moetrain.config.fields import STRICT, Positive
 from moetrain.config.registry import UPCYCLERS
-from moetrain.config.schema import STRICT, Positive
 from moetrain.upcycle.method import (
     Context,
     Model,

@@ -10,8 +10,8 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from moetrain.config.fields import STRICT
 from moetrain.config.registry import UPCYCLERS
-from moetrain.config.schema import STRICT, Positive
 from moetrain.upcycle.method import (
     Context,
     Model,
@@ -22,16 +22,13 @@ from moetrain.upcycle.method import (
     one_parent,
     with_experts,
 )
-from moetrain.upcycle.routers import RouterStart, new_router
+from moetrain.upcycle.routers import CopyOptions, new_router
 
 
 @dataclass(config=STRICT)
-class DropOptions(RouterStart):
+class DropOptions(CopyOptions):
     """Drop-Upcycling: copies of a dense layer, each partly re-initialised."""
 
-    num_experts: Positive = Field(default=8, description="experts of a layer")
-    top_k: Positive = Field(default=2, description="experts per token")
-    layers: list[int] | None = Field(default=None, description="layers that get experts, as [1,3]; null: all")
     ratio: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.5, description="share of an expert's inner dimensions that start anew"
     )

@@ -11,8 +11,8 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from moetrain.config.errors import ConfigError
+from moetrain.config.fields import STRICT, NonNegative, Positive
 from moetrain.config.registry import UPCYCLERS
-from moetrain.config.schema import STRICT, NonNegative, Positive
 from moetrain.convert.tensors import SELECTION_BIAS
 from moetrain.upcycle.method import Context, Model, Upcycled, one_parent
 from moetrain.upcycle.resize import check_resizable, experts_of, resized, with_entries

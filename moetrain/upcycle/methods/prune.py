@@ -9,8 +9,8 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from moetrain.config.fields import STRICT, Positive
 from moetrain.config.registry import UPCYCLERS
-from moetrain.config.schema import STRICT, Positive
 from moetrain.upcycle.method import Context, Model, Upcycled, one_parent
 from moetrain.upcycle.resize import check_fewer, check_resizable, experts_of, resized, with_entries
 from moetrain.upcycle.watch import usage

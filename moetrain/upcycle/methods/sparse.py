@@ -11,8 +11,8 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from moetrain.config.fields import STRICT
 from moetrain.config.registry import UPCYCLERS
-from moetrain.config.schema import STRICT, Positive
 from moetrain.upcycle.method import (
     Context,
     Model,
@@ -23,16 +23,13 @@ from moetrain.upcycle.method import (
     one_parent,
     with_experts,
 )
-from moetrain.upcycle.routers import RouterStart, new_router
+from moetrain.upcycle.routers import CopyOptions, new_router
 
 
 @dataclass(config=STRICT)
-class SparseOptions(RouterStart):
+class SparseOptions(CopyOptions):
     """Sparse upcycling: copies of a dense layer, optionally with noise."""
 
-    num_experts: Positive = Field(default=8, description="experts of a layer")
-    top_k: Positive = Field(default=2, description="experts per token")
-    layers: list[int] | None = Field(default=None, description="layers that get experts, as [1,3]; null: all")
     noise: float = Field(default=0.0, ge=0, description="standard deviation of noise on the copies; 0: none")
     noise_share: Annotated[float, Field(gt=0, le=1)] = Field(
         default=0.5, description="noise > 0: share of the weights that get it"

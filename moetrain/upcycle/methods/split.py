@@ -14,8 +14,8 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from moetrain.config.errors import ConfigError
+from moetrain.config.fields import STRICT, Positive
 from moetrain.config.registry import UPCYCLERS
-from moetrain.config.schema import STRICT, Positive
 from moetrain.upcycle.cluster import balanced_clusters
 from moetrain.upcycle.method import (
     Context,

@@ -27,8 +27,8 @@ REAL = {
     "virtual groups, 32 experts, top 8": ["method=virtual_group", "num_experts=32", "granularity=4", "top_k=8"],
     "Drop-Upcycling, 8 experts, top 2": ["method=drop", "num_experts=8", "top_k=2", "ratio=0.5"],
 }
-# A dense model of 2.4M parameters.
-SMALL = [
+# A dense model of 2.4M parameters, and experts of its width instead of its MLPs.
+DENSE = [
     "model=tiny",
     "model.family=auto",
     "model.moe.num_experts=0",
@@ -36,6 +36,9 @@ SMALL = [
     "model.n_layers=4",
     "model.dense_dim=512",
     "model.vocab_size=2048",
+]
+EXPERTS = ["model.moe.num_experts=3", "model.moe.top_k=2", "model.moe.expert_dim=512"]
+TRAINING = [
     "train.seq_len=256",
     "train.global_batch=8",
     "train.micro_batch=8",
@@ -150,30 +153,29 @@ def sample(args: argparse.Namespace) -> list[str]:
 def branches(args: argparse.Namespace) -> tuple[list[str], list[list[str]]]:
     """A seed, its branches, what is made of them, and a model from scratch."""
     n = args.steps or 300
-    data = ["data=demo", f"data.dir={args.folder / 'prepared'}"]
-    data += [f"~data.sources.{name}" for name in ("plays", "jargon")]
-    common = [*SMALL, *data, "train.eval_sequences=100", "checkpoint.keep=1", *args.override]
-    runs = {"seed, all domains": train(args.folder / "seed", [*common, f"train.steps={n}"])}
-    start = f"init={args.folder / 'seed'}"
-    settings = [word for word in common if not word.startswith("model")]
-    parents = []
+    data = ["data=demo", f"data.dir={args.folder / 'prepared'}", "~data.sources.plays", "~data.sources.jargon"]
+    settings = [*TRAINING, *data, "train.eval_sequences=100", "checkpoint.keep=1", *args.override]
+    all_steps = n * (2 + len(BRANCHES))  # of the seed, the branches, and what is made of them
+    found: list[tuple[str, int, Run]] = []  # name, steps in all, run
+
+    def add(title: str, name: str, steps: int, in_all: int, words: list[str]) -> None:
+        run = train(args.folder / name, [*words, *settings, f"train.steps={steps}"])
+        found.append((title, in_all, run))
+
+    add("seed, all domains", "seed", n, n, DENSE)
     for name in BRANCHES:
-        others = [f"data.sources.{other}.weight={int(other == name)}" for other in BRANCHES]
-        runs[f"branch, {name}"] = train(args.folder / name, [start, *settings, *others, f"train.steps={n}"])
-        parents.append(str(args.folder / name))
-    begin = args.folder / "btx-start"
-    upcycle(begin, ["method=btx", f"from={','.join(parents)}", "to=moetrain"])
-    mixed = [f"init={begin}", *settings, "balance=[aux_loss]", f"train.steps={n}"]
-    runs["btx, then all domains"] = train(args.folder / "btx", mixed)
-    total = n * (2 + len(BRANCHES))
-    scratch = ["model.moe.num_experts=3", "model.moe.top_k=2", "model.moe.expert_dim=512", "balance=[aux_loss]"]
-    runs["from scratch, 3 experts, top 2"] = train(args.folder / "scratch", [*common, *scratch, f"train.steps={total}"])
+        alone = [f"data.sources.{other}.weight={int(other == name)}" for other in BRANCHES]
+        add(f"branch, {name}", name, n, 2 * n, [f"init={args.folder / 'seed'}", *alone])
+    parents, begin = ",".join(str(args.folder / name) for name in BRANCHES), args.folder / "btx-start"
+    upcycle(begin, ["method=btx", f"from={parents}", "to=moetrain"])
+    add("BTX, then all domains", "btx", n, all_steps, [f"init={begin}", "balance=[aux_loss]"])
+    add("from scratch, 3 experts, top 2", "scratch", all_steps, all_steps, [*DENSE, *EXPERTS, "balance=[aux_loss]"])
     rows = []
-    for name, run in runs.items():
+    for title, steps, run in found:
         losses = [run.summary["val_loss_by_domain"][domain] for domain in BRANCHES]
-        trained = {"seed": n, "branch": 2 * n}.get(name.split(",")[0], total) * 8 * 256
-        mean = f"{sum(losses) / len(losses):.4f}"
-        rows.append([name, *run.sizes(), f"{trained:,}", *(f"{loss:.4f}" for loss in losses), mean])
+        losses.append(sum(losses) / len(losses))
+        tokens = steps * run.summary["tokens"] // run.summary["steps"]
+        rows.append([title, *run.sizes(), f"{tokens:,}", *(f"{loss:.4f}" for loss in losses)])
     return ["model", "parameters", "active", "tokens in all", *BRANCHES, "mean"], rows
 
 

@@ -85,8 +85,9 @@ class SavedWeights:
     """Parameters and persistent buffers of checkpoint ``path`` (a step-N folder), saved under any mapping.
 
     section: what their names begin with there; with OPTIMIZER they are "<parameter>.<quantity>", its optimizer's state.
-    specs: our name -> shape and dtype. Raises CheckpointError when the checkpoint cannot be read; that its files are
-    what they were is for ``load.newest`` or ``load.damage`` to say.
+    specs: our name -> shape and dtype. trained: whether a run saved it (``write_weights`` keeps no progress). Raises
+    CheckpointError when the checkpoint cannot be read; that its files are what they were is for ``load.newest`` or
+    ``load.damage`` to say.
     """
 
     def __init__(self, path: Path, section: str = MODEL) -> None:
@@ -96,6 +97,7 @@ class SavedWeights:
         except Exception as error:  # unpickling damaged bytes raises anything
             raise CheckpointError(f"checkpoint {path} cannot be read: .metadata: {one_line(error)}") from None
         self._places = metadata.storage_data
+        self.trained = "train" in metadata.state_dict_metadata
         self._tensors = {
             name.removeprefix(section): saved
             for name, saved in metadata.state_dict_metadata.items()

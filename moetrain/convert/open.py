@@ -115,7 +115,8 @@ def _open_checkpoint(path: Path, run: Path, verify: bool, ranks: Ranks | None) -
     cfg = read(run / "config.yaml")
     saved = SavedWeights(path)
     _check_fits(saved, cfg.model, cfg.balance, f"checkpoint {path}")
-    return Opened(path, cfg.model, saved, tokenizer_of(cfg))
+    # Converted weights have their own tokenizer or none: the data that their config names has nothing to do with them.
+    return Opened(path, cfg.model, saved, tokenizer_of(cfg) if saved.trained else tokenizer_at(run))
 
 
 def _open_hf(path: Path) -> Opened:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moetrain import cli
 from moetrain.config.registry import UPCYCLERS
+from moetrain.data.sources import resolve
 from tests.upcycle.theirs import read_parent, saved, tensors_of
 
 
@@ -47,8 +49,12 @@ def test_without_a_tokenizer_the_loss_is_not_measured_and_that_is_said(
     assert "losses not measured: " in capsys.readouterr().out
 
 
-def test_other_forms_in_and_out(tmp_path: Path) -> None:
-    """A result in any form is the same model, and is a parent again."""
+def test_other_forms_in_and_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A result in any form is the same model, and is a parent again; a tokenizer of data that happens to be prepared
+    where the command runs is not taken for its own."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prepared" / "demo").mkdir(parents=True)
+    shutil.copy(resolve("moetrain:data/demo/tokenizer.json"), tmp_path / "prepared" / "demo" / "tokenizer.json")
     dense = saved("mistral", tmp_path / "dense")
     for to, name in (("hf", "a"), ("moetrain", "b"), ("safetensors", "c.safetensors")):
         out = f"out={tmp_path / name}"

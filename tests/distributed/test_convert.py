@@ -1,5 +1,5 @@
-"""Checkpoints of every kind of mapping are read by one process, tensor by tensor, and give what the ranks held; and
-every kind of mapping starts from the same weights, each rank reading its slices."""
+"""Checkpoints of every kind of mapping are read by one process, tensor by tensor, and give what the ranks held; every
+kind of mapping starts from the same weights, each rank reading its slices; every family goes through ranks and back."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from torch import Tensor
 
 from moetrain import cli, config
 from moetrain.config.check import resolve_sizes
+from moetrain.convert.family import family_named
 from moetrain.convert.open import brings, open_weights
 from moetrain.data.toy import toy_data
 from moetrain.train.engine import whole_weights
 from moetrain.train.trainer import Trainer
+from tests.convert.test_round_trip import STOCK, tensors_in
 from tests.distributed.test_resume_elsewhere import ALL, HSDP, PIPELINE
 from tests.distributed.toy_run import BASE, SIGMOID, SOFTMAX, load, one_step
 from tests.model import hf_models
@@ -112,3 +114,50 @@ def test_every_mapping_starts_from_the_same_weights(
         for figures, _ in run_ranks(world, start, run([*settings, f"train.precision={precision}"]), timeout=300):
             for key in ("loss", "grad_norm"):
                 assert figures[key] == pytest.approx(one[key], rel=1e-5 if deepspeed else 1e-9), (mapping, key)
+
+
+# Four ranks each; the first has every way to split a weight, the second the most ranks for experts and for heads.
+ROUND = {
+    "pp, tp, etp": ["parallel.pp=2", "parallel.tp=2", "parallel.etp=2", "train.micro_batch=2"],
+    "tp, ep": ["parallel.tp=2", "parallel.ep=2", "train.micro_batch=4"],
+}
+
+
+def save_at_once(cfgs: list[config.Config]) -> list[float]:
+    """Start from the weights under each mapping, save them as they came, then step; the losses of the first step."""
+    losses = []
+    for cfg in cfgs:
+        trainer = Trainer(cfg, resolve_sizes(cfg.parallel, dist.get_world_size()), Path(cfg.run_dir))
+        trainer.start()
+        trainer.checkpointer.save(trainer.step, trainer.engine.state({"step": trainer.step}))
+        trainer.checkpointer.wait()
+        losses.append(one_step(trainer)["loss"])
+    return losses
+
+
+@pytest.mark.parametrize("family", STOCK)
+def test_every_family_comes_back_through_ranks_bit_for_bit(
+    prepared: Path, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hugging Face -> four ranks, each its slices -> their checkpoint -> Hugging Face; one loss for all mappings."""
+    monkeypatch.setitem(hf_models.BASE, "vocab_size", 300)
+    hf_models.make(family).save_pretrained(tmp_path / "in")
+    words = [*RUN, f"init={tmp_path / 'in'}", "train.precision=float32"]
+    words += ["balance=[bias]"] if family_named(family).zeros else []
+    cfgs = []
+    for i, settings in enumerate(ROUND.values()):
+        dense = family_named(family).is_dense()
+        settings = [word for word in settings if not (dense and word.startswith(("parallel.ep", "parallel.etp")))]
+        cfg = config.load([*words, *settings, f"run_dir={tmp_path / str(i)}"], start=brings)
+        cfg.data = toy_data(prepared, cfg.data)
+        cfgs.append(cfg)
+    losses = run_ranks(4, save_at_once, cfgs, timeout=300)[0]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    before = tensors_in(tmp_path / "in")
+    for cfg in cfgs:
+        config.save(cfg, Path(cfg.run_dir) / "config.yaml")
+        out = Path(cfg.run_dir) / "hf"
+        assert cli.main(["convert", "to=hf", f"from={cfg.run_dir}", f"out={out}"]) == 0
+        after = tensors_in(out)
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[name], t) for name, t in before.items())

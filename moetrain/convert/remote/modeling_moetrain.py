@@ -77,8 +77,9 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.offset == 0:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        weight = self.weight.float() + self.offset
-        return F.rms_norm(x.float(), weight.shape, weight, self.eps).to(x.dtype)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weight = self.weight.to(wide) + self.offset
+        return F.rms_norm(x.to(wide), weight.shape, weight, self.eps).to(x.dtype)
 
 
 def mscale(factor: float, strength: float = 1.0) -> float:
@@ -387,7 +388,7 @@ class MoetrainForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
                 position_ids = (seen_BS.long().cumsum(-1) - 1).clamp(min=0)
         m = self.config.moetrain
         x_BSD = self.embed(input_ids)
-        x_BSD = x_BSD * torch.tensor(m["embedding_multiplier"]).to(x_BSD)  # rounded to its dtype
+        x_BSD = x_BSD * x_BSD.new_tensor(m["embedding_multiplier"])  # rounded to its dtype
         places = Places(m, position_ids, seen_BS, x_BSD.dtype)
         for block in self.layers:
             x_BSD = block(x_BSD, places)

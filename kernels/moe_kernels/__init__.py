@@ -3,13 +3,16 @@
 Imports torch only; usable without moetrain.
 """
 
+from moe_kernels.activation import ACTIVATIONS, activate
 from moe_kernels.api import BACKENDS, choose_backend, expert_mlp
 from moe_kernels.loss import VocabularyPart, linear_cross_entropy, token_counts
 from moe_kernels.memory import keep_freed_memory
 
 __all__ = [
+    "ACTIVATIONS",
     "BACKENDS",
     "VocabularyPart",
+    "activate",
     "choose_backend",
     "expert_mlp",
     "keep_freed_memory",

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from moe_kernels.activation import ACTIVATIONS
 from moe_kernels.cpu import cpu_expert_mlp
 from moe_kernels.grouped import grouped_expert_mlp, grouped_mm_obstacle
-from moe_kernels.reference import ACTIVATIONS, loop_expert_mlp
+from moe_kernels.reference import loop_expert_mlp
 
 _PATHS: dict[str, Callable[..., Tensor]] = {
     "loop": loop_expert_mlp,
@@ -58,16 +59,18 @@ def expert_mlp(
     activation: str = "swiglu",
     backend: str = "auto",
 ) -> Tensor:
-    """Gated MLPs of e experts, each on its own rows: y_r = weight_r * (W2 act(W13 x_r + b13) + b2). y_RD (R, D).
+    """MLPs of e experts, each on its own rows: y_r = weight_r * (W2 act(W13 x_r + b13) + b2). y_RD (R, D).
 
     x_ND: (N, D). Row r is ``x_ND[index_R[r]]``, or ``x_ND[r]`` without index_R (then N = R). Grouped by expert.
     counts: rows of each expert, in order; they sum to R. Zeros are legal, and so is R = 0: every parameter still takes
         part in the graph, with a gradient of zeros.
-    w13: (e, 2, F, D), the gate's weights then up's. w2: (e, D, F). b13: (e, 2, F) or None. b2: (e, D) or None.
+    w13: (e, n, F, D); n = 2 for gated activations, the gate's weights then up's, and 1 for plain ones. w2: (e, D, F).
+    b13: (e, n, F) or None. b2: (e, D) or None.
     Parameters share one dtype: that of x, or float32 under a half-precision x. Then they are rounded to x's where they
         are used, without a copy of all of them, and their gradients are float32.
     index_R: int64 (R,) or None. weight_R: float (R,), any float dtype, or None for 1.
-    activation: "swiglu" or "gpt_oss" (``reference.activate``). backend: one of ``BACKENDS``.
+    activation: gated "swiglu", "geglu", "reglu", "gpt_oss"; plain "gelu", "relu2" (``activation.ACTIVATIONS``).
+    backend: one of ``BACKENDS``.
 
     Differentiable once in x, w13, w2, b13, b2 and weight_R. Deterministic. All paths agree up to rounding.
 
@@ -95,19 +98,21 @@ def _check(
 ) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"no activation is called {activation!r}; known: {', '.join(ACTIVATIONS)}")
-    if x_ND.dim() != 2 or w13.dim() != 4 or w13.shape[1] != 2:
-        raise ValueError(f"x is (N, D) and w13 (e, 2, F, D), not {tuple(x_ND.shape)} and {tuple(w13.shape)}")
+    n = ACTIVATIONS[activation].matrices
+    if x_ND.dim() != 2 or w13.dim() != 4 or w13.shape[1] != n:
+        shapes = f"{tuple(x_ND.shape)} and {tuple(w13.shape)}"
+        raise ValueError(f"with {activation} x is (N, D) and w13 (e, {n}, F, D), not {shapes}")
     R = x_ND.shape[0] if index_R is None else index_R.shape[0]
     e, _, F, D = w13.shape
-    shapes = (
+    expected = (
         ("x", x_ND, (x_ND.shape[0], D)),
         ("w2", w2, (e, D, F)),
         ("index_R", index_R, (R,)),
         ("weight_R", weight_R, (R,)),
-        ("b13", b13, (e, 2, F)),
+        ("b13", b13, (e, n, F)),
         ("b2", b2, (e, D)),
     )
-    for name, tensor, shape in shapes:
+    for name, tensor, shape in expected:
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)} where w13 {tuple(w13.shape)} needs {shape}")
     half = x_ND.dtype in (torch.bfloat16, torch.float16)
@@ -116,5 +121,5 @@ def _check(
     for name, tensor in (("w2", w2), ("b13", b13), ("b2", b2)):
         if tensor is not None and tensor.dtype != w13.dtype:
             raise ValueError(f"{name} is {tensor.dtype} but w13 is {w13.dtype}; parameters need one dtype")
-    if len(counts) != e or any(n < 0 for n in counts) or sum(counts) != R:
+    if len(counts) != e or any(count < 0 for count in counts) or sum(counts) != R:
         raise ValueError(f"counts must be {e} row numbers that sum to {R}, not {len(counts)} that sum to {sum(counts)}")

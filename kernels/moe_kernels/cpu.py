@@ -110,7 +110,7 @@ class _WeightGrad:
 
 
 class _ExpertMLP(torch.autograd.Function):
-    """Inputs as ``moe_kernels.expert_mlp``; w13 comes flattened to (e, 2F, D) and b13 to (e, 2F)."""
+    """Inputs as ``moe_kernels.expert_mlp``; w13 comes flattened to (e, nF, D) and b13 to (e, nF)."""
 
     @staticmethod
     def forward(
@@ -127,14 +127,14 @@ class _ExpertMLP(torch.autograd.Function):
     ) -> Tensor:
         R = sum(counts)
         blocks = _blocks(counts, x_ND.dtype)
-        h_RF2 = x_ND.new_empty(_end(blocks), w13.shape[1])
+        h_RnF = x_ND.new_empty(_end(blocks), w13.shape[1])
         y_RD = x_ND.new_empty(_end(blocks), x_ND.shape[1])
         a_all = x_ND.new_empty(_widest(blocks), w2.shape[2])
         x_of = _Input(x_ND, index_R, blocks)
         s_R1 = _column(weight_R, x_ND.dtype)
         w13_of, w2_of = _Weights(w13, x_ND.dtype), _Weights(w2, x_ND.dtype)
         for b in blocks:
-            h, a = h_RF2[b.wide_rows], a_all[: b.wide]
+            h, a = h_RnF[b.wide_rows], a_all[: b.wide]
             torch.mm(x_of[b], w13_of[b].t(), out=h)
             if b13 is not None:
                 h += b13[b.expert]
@@ -142,7 +142,7 @@ class _ExpertMLP(torch.autograd.Function):
             torch.mm(a, w2_of[b].t(), out=y_RD[b.wide_rows])
             if b2 is not None:
                 y_RD[b.rows] += b2[b.expert] if s_R1 is None else s_R1[b.rows] * b2[b.expert]
-        ctx.save_for_backward(x_ND, w13, w2, weight_R, b13, b2, index_R, h_RF2[:R])
+        ctx.save_for_backward(x_ND, w13, w2, weight_R, b13, b2, index_R, h_RnF[:R])
         ctx.counts, ctx.activation = counts, activation
         return y_RD[:R]
 
@@ -158,7 +158,7 @@ class _Backward:
     """One backward pass: its operands, scratch for the largest expert, and the gradients that are needed."""
 
     def __init__(self, ctx: Any, dy_RD: Tensor) -> None:
-        x_ND, w13, w2, weight_R, self.b13, self.b2, self.index_R, self.h_RF2 = ctx.saved_tensors
+        x_ND, w13, w2, weight_R, self.b13, self.b2, self.index_R, self.h_RnF = ctx.saved_tensors
         need_x, need_w13, need_w2, need_weight, need_b13, need_b2 = ctx.needs_input_grad[:6]
         dtype, self.activation, self.tokens = x_ND.dtype, ctx.activation, len(x_ND)
         self.blocks = _blocks(ctx.counts, dtype)
@@ -181,7 +181,7 @@ class _Backward:
         s = None if self.s_R1 is None else self.s_R1[b.rows]
         ds = None if self.ds_R is None else self.ds_R[b.rows]
         torch.mm(dy, self.w2_of[b], out=da)
-        activation_backward(self.h_RF2[b.rows], da[: b.n], s, self.activation, a=a[: b.n], dh=dh[: b.n], ds=ds)
+        activation_backward(self.h_RnF[b.rows], da[: b.n], s, self.activation, a=a[: b.n], dh=dh[: b.n], ds=ds)
         if b.wide != b.n:
             a[b.n :].zero_()
             dh[b.n :].zero_()
@@ -203,7 +203,7 @@ class _Backward:
 
     def results(self) -> tuple[Tensor | None, ...]:
         """Gradients in x, w13, w2, weight, b13 and b2."""
-        dx_ND = None if self.dx_RD is None else _sum_rows(self.dx_RD[: len(self.h_RF2)], self.index_R, self.tokens)
+        dx_ND = None if self.dx_RD is None else _sum_rows(self.dx_RD[: len(self.h_RnF)], self.index_R, self.tokens)
         dw13, dw2 = (None if dw is None else dw.grad for dw in (self.dw13, self.dw2))
         ds_R = None if self.ds_R is None else self.ds_R.to(self.weight_R.dtype)
         return dx_ND, dw13, dw2, ds_R, self.db13, self.db2

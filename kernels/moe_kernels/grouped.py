@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_kernels.reference import activate, loop_expert_mlp
+from moe_kernels.activation import activate
+from moe_kernels.reference import loop_expert_mlp
 
 
 def grouped_mm_obstacle(device: torch.device, dtype: torch.dtype, dim: int, expert_dim: int) -> str | None:
@@ -45,11 +46,10 @@ def grouped_expert_mlp(
     counts_e = torch.tensor(counts, device=x_ND.device)
     offsets_e = counts_e.cumsum(0).to(torch.int32)
     product = F.grouped_mm if hasattr(F, "grouped_mm") else torch._grouped_mm
-    gate_up = product(rows_RD, w13.flatten(1, 2).transpose(-2, -1), offs=offsets_e)
+    h = product(rows_RD, w13.flatten(1, 2).transpose(-2, -1), offs=offsets_e)
     if b13 is not None:
-        gate_up = gate_up + _per_row(b13.flatten(1, 2), counts_e, len(rows_RD))
-    gate, up = gate_up.chunk(2, dim=-1)
-    a_RF = activate(gate, up, activation)
+        h = h + _per_row(b13.flatten(1, 2), counts_e, len(rows_RD))
+    a_RF = activate(h.chunk(w13.shape[1], dim=-1), activation)
     y_RD = product(a_RF.contiguous(), w2.transpose(-2, -1), offs=offsets_e)
     if y_RD.requires_grad:
         # grouped_mm's backward refuses expanded gradients, such as that of y.sum().

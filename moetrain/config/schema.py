@@ -7,13 +7,16 @@ Defaults are given by keyword, ``Field(default=...)``, which is what type checke
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from moetrain.config.fields import STRICT, Kind, NonNegative, PerLayerFloat, PerLayerInt, Positive
 from moetrain.config.schema_data import DataConfig
+
+# Those of ``moe_kernels``. The first four are gated, with two input matrices; gelu and relu2 are plain, with one.
+Activation: TypeAlias = Literal["swiglu", "geglu", "reglu", "gpt_oss", "gelu", "relu2"]
 
 
 @dataclass(config=STRICT)
@@ -97,7 +100,10 @@ class MoEConfig:
     )
     first_dense: NonNegative = Field(default=0, description="leading layers that are dense")
     every: Positive = Field(default=1, description="one MoE layer in this many, after the dense ones")
-    activation: Literal["swiglu", "gpt_oss"] = Field(default="swiglu", description="gated activation of the experts")
+    activation: Activation = Field(
+        default="swiglu",
+        description="activation of the routed experts; geglu and gelu in their tanh form; gelu and relu2 have no gate",
+    )
     bias: bool = Field(default=False, description="biases in the experts (GPT-OSS)")
     capacity_factor: PerLayerFloat | None = Field(
         default=None, description="rows an expert takes, as a multiple of T*k/E on each rank; null: dropless"
@@ -120,12 +126,16 @@ class ModelConfig:
     dim: Positive = Field(default=128, description="model width")
     n_layers: Positive = Field(default=4, description="decoder layers")
     dense_dim: Positive = Field(default=512, description="inner width of the dense MLP layers")
+    activation: Activation = Field(
+        default="swiglu", description="activation of dense MLPs and shared experts, as model.moe.activation"
+    )
     max_seq_len: Positive = Field(default=1024, description="longest sequence that the model is meant for, in tokens")
     norm_eps: float = Field(default=1e-6, gt=0, description="epsilon of RMSNorm")
+    norm_offset: float = Field(default=0.0, description="added to the weights of all norms (Gemma: 1)")
     norm_place: Literal["pre", "post"] = Field(
         default="pre", description="where a block's norms are: before attention and MLP, or after them (OLMo 2)"
     )
-    embedding_multiplier: float = Field(default=1.0, gt=0, description="factor on the embeddings (Granite)")
+    embedding_multiplier: float = Field(default=1.0, gt=0, description="factor on the embeddings (Granite, Gemma)")
     residual_multiplier: float = Field(
         default=1.0, gt=0, description="factor on what attention and MLP add to the residual stream (Granite)"
     )

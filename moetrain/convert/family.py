@@ -38,14 +38,16 @@ COMMON = {
 NO_EXPERTS = {"moe.num_experts": 0}
 
 # their keys that may have one value only, in every family
-ALWAYS: dict[str, Any] = {"hidden_act": "silu", "attention_dropout": 0.0}
+ALWAYS: dict[str, Any] = {"attention_dropout": 0.0}
+
+# their hidden_act -> our activation, where MLPs have a gate
+GATED = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu", "relu": "reglu"}
 
 
 # classes that people will try, and what the model lacks for them
 NOT_COVERED = {
-    "gemma": "norms with weight 1 + w, and a GELU in the MLP",
-    "gemma2": "norms with weight 1 + w, two norms around each part of a block, and soft caps on scores and logits",
-    "gemma3_text": "norms with weight 1 + w, two norms around each part of a block, and two rotary bases",
+    "gemma2": "two norms around each part of a block, and soft caps on scores and logits",
+    "gemma3_text": "two norms around each part of a block, and two rotary bases",
     "longcat_flash": "zero experts, and two attentions in a layer with its experts beside them",
     "phimoe": "LayerNorm with biases, a bias on the head, and sparsemixer routing",
     "granitemoeshared": "shared experts whose gate and up are one tensor",
@@ -56,7 +58,8 @@ class Family:
     """One model class of transformers. Subclasses fill the tables; ``read`` and ``write`` do what tables cannot.
 
     name: ``model_type``. fields: our setting -> their key, beside COMMON. implied: our settings that the class fixes.
-    fixed: their keys with the only value that is covered. rules: our tensors as ``save_pretrained`` writes them.
+    fixed: their keys with the only value that is covered. activations: their hidden_act -> our activation.
+    rules: our tensors as ``save_pretrained`` writes them.
     in_memory: the same tensors as ``state_dict()`` names them, where that differs.
     zeros: tensors of theirs, (E,) in each MoE layer, that must exist: zeros where we have none.
     ignored: their tensors that we have no use for (regular expressions); logged when met.
@@ -70,6 +73,7 @@ class Family:
     fields: ClassVar[dict[str, str]] = {}
     implied: ClassVar[dict[str, Any]] = {}
     fixed: ClassVar[dict[str, Any]] = {}
+    activations: ClassVar[dict[str, str]] = GATED
     rules: ClassVar[tuple[Rule, ...]] = ()
     in_memory: ClassVar[tuple[Rule, ...]] = ()
     zeros: ClassVar[tuple[Rule, ...]] = ()
@@ -85,7 +89,13 @@ class Family:
         for key, value in (ALWAYS | self.fixed).items():
             if hf.get(key, value) != value:
                 raise ConvertError(f"config.json of {self.name}: {key}={hf[key]!r} is not covered, only {value!r} is")
-        flat: dict[str, Any] = dict(self.implied)
+        if hf["hidden_act"] not in self.activations:
+            covered = " or ".join(map(repr, self.activations))
+            raise ConvertError(
+                f"config.json of {self.name}: hidden_act={hf['hidden_act']!r} is not covered, only {covered} is"
+            )
+        activation = self.activations[hf["hidden_act"]]
+        flat: dict[str, Any] = {"activation": activation, "moe.activation": activation} | self.implied
         for ours, theirs in (COMMON | self.fields).items():
             if theirs not in hf and theirs != "head_dim":  # may be left to the rule below
                 raise ConvertError(f"config.json of {self.name} has no {theirs}")
@@ -100,6 +110,9 @@ class Family:
         hf: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.name}
         hf |= ALWAYS | self.fixed | dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
         hf |= {theirs: value_of(cfg, ours) for ours, theirs in (COMMON | self.fields).items()}
+        named = {ours: theirs for theirs, ours in self.activations.items()}
+        activation = cfg.moe.activation if cfg.moe_layers() else cfg.activation
+        hf["hidden_act"] = named.get(activation, next(iter(self.activations)))
         hf["rope_parameters"] = rope_to_hf(cfg.rope, self.partial_rotary)
         return hf | self.write(cfg)
 

@@ -11,7 +11,7 @@ from moetrain.model.attention import window_of
 from moetrain.moe.options import as_options
 
 TRUNK = (
-    *("vocab_size", "dim", "n_layers", "max_seq_len", "norm_eps", "norm_place", "tie_embeddings"),
+    *("vocab_size", "dim", "n_layers", "max_seq_len", "norm_eps", "norm_offset", "norm_place", "tie_embeddings"),
     *("embedding_multiplier", "residual_multiplier", "logits_divisor"),
 )
 GQA = ("n_kv_heads", "head_dim", "qkv_bias", "out_bias", "qk_norm", "clip_qkv", "sinks")
@@ -36,6 +36,8 @@ def features(cfg: ModelConfig) -> dict[str, Any]:
     found: dict[str, Any] = {name: getattr(cfg, name) for name in TRUNK}
     if len(moe) < cfg.n_layers:
         found["dense_dim"] = cfg.dense_dim
+    if len(moe) < cfg.n_layers or any(cfg.layer_value("shared_dim", i) for i in moe):
+        found["activation"] = cfg.activation
     for name in ("kind", "n_heads", *(MLA if a.kind == "mla" else GQA)):
         found[f"attention.{name}"] = getattr(a, name)
     if a.kind == "gqa":

@@ -11,10 +11,10 @@ from torch.utils.checkpoint import checkpoint
 from moetrain.config.schema import ExpertsConfig, ModelConfig
 from moetrain.model.attention import build_attention, window_of
 from moetrain.model.attention.kernels import attend
-from moetrain.model.mlp import MLP
 from moetrain.model.norm import RMSNorm
 from moetrain.model.places import Places
 from moetrain.moe.build import build_moe_layer
+from moetrain.moe.mlp import MLP
 from moetrain.moe.routing import Carry, Memo, TokenContext
 
 Recompute = Literal["none", "selective", "full"]
@@ -37,11 +37,11 @@ class Block(nn.Module):
         self.window = window_of(cfg, layer)
         self.post_norm = cfg.norm_place == "post"
         self.multiplier = cfg.residual_multiplier
-        self.attention_norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.attention_norm = RMSNorm(cfg.dim, cfg.norm_eps, cfg.norm_offset)
         self.attention = build_attention(cfg)
-        self.mlp_norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.mlp_norm = RMSNorm(cfg.dim, cfg.norm_eps, cfg.norm_offset)
         is_moe = cfg.is_moe(layer)
-        self.mlp = None if is_moe else MLP(cfg.dim, cfg.dense_dim)
+        self.mlp = None if is_moe else MLP(cfg.dim, cfg.dense_dim, cfg.activation)
         self.moe = build_moe_layer(cfg, layer, balance, experts) if is_moe else None
         self.recompute = "none"
 

@@ -54,7 +54,7 @@ class Decoder(nn.Module):
         self.embed = nn.Embedding(cfg.vocab_size, cfg.dim) if has_table else None
         held = range(cfg.n_layers) if layers is None else layers
         self.layers = nn.ModuleDict({str(i): Block(cfg, i, balance, experts) for i in held})
-        self.norm = RMSNorm(cfg.dim, cfg.norm_eps) if last else None
+        self.norm = RMSNorm(cfg.dim, cfg.norm_eps, cfg.norm_offset) if last else None
         self.head = Linear(cfg.dim, cfg.vocab_size, bias=False) if last and not cfg.tie_embeddings else None
 
     def forward(
@@ -85,7 +85,10 @@ class Decoder(nn.Module):
         """x_BSD, the input of the first block."""
         assert self.embed is not None
         x_BSD = self.vocabulary.embed(tokens_BS, _weight(self.embed))
-        return x_BSD if self.cfg.embedding_multiplier == 1 else x_BSD * self.cfg.embedding_multiplier
+        if self.cfg.embedding_multiplier == 1:
+            return x_BSD
+        # Gemma rounds the factor to the dtype of the embeddings: 55.43 to 55.5 in bfloat16.
+        return x_BSD * torch.tensor(self.cfg.embedding_multiplier, dtype=x_BSD.dtype, device="cpu").item()
 
     def places(
         self,

@@ -12,11 +12,12 @@ ZERO = {"bias", "b13", "b2"}
 def init_rule(fqn: str, cfg: ModelConfig) -> tuple[Literal["normal", "constant"], float]:
     """Initial values of parameter ``fqn``: ("normal", standard deviation), with mean 0, or ("constant", value).
 
-    Norm weights are 1, biases 0, all else normal with ``cfg.init_std``: the rule of the models in configs/model.
+    Norm weights are 1 (with their offset), biases 0, all else normal with ``cfg.init_std``: the rule of the models in
+    configs/model.
     """
     *path, name = fqn.split(".")
     if name in ZERO:
         return "constant", 0.0
     if path and path[-1].endswith("norm"):
-        return "constant", 1.0
+        return "constant", 1.0 - cfg.norm_offset
     return "normal", cfg.init_std

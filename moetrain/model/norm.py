@@ -8,16 +8,22 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension. Statistics of half-precision inputs are taken in float32."""
+    """x / rms(x) * (offset + weight) over the last dimension. Statistics of half-precision inputs are taken in float32,
+    and so is all else where there is an offset (Gemma, arXiv 2403.08295: 1), since 1 + w loses most of w in bfloat16.
+    """
 
-    def __init__(self, dim: int, eps: float) -> None:
+    def __init__(self, dim: int, eps: float, offset: float = 0.0) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.offset = eps, offset
         self.weight = nn.Parameter(torch.empty(dim))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) -> (..., D)."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        if self.offset == 0:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weight = self.weight.to(wide) + self.offset
+        return F.rms_norm(x.to(wide), weight.shape, weight, self.eps).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"

@@ -7,19 +7,21 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from moe_kernels import expert_mlp
+from moe_kernels import ACTIVATIONS, expert_mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moetrain.config.schema import ModelConfig
-from moetrain.moe.linear import Gather, Linear, all_here, local_part
+from moetrain.moe.linear import Linear, local_part
+from moetrain.moe.mlp import MLP
 from moetrain.moe.routing import Rows
 
 
 class Experts(nn.Module):
-    """The gated MLPs of E routed experts, or of this rank's e of them once the model is made parallel.
+    """The MLPs of E routed experts, or of this rank's e of them once the model is made parallel.
 
-    w13 (e, 2, F, D): the gate's weights, then up's. w2 (e, D, F). b13 (e, 2, F), b2 (e, D): only with ``bias``.
+    w13 (e, n, F, D): the gate's weights, then up's (n = 2); up's alone with a plain activation (n = 1). w2 (e, D, F).
+    b13 (e, n, F), b2 (e, D): only with ``bias``.
     Parameters may be DTensors, of which the local part is used; they are not initialised here.
     backend: the kernels (``moe_kernels``). recompute: backward computes the inner activations again.
 
@@ -30,9 +32,10 @@ class Experts(nn.Module):
     def __init__(self, cfg: ModelConfig, layer: int, backend: str = "auto") -> None:
         super().__init__()
         E, F_, D = cfg.layer_value("num_experts", layer), cfg.layer_value("expert_dim", layer), cfg.dim
-        self.w13 = nn.Parameter(torch.empty(E, 2, F_, D))
+        n = ACTIVATIONS[cfg.moe.activation].matrices
+        self.w13 = nn.Parameter(torch.empty(E, n, F_, D))
         self.w2 = nn.Parameter(torch.empty(E, D, F_))
-        self.b13 = nn.Parameter(torch.empty(E, 2, F_)) if cfg.moe.bias else None
+        self.b13 = nn.Parameter(torch.empty(E, n, F_)) if cfg.moe.bias else None
         self.b2 = nn.Parameter(torch.empty(E, D)) if cfg.moe.bias else None
         self.activation = cfg.moe.activation
         self.backend = backend
@@ -48,21 +51,15 @@ class Experts(nn.Module):
         return _maybe_checkpoint(self.recompute, _call, run, rows, w13, w2, b13, b2)
 
 
-class SharedExperts(nn.Module):
-    """A SwiGLU MLP that every token passes, as wide as all shared experts together.
+class SharedExperts(MLP):
+    """An MLP that every token passes, as wide as all shared experts together, with the activation of dense ones.
 
-    w_gate, w_up: D -> shared_dim, w_down back, without biases. gate: D -> 1 or None; its sigmoid scales the output
-    (Qwen2-MoE, arXiv 2407.10671). recompute: as in Experts.
+    gate: D -> 1 or None; its sigmoid scales the output (Qwen2-MoE, arXiv 2407.10671). recompute: as in Experts.
     """
 
     def __init__(self, cfg: ModelConfig, layer: int) -> None:
-        super().__init__()
-        inner = cfg.layer_value("shared_dim", layer)
-        self.w_gate = Linear(cfg.dim, inner, bias=False)
-        self.w_up = Linear(cfg.dim, inner, bias=False)
-        self.w_down = Linear(inner, cfg.dim, bias=False)
+        super().__init__(cfg.dim, cfg.layer_value("shared_dim", layer), cfg.activation)
         self.gate = Linear(cfg.dim, 1, bias=False) if cfg.moe.shared_gate else None
-        self.gather: Gather = all_here
         self.recompute = False
 
     def forward(self, x_TD: Tensor) -> Tensor:
@@ -70,8 +67,7 @@ class SharedExperts(nn.Module):
         return _maybe_checkpoint(self.recompute, self._run, x_TD)
 
     def _run(self, x_TD: Tensor) -> Tensor:
-        (all_UD,) = self.gather(x_TD)
-        out_TD = self.w_down(F.silu(self.w_gate(all_UD)) * self.w_up(all_UD))
+        out_TD = super().forward(x_TD)
         return out_TD if self.gate is None else self.gate(x_TD).sigmoid() * out_TD
 
 

@@ -30,11 +30,11 @@ from moetrain.model.attention.gqa import GroupedQueryAttention
 from moetrain.model.attention.mla import MultiHeadLatentAttention
 from moetrain.model.block import Block
 from moetrain.model.decoder import Decoder
-from moetrain.model.mlp import MLP
 from moetrain.model.norm import RMSNorm
 from moetrain.model.vocabulary import Vocabulary
-from moetrain.moe.experts import Experts, SharedExperts
+from moetrain.moe.experts import Experts
 from moetrain.moe.linear import Linear, local_part
+from moetrain.moe.mlp import MLP
 
 TP = "tp"
 EVERYTHING = slice(None)
@@ -59,7 +59,7 @@ def split(model: Decoder, tp_mesh: DeviceMesh) -> None:
             _split_gqa(block.attention, tp_mesh)
         for mlp in (block.mlp, None if block.moe is None else block.moe.shared):
             if mlp is not None:
-                assert isinstance(mlp, MLP | SharedExperts)
+                assert isinstance(mlp, MLP)
                 _split_mlp(mlp, tp_mesh)
     for table in (model.embed, model.head):
         if table is not None:
@@ -172,7 +172,7 @@ class _SplitRMSNorm(RMSNorm):
 
     def __init__(self, whole: RMSNorm, group: dist.ProcessGroup, rows: slice) -> None:
         nn.Module.__init__(self)
-        self.eps, self.weight = whole.eps, whole.weight
+        self.eps, self.offset, self.weight = whole.eps, whole.offset, whole.weight
         self.group, self.rows = group, rows
 
     def forward(self, x: Tensor) -> Tensor:
@@ -182,7 +182,8 @@ class _SplitRMSNorm(RMSNorm):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         squares = all_reduce(wide.square().sum(dim=-1, keepdim=True), self.group)
         mean = squares / (x.shape[-1] * self.group.size())
-        return (wide * (mean + self.eps).rsqrt() * weight[self.rows]).to(x.dtype)
+        scale = weight[self.rows].to(wide.dtype) + self.offset
+        return (wide * (mean + self.eps).rsqrt() * scale).to(x.dtype)
 
 
 def _split_gqa(attention: GroupedQueryAttention, mesh: DeviceMesh) -> None:
@@ -226,10 +227,11 @@ def _split_mla(attention: MultiHeadLatentAttention, mesh: DeviceMesh) -> None:
     _open(attention, "wo", mesh, dim=1)
 
 
-def _split_mlp(mlp: MLP | SharedExperts, mesh: DeviceMesh) -> None:
+def _split_mlp(mlp: MLP, mesh: DeviceMesh) -> None:
     """Inner features over the ranks. Tokens are gathered in any order: nothing depends on it."""
     for projection in (mlp.w_gate, mlp.w_up):
-        _split_parameter(projection, "weight", mesh, 0)
+        if projection is not None:
+            _split_parameter(projection, "weight", mesh, 0)
     _open(mlp, "w_down", mesh, dim=0)
 
 

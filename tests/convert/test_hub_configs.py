@@ -307,6 +307,27 @@ OTHERS: dict[str, tuple[float, dict[str, Any]]] = {
             "vocab_size": 49155,
         },
     ),
+    "gemma-2b": (
+        2.51,
+        {
+            "model_type": "gemma",
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "head_dim": 256,
+            "hidden_act": "gelu",  # of old files, which means the tanh approximation
+            "hidden_size": 2048,
+            "initializer_range": 0.02,
+            "intermediate_size": 16384,
+            "max_position_embeddings": 8192,
+            "num_attention_heads": 8,
+            "num_hidden_layers": 18,
+            "num_key_value_heads": 1,
+            "rms_norm_eps": 1e-06,
+            "rope_scaling": None,
+            "rope_theta": 10000.0,
+            "vocab_size": 256000,
+        },
+    ),
     "deepseek-v2-lite": (
         15.7,
         {

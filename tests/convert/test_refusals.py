@@ -157,7 +157,7 @@ def test_an_unknown_family_is_refused_with_the_nearest() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not covered, only 'silu' or 'gelu_pytorch_tanh' or 'relu' is"),
         ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type='dynamic'"),
         ({"model_type": "mixtrall"}, "did you mean 'mixtral'"),

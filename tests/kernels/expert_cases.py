@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from moe_kernels import expert_mlp
+from moe_kernels import ACTIVATIONS, expert_mlp
 from torch import Tensor
 
 # Even, uneven, empty at either end and in the middle, one expert taking all, and no rows at all.
@@ -61,13 +61,13 @@ def make_case(
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype).double()
 
-    e, R = len(counts), sum(counts)
-    inputs = {"x_ND": normal(tokens if gather else R, dim), "w13": normal(e, 2, expert_dim, dim)}
+    e, n, R = len(counts), ACTIVATIONS[activation].matrices, sum(counts)
+    inputs = {"x_ND": normal(tokens if gather else R, dim), "w13": normal(e, n, expert_dim, dim)}
     inputs["w2"] = normal(e, dim, expert_dim)
     if weights:
         inputs["weight_R"] = normal(R).sigmoid().to(dtype).double()
     if bias:
-        inputs |= {"b13": normal(e, 2, expert_dim), "b2": normal(e, dim)}
+        inputs |= {"b13": normal(e, n, expert_dim), "b2": normal(e, dim)}
     index_R = torch.randint(tokens, (R,), generator=g) if gather else None
     inputs["w13"] = (inputs["w13"] * (1.0 if dtype == torch.float64 else dim**-0.5)).to(dtype).double()
     return Case(counts, activation, index_R, inputs, normal(R, dim))

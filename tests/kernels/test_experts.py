@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moe_kernels import BACKENDS, expert_mlp
+from moe_kernels import ACTIVATIONS, BACKENDS, expert_mlp
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -24,24 +26,39 @@ def compare(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float) -
         assert error <= tolerance * max(scale, 1.0), f"{name}: {error} against entries up to {scale}"
 
 
+def gpt_oss(gate: Tensor, up: Tensor) -> Tensor:
+    gate, up = torch.minimum(gate, torch.tensor(7.0)), torch.clip(up, -7, 7)
+    return gate / (1 + torch.exp(-1.702 * gate)) * (up + 1)
+
+
+def gelu(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+# as the papers write them: arXiv 2002.05202, 1606.08415, 2109.08668
+FORMULAS = {
+    "swiglu": lambda gate, up: gate / (1 + torch.exp(-gate)) * up,
+    "geglu": lambda gate, up: gelu(gate) * up,
+    "reglu": lambda gate, up: torch.where(gate > 0, gate, 0.0) * up,
+    "gpt_oss": gpt_oss,
+    "gelu": gelu,
+    "relu2": lambda up: torch.where(up > 0, up, 0.0) ** 2,
+}
+
+
 def by_definition(x_ND, counts, w13, w2, index_R, weight_R, b13, b2, activation):  # type: ignore[no-untyped-def]
     """One row at a time, as the docstring has it."""
     rows, r = [], 0
     for expert, n in enumerate(counts):
         for _ in range(n):
             x = x_ND[index_R[r]]
-            gate, up = w13[expert, 0] @ x + b13[expert, 0], w13[expert, 1] @ x + b13[expert, 1]
-            if activation == "swiglu":
-                a = gate / (1 + torch.exp(-gate)) * up
-            else:
-                gate, up = torch.minimum(gate, torch.tensor(7.0)), torch.clip(up, -7, 7)
-                a = gate / (1 + torch.exp(-1.702 * gate)) * (up + 1)
+            a = FORMULAS[activation](*(w @ x + b for w, b in zip(w13[expert], b13[expert], strict=True)))
             rows.append(weight_R[r] * (w2[expert] @ a + b2[expert]))
             r += 1
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "gpt_oss"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_the_oracle_is_the_definition(activation: str) -> None:
     case = make_case([3, 0, 5, 2], activation, bias=True)
     inputs = {name: t.clone().requires_grad_() for name, t in case.inputs.items()}
@@ -52,7 +69,7 @@ def test_the_oracle_is_the_definition(activation: str) -> None:
 
 
 @pytest.mark.parametrize("counts", LOADS, ids=str)
-@pytest.mark.parametrize("activation", ["swiglu", "gpt_oss"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("gather", [False, True], ids=["ordered", "gathered"])
 @pytest.mark.parametrize("weights", [False, True], ids=["unweighted", "weighted"])
@@ -65,7 +82,7 @@ def test_backends_match_the_loop(counts: list[int], activation: str, bias: bool,
 
 
 @pytest.mark.parametrize("backend", FAST)
-@pytest.mark.parametrize("activation", ["swiglu", "gpt_oss"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_bf16_stays_within_one_percent(backend: str, activation: str) -> None:
     """Against float64 from the same bf16 inputs; 2^-8 is the rounding of one number."""
     case = make_case([33, 0, 64, 7, 96], activation, bias=True, dim=64, expert_dim=32, dtype=torch.bfloat16)
@@ -97,7 +114,7 @@ def test_any_loads_in_bf16_match_exact_shapes(counts: list[int]) -> None:
 
 
 def test_gradcheck() -> None:
-    for activation in ("swiglu", "gpt_oss"):
+    for activation in ACTIVATIONS:
         case = make_case([2, 0, 3], activation, bias=True, dim=4, expert_dim=3, tokens=4)
         names = list(case.inputs)
 
@@ -153,10 +170,12 @@ def test_a_bad_row_stays_with_its_expert(bad: float) -> None:
     assert got["w13"][[0, 2]].isfinite().all() and got["y"][:5].isfinite().all()
 
 
-def test_keeps_input_and_pre_activation_only() -> None:
-    """Saved for backward beside the parameters: x, the routing, and R x 2F pre-activations (SonicMoE's 2Td + 4TKn)."""
+@pytest.mark.parametrize(("activation", "matrices"), [("swiglu", 2), ("relu2", 1)])
+def test_keeps_input_and_pre_activation_only(activation: str, matrices: int) -> None:
+    """Saved for backward beside the parameters: x, the routing, and the pre-activations, R x 2F of gated experts
+    (SonicMoE's 2Td + 4TKn bytes), R x F of plain ones."""
     tokens, top_k, dim, expert_dim = 64, 2, 32, 16
-    case = make_case([40, 0, 88], dim=dim, expert_dim=expert_dim, tokens=tokens, dtype=torch.bfloat16)
+    case = make_case([40, 0, 88], activation, dim=dim, expert_dim=expert_dim, tokens=tokens, dtype=torch.bfloat16)
     inputs = {name: t.bfloat16().requires_grad_() for name, t in case.inputs.items()}
     saved: dict[int, Tensor] = {}
 
@@ -165,14 +184,14 @@ def test_keeps_input_and_pre_activation_only() -> None:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        expert_mlp(**inputs, counts=case.counts, index_R=case.index_R, backend="cpu")  # type: ignore[arg-type]
+        call = {**inputs, "counts": case.counts, "index_R": case.index_R, "activation": activation}
+        expert_mlp(**call, backend="cpu")  # type: ignore[arg-type]
     for name in ("w13", "w2", "weight_R"):
         saved.pop(inputs[name].data_ptr())
     assert case.index_R is not None
     saved.pop(case.index_R.data_ptr())
-    assert (
-        sum(t.numel() * t.element_size() for t in saved.values()) == 2 * tokens * dim + 4 * tokens * top_k * expert_dim
-    )
+    kept = sum(t.numel() * t.element_size() for t in saved.values())
+    assert kept == 2 * tokens * dim + 2 * matrices * tokens * top_k * expert_dim
 
 
 def test_matches_a_dense_mlp() -> None:

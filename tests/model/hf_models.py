@@ -70,7 +70,13 @@ ERNIE = {"moe_k": 2, "moe_num_experts": 6, "moe_intermediate_size": 24, "moe_num
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama-tied": ("llama", {"tie_word_embeddings": True, "head_dim": 10}),  # as SmolLM2
-    "llama-biases-llama3": ("llama", {"attention_bias": True, "rope_parameters": LLAMA3}),
+    "llama-biases-llama3-geglu": (
+        "llama",
+        {"attention_bias": True, "rope_parameters": LLAMA3, "hidden_act": "gelu_pytorch_tanh"},
+    ),
+    "gemma": ("gemma", {"head_dim": 10, "num_key_value_heads": 1}),
+    "arcee": ("arcee", {}),
+    "arcee-gelu-yarn": ("arcee", {"hidden_act": "gelu_pytorch_tanh", "rope_parameters": YARN}),
     "mistral": ("mistral", {"sliding_window": 5}),
     "mistral-full": ("mistral", {"sliding_window": None, "head_dim": 10}),
     "qwen2": ("qwen2", {}),
@@ -100,9 +106,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         TOP_2 | {"num_local_experts": 6, "head_dim": 8, "sliding_window": 5, "tie_word_embeddings": True},
     ),
     "qwen3_moe": ("qwen3_moe", MOE | {"head_dim": 10, "norm_topk_prob": True}),
-    "qwen3_moe-dense-layer": (
+    "qwen3_moe-dense-layer-reglu": (
         "qwen3_moe",
-        MOE | {"head_dim": 8, "norm_topk_prob": False, "mlp_only_layers": [1], "attention_bias": True},
+        MOE
+        | {
+            "head_dim": 8,
+            "norm_topk_prob": False,
+            "mlp_only_layers": [1],
+            "attention_bias": True,
+            "hidden_act": "relu",
+        },
     ),
     "olmoe": ("olmoe", TOP_2 | {"num_experts": 6}),
     "olmoe-clip-llama3": (
@@ -126,9 +139,15 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         DEEPSEEK | {"q_lora_rank": None, "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.7}},
     ),
     "glm4_moe": ("glm4_moe", GLM | {"use_qk_norm": True, "attention_bias": True, "routed_scaling_factor": 2.5}),
-    "glm4_moe-whole-heads-groups": (
+    "glm4_moe-whole-heads-groups-geglu": (
         "glm4_moe",
-        GLM | {"n_group": 4, "topk_group": 2, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 1.0}},
+        GLM
+        | {
+            "n_group": 4,
+            "topk_group": 2,
+            "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 1.0},
+            "hidden_act": "gelu_pytorch_tanh",
+        },
     ),
     "ernie4_5_moe": ("ernie4_5_moe", ERNIE),
     "ernie4_5_moe-every-other": (

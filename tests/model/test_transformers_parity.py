@@ -82,6 +82,16 @@ def test_same_logits_gradients_and_choices(name: str, dtype: torch.dtype) -> Non
             assert relative(p.grad, reference) < TOLERANCE[dtype], (fqn, backend)
 
 
+def test_gemma_rounds_in_bfloat16_what_theirs_rounds() -> None:
+    """The factor on the embeddings is rounded, 1 + w is not: the same bits."""
+    theirs = make("gemma", torch.bfloat16)
+    ours = build(family_named("gemma").from_hf_config(theirs.config.to_dict()), torch.bfloat16)
+    load_hf(ours, theirs.state_dict())
+    x = theirs.model.embed_tokens(tokens())
+    assert torch.equal(ours.embedded(tokens()), x)
+    assert torch.equal(ours.norm(x), theirs.model.norm(x))
+
+
 def gradients_of(model: nn.Module) -> dict[str, Tensor]:
     """For each tensor of the state: its gradient, or zeros for one that has none (a bias for choosing experts)."""
     grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}

@@ -38,7 +38,7 @@ def one_expert_in_many_orders(folder: Path) -> Model:
     return replace(parent, source=Held(mixed))
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "qwen3_moe-dense-layer", "olmoe", "gpt_oss"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "qwen3_moe-dense-layer-reglu", "olmoe", "gpt_oss"])
 def test_usage_is_what_transformers_counts(name: str, tmp_path: Path) -> None:
     folder = saved(name, tmp_path / "moe")
 

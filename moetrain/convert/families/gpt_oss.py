@@ -38,6 +38,7 @@ class GptOss(Family):
         "router.logits_bias": True,
     }
     fixed: ClassVar = {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}
+    activations: ClassVar = {"silu": "swiglu"}  # which no part of the class has
     rules = (
         *TRUNK,
         *GQA,

@@ -7,6 +7,7 @@ width, F expert width, E experts, K experts of a token, H heads, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,16 +39,47 @@ def window_of(m: dict[str, Any], layer: int) -> int | None:
     return m["attention"]["sliding_window"] if layers is None or layer in layers else None
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight."""
+def gelu(x: Tensor) -> Tensor:
+    """Its tanh approximation."""
+    return F.gelu(x, approximate="tanh")
 
-    def __init__(self, dim: int, eps: float) -> None:
+
+def gpt_oss(gate: Tensor, up: Tensor) -> Tensor:
+    """Clamped SwiGLU (arXiv 2508.10925)."""
+    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+
+
+# of gate and up, or of up alone
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
+    "swiglu": lambda gate, up: F.silu(gate) * up,
+    "geglu": lambda gate, up: gelu(gate) * up,
+    "reglu": lambda gate, up: F.relu(gate) * up,
+    "gpt_oss": gpt_oss,
+    "gelu": gelu,
+    "relu2": lambda up: F.relu(up).square(),
+}
+
+
+def is_gated(activation: str) -> bool:
+    """Whether an MLP with it has a gate."""
+    return activation not in ("gelu", "relu2")
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * (offset + weight)."""
+
+    def __init__(self, dim: int, eps: float, offset: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.full((dim,), 1.0 - offset))
+        self.eps, self.offset = eps, offset
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        if self.offset == 0:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weight = self.weight.to(wide) + self.offset
+        return F.rms_norm(x.to(wide), weight.shape, weight, self.eps).to(x.dtype)
 
 
 def mscale(factor: float, strength: float = 1.0) -> float:
@@ -132,7 +164,7 @@ class GroupedQueryAttention(nn.Module):
 
     def __init__(self, m: dict[str, Any]) -> None:
         super().__init__()
-        a, eps = m["attention"], m["norm_eps"]
+        a, eps, offset = m["attention"], m["norm_eps"], m["norm_offset"]
         self.a = a
         q_dim, kv_dim = a["n_heads"] * a["head_dim"], a["n_kv_heads"] * a["head_dim"]
         self.wq = nn.Linear(m["dim"], q_dim, bias=a["qkv_bias"])
@@ -141,8 +173,8 @@ class GroupedQueryAttention(nn.Module):
         self.wo = nn.Linear(q_dim, m["dim"], bias=a["out_bias"])
         if a["qk_norm"] != "none":
             by_head = a["qk_norm"] == "head"
-            self.q_norm = RMSNorm(a["head_dim"] if by_head else q_dim, eps)
-            self.k_norm = RMSNorm(a["head_dim"] if by_head else kv_dim, eps)
+            self.q_norm = RMSNorm(a["head_dim"] if by_head else q_dim, eps, offset)
+            self.k_norm = RMSNorm(a["head_dim"] if by_head else kv_dim, eps, offset)
         self.sinks = nn.Parameter(torch.zeros(a["n_heads"])) if a["sinks"] else None
 
     def forward(self, x_BSD: Tensor, places: Places, window: int | None) -> Tensor:
@@ -175,10 +207,10 @@ class LatentAttention(nn.Module):
             self.wq = nn.Linear(dim, heads * qk_dim, bias=False)
         else:
             self.wq_a = nn.Linear(dim, a["q_lora_rank"], bias=False)
-            self.q_norm = RMSNorm(a["q_lora_rank"], LATENT_EPS)
+            self.q_norm = RMSNorm(a["q_lora_rank"], LATENT_EPS, m["norm_offset"])
             self.wq_b = nn.Linear(a["q_lora_rank"], heads * qk_dim, bias=False)
         self.wkv_a = nn.Linear(dim, a["kv_lora_rank"] + a["qk_rope_head_dim"], bias=False)
-        self.kv_norm = RMSNorm(a["kv_lora_rank"], LATENT_EPS)
+        self.kv_norm = RMSNorm(a["kv_lora_rank"], LATENT_EPS, m["norm_offset"])
         self.wkv_b = nn.Linear(a["kv_lora_rank"], heads * (a["qk_nope_head_dim"] + a["v_head_dim"]), bias=False)
         self.wo = nn.Linear(heads * a["v_head_dim"], dim, bias=False)
 
@@ -195,17 +227,18 @@ class LatentAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU; with ``gated`` the output is scaled by the sigmoid of a learned gate."""
+    """With or without a gate inside; with ``scaled`` the output is scaled by the sigmoid of a learned gate."""
 
-    def __init__(self, dim: int, inner: int, gated: bool = False) -> None:
+    def __init__(self, m: dict[str, Any], inner: int, scaled: bool = False) -> None:
         super().__init__()
-        self.w_gate = nn.Linear(dim, inner, bias=False)
-        self.w_up = nn.Linear(dim, inner, bias=False)
-        self.w_down = nn.Linear(inner, dim, bias=False)
-        self.gate = nn.Linear(dim, 1, bias=False) if gated else None
+        self.activation = ACTIVATIONS[m["activation"]]
+        self.w_gate = nn.Linear(m["dim"], inner, bias=False) if is_gated(m["activation"]) else None
+        self.w_up = nn.Linear(m["dim"], inner, bias=False)
+        self.w_down = nn.Linear(inner, m["dim"], bias=False)
+        self.gate = nn.Linear(m["dim"], 1, bias=False) if scaled else None
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.w_down(F.silu(self.w_gate(x)) * self.w_up(x))
+        out = self.w_down(self.activation(*[w(x) for w in (self.w_gate, self.w_up) if w is not None]))
         return out if self.gate is None else self.gate(x).sigmoid() * out
 
 
@@ -244,15 +277,16 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """w13 (E, 2, F, D): the gate's weights, then up's. w2 (E, D, F)."""
+    """w13 (E, n, F, D): the gate's weights, then up's, or up's alone. w2 (E, D, F)."""
 
     def __init__(self, m: dict[str, Any], layer: int) -> None:
         super().__init__()
         E, inner, D = at(m["moe"]["num_experts"], layer), at(m["moe"]["expert_dim"], layer), m["dim"]
-        self.activation = m["moe"]["activation"]
-        self.w13 = nn.Parameter(torch.zeros(E, 2, inner, D))
+        self.activation = ACTIVATIONS[m["moe"]["activation"]]
+        self.n = 2 if is_gated(m["moe"]["activation"]) else 1
+        self.w13 = nn.Parameter(torch.zeros(E, self.n, inner, D))
         self.w2 = nn.Parameter(torch.zeros(E, D, inner))
-        self.b13 = nn.Parameter(torch.zeros(E, 2, inner)) if m["moe"]["bias"] else None
+        self.b13 = nn.Parameter(torch.zeros(E, self.n, inner)) if m["moe"]["bias"] else None
         self.b2 = nn.Parameter(torch.zeros(E, D)) if m["moe"]["bias"] else None
 
     def forward(self, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
@@ -260,12 +294,7 @@ class Experts(nn.Module):
         for e in ids_TK.unique().tolist():
             token, place = (ids_TK == e).nonzero(as_tuple=True)
             b13, b2 = (None if b is None else b[e].flatten() for b in (self.b13, self.b2))
-            gate, up = F.linear(x_TD[token], self.w13[e].flatten(0, 1), b13).chunk(2, -1)
-            if self.activation == "gpt_oss":
-                gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
-                inner = gate * torch.sigmoid(1.702 * gate) * (up + 1)
-            else:
-                inner = F.silu(gate) * up
+            inner = self.activation(*F.linear(x_TD[token], self.w13[e].flatten(0, 1), b13).chunk(self.n, -1))
             rows = F.linear(inner, self.w2[e], b2) * weights_TK[token, place, None].to(x_TD.dtype)
             out_TD.index_add_(0, token, rows)
         return out_TD
@@ -278,7 +307,7 @@ class MoE(nn.Module):
         super().__init__()
         shared = at(m["moe"]["shared_dim"], layer)
         self.router, self.experts = Router(m, layer), Experts(m, layer)
-        self.shared = MLP(m["dim"], shared, m["moe"]["shared_gate"]) if shared else None
+        self.shared = MLP(m, shared, m["moe"]["shared_gate"]) if shared else None
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         x_TD = x_BSD.flatten(0, 1)
@@ -293,10 +322,10 @@ class Block(nn.Module):
         super().__init__()
         self.window = window_of(m, layer)
         self.post, self.multiplier = m["norm_place"] == "post", m["residual_multiplier"]
-        self.attention_norm = RMSNorm(m["dim"], m["norm_eps"])
+        self.attention_norm = RMSNorm(m["dim"], m["norm_eps"], m["norm_offset"])
         self.attention = LatentAttention(m) if m["attention"]["kind"] == "mla" else GroupedQueryAttention(m)
-        self.mlp_norm = RMSNorm(m["dim"], m["norm_eps"])
-        self.mlp = None if is_moe(m, layer) else MLP(m["dim"], m["dense_dim"])
+        self.mlp_norm = RMSNorm(m["dim"], m["norm_eps"], m["norm_offset"])
+        self.mlp = None if is_moe(m, layer) else MLP(m, m["dense_dim"])
         self.moe = MoE(m, layer) if is_moe(m, layer) else None
 
     def forward(self, x_BSD: Tensor, places: Places) -> Tensor:
@@ -321,7 +350,7 @@ class MoetrainForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         m = config.moetrain
         self.embed = nn.Embedding(m["vocab_size"], m["dim"])
         self.layers = nn.ModuleList([Block(m, layer) for layer in range(m["n_layers"])])
-        self.norm = RMSNorm(m["dim"], m["norm_eps"])
+        self.norm = RMSNorm(m["dim"], m["norm_eps"], m["norm_offset"])
         self.head = None if m["tie_embeddings"] else nn.Linear(m["dim"], m["vocab_size"], bias=False)
         self.post_init()
 
@@ -358,7 +387,8 @@ class MoetrainForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             if seen_BS is not None:
                 position_ids = (seen_BS.long().cumsum(-1) - 1).clamp(min=0)
         m = self.config.moetrain
-        x_BSD = self.embed(input_ids) * m["embedding_multiplier"]
+        x_BSD = self.embed(input_ids)
+        x_BSD = x_BSD * x_BSD.new_tensor(m["embedding_multiplier"])  # rounded to its dtype
         places = Places(m, position_ids, seen_BS, x_BSD.dtype)
         for block in self.layers:
             x_BSD = block(x_BSD, places)

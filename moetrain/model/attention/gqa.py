@@ -35,8 +35,8 @@ class GroupedQueryAttention(nn.Module):
         self.wv = Linear(cfg.dim, kv_dim, bias=a.qkv_bias)
         self.wo = Linear(q_dim, cfg.dim, bias=a.out_bias)
         if a.qk_norm != "none":
-            self.q_norm = RMSNorm(a.head_dim if a.qk_norm == "head" else q_dim, cfg.norm_eps)
-            self.k_norm = RMSNorm(a.head_dim if a.qk_norm == "head" else kv_dim, cfg.norm_eps)
+            self.q_norm = RMSNorm(a.head_dim if a.qk_norm == "head" else q_dim, cfg.norm_eps, cfg.norm_offset)
+            self.k_norm = RMSNorm(a.head_dim if a.qk_norm == "head" else kv_dim, cfg.norm_eps, cfg.norm_offset)
         self.sinks = nn.Parameter(torch.empty(a.n_heads)) if a.sinks else None
 
     def forward(self, x_BSD: Tensor, places: Places, window: int | None) -> Tensor:

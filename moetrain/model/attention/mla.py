@@ -40,11 +40,11 @@ class MultiHeadLatentAttention(nn.Module):
             self.wq = Linear(cfg.dim, a.n_heads * qk_dim, bias=False)
         else:
             self.wq_a = Linear(cfg.dim, a.q_lora_rank, bias=False)
-            self.q_norm = RMSNorm(a.q_lora_rank, LATENT_EPS)
+            self.q_norm = RMSNorm(a.q_lora_rank, LATENT_EPS, cfg.norm_offset)
             self.wq_b = Linear(a.q_lora_rank, a.n_heads * qk_dim, bias=False)
         self.has_q_latent = a.q_lora_rank is not None
         self.wkv_a = Linear(cfg.dim, a.kv_lora_rank + self.rope_dim, bias=False)
-        self.kv_norm = RMSNorm(a.kv_lora_rank, LATENT_EPS)
+        self.kv_norm = RMSNorm(a.kv_lora_rank, LATENT_EPS, cfg.norm_offset)
         self.wkv_b = Linear(a.kv_lora_rank, a.n_heads * (self.nope_dim + self.v_dim), bias=False)
         self.wo = Linear(a.n_heads * self.v_dim, cfg.dim, bias=False)
 

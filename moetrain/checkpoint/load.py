@@ -125,12 +125,17 @@ def _refuse_other_model(path: Path, target: dict[str, Any], metadata: Metadata, 
     for section, values in target.items():
         flat |= {f"{section}.{key}": v for key, v in values.items()} if isinstance(values, dict) else {section: values}
     problems = [p for p in (_difference(key, value, saved.get(key)) for key, value in flat.items()) if p]
-    # What no rank asks for: stages of a pipeline each have part of the names.
+    # What no rank asks for: stages of a pipeline each have part of the names. A parameter that is frozen here has no
+    # state in the optimizer, whatever the checkpoint has of it.
     names = sorted(key for key in saved if key.split(".")[0] in target)
-    claimed = torch.tensor([key in flat for key in names], dtype=torch.uint8)
+    trained = {key.rpartition(".")[0] for key in flat if key.startswith("optim.")}
+    frozen = [key.startswith("optim.") and key.rpartition(".")[0] not in trained for key in names]
+    claimed = torch.tensor([[key in flat for key in names], [not f for f in frozen]], dtype=torch.uint8)
     if not ranks.alone and names:
         dist.all_reduce(claimed, op=dist.ReduceOp.MAX)
-    problems += [f"{key} is not in this model" for key, c in zip(names, claimed.tolist(), strict=True) if not c]
+    problems += [
+        f"{key} is not in this model" for key, asked, used in zip(names, *claimed.tolist(), strict=True) if used > asked
+    ]
     everywhere = list(dict.fromkeys(p for found in ranks.gather(problems[: SHOWN + 1]) for p in found))
     if everywhere:
         more = "; and more" if len(everywhere) > SHOWN else ""

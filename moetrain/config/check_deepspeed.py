@@ -43,6 +43,11 @@ def check_deepspeed(cfg: Config, sizes: Sizes) -> None:
             "parallel.reshard_after_forward is for parallel.engine=torch; with deepspeed parallel.zero says what is "
             f"sharded when; set parallel.reshard_after_forward=null, {TORCH}"
         )
+    if cfg.train.freeze:
+        raise ConfigError(
+            f"train.freeze={cfg.train.freeze}: parallel.engine=deepspeed trains every parameter, for the shards of "
+            f"ZeRO's optimizer are what its weights are saved from; set train.freeze=[], {TORCH}"
+        )
     if cfg.train.compile:
         raise ConfigError(f"train.compile=true is for parallel.engine=torch; set train.compile=false, {TORCH}")
     _check_installed()

@@ -256,6 +256,10 @@ class TrainConfig:
     )
     compile: bool = Field(default=False, description="torch.compile the dense parts of each block")
     deterministic: bool = Field(default=True, description="deterministic algorithms only")
+    freeze: list[str] = Field(
+        default_factory=list,
+        description="parameters that are not trained, as patterns of their names: [layers.*.moe.shared.*]",
+    )
     clip_norm: float = Field(default=1.0, ge=0, description="largest gradient norm of the whole model; 0: no clipping")
     eval_every: NonNegative = Field(default=0, description="steps between evaluations; 0: only at the end")
     eval_sequences: NonNegative = Field(default=0, description="held-out sequences per domain and evaluation; 0: all")

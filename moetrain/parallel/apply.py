@@ -18,6 +18,7 @@ from moetrain.moe.dispatch import Dispatcher, build_dispatcher
 from moetrain.moe.experts import Experts
 from moetrain.moe.layer import MoELayer
 from moetrain.parallel import context, tensor
+from moetrain.parallel.freeze import freeze
 from moetrain.parallel.fsdp import shard
 from moetrain.parallel.mesh import ParallelDims
 from moetrain.parallel.pipeline import Pipeline, StagePart
@@ -80,7 +81,7 @@ def weight_dtype(cfg: Config) -> torch.dtype:
 def parallelize(model: Decoder, cfg: Config, dims: ParallelDims) -> None:
     """Make ``model`` (on the meta device) parallel in place."""
     spread(model, cfg, dims)
-    # 6. FSDP last: it takes the parameters over, whatever they have become.
+    # 7. FSDP last: it takes the parameters over, whatever they have become.
     options = cfg.parallel
     shard(
         model, dims.fsdp_mesh, dims.experts["edp"], cfg.train.precision,
@@ -113,6 +114,8 @@ def spread(model: Decoder, cfg: Config, dims: ParallelDims) -> None:
         # 5. Compile: attention and norms only; the routed part has data-dependent shapes.
         if cfg.train.compile:
             block.compile_dense()
+    # 6. Freeze: once parameters are what they will be, and before FSDP, which asks each whether it is trained.
+    freeze(model, cfg.train.freeze)
 
 
 def _split_experts(layer: MoELayer, cfg: Config, dims: ParallelDims, dispatchers: dict[int, Dispatcher[Any]]) -> None:

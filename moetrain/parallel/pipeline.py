@@ -147,6 +147,8 @@ class Pipeline:
 
     def gradients_in_place(self) -> None:
         for theirs, mine in self._tied():
+            if not all(p.requires_grad for p in (theirs, mine) if p is not None):
+                continue
             grads = [None if p is None or p.grad is None else _local(p.grad) for p in (theirs, mine)]
             received = self._pass_on(grads[0], None if mine is None else torch.empty_like(_local(mine)), from_last=True)
             if mine is not None and received is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from moetrain.moe.layer import MoELayer
 from moetrain.optim import build_optimizer
 from moetrain.parallel import tensor
 from moetrain.parallel.apply import weight_dtype
+from moetrain.parallel.freeze import frozen_sizes
 from moetrain.parallel.mesh import ParallelDims
 from moetrain.parallel.pipeline import Held
 from moetrain.parallel.stages import Stage, all_stages
@@ -94,12 +96,13 @@ def dry_run(cfg: Config, sizes: Sizes) -> list[RankFigures]:
 
 @dataclass(frozen=True)
 class _Held:
-    """A rank's stages under FSDP. parameters: of the whole stages. sent: by the optimizer's step and the sum of
-    copies before it. loads: MoE layers' numbers of experts."""
+    """A rank's stages under FSDP. parameters: of the whole stages. gradients: of weights that are trained. sent: by the
+    optimizer's step and the sum of copies before it. loads: MoE layers' numbers of experts."""
 
     shards: list[Shards]
     parameters: int
     weights: int
+    gradients: int
     state: int
     sent: dict[str, Traffic]
     loads: list[int]
@@ -111,6 +114,7 @@ class _Dry:
     def __init__(self, cfg: Config, dims: ParallelDims, meter: Meter, balancer: Balancer, device: str) -> None:
         self.cfg, self.dims, self.meter, self.balancer, self.device = cfg, dims, meter, balancer, device
         self.stages = all_stages(cfg, dims.sizes)
+        self.frozen = frozen_sizes(cfg, dims.sizes)
         self.runs: dict[Any, StageRun] = {}
         self.held: dict[Any, _Held] = {}
 
@@ -142,24 +146,29 @@ class _Dry:
             layers=[layer for stage in mine for layer in stage.layers],
             parameters=held.parameters,
             weights=held.weights,
-            gradients=held.weights,
+            gradients=held.gradients,
             optimizer=held.state,
             activations=most_kept(order, {i: run.kept for i, run in runs.items()}),
             working=max(run.working for run in runs.values()),
             gathered=gathers.most,
             unreduced=whole_gradients(sizes, n, units),
-            host={"none": 0, "optimizer": held.state, "all": 2 * held.weights + held.state}[cfg.parallel.offload],
+            host={"none": 0, "optimizer": held.state, "all": held.weights + held.gradients + held.state}[
+                cfg.parallel.offload
+            ],
             traffic={name: sent for name, sent in traffic.items() if sent.calls},
         )
 
+    def _kind(self, stage: Stage) -> Any:
+        return kind_of(self.cfg.model, stage, self.frozen)
+
     def _run(self, stage: Stage) -> StageRun:
-        key = kind_of(self.cfg.model, stage)
+        key = self._kind(stage)
         if key not in self.runs:
             self.runs[key] = run_stage(self.cfg, self.dims, self.meter, stage, self.balancer, self.device)
         return self.runs[key]
 
     def _hold(self, mine: list[Stage]) -> _Held:
-        key = tuple(kind_of(self.cfg.model, stage) for stage in mine)
+        key = tuple(self._kind(stage) for stage in mine)
         if key not in self.held:
             shards = [shard_stage(self.cfg, self.dims, stage) for stage in mine]
             model = Held([s.part for s in shards])
@@ -170,6 +179,7 @@ class _Dry:
                 shards,
                 parameters=sum(p.numel() for p in model.parameters()),
                 weights=sum(local_of(w).nbytes for w in weights),
+                gradients=sum(local_of(w).nbytes for w in weights if w.requires_grad),
                 state=sum(local_of(v).nbytes for v in state),
                 sent=sent,
                 loads=[layer.router.n_experts for layer in model.modules() if isinstance(layer, MoELayer)],  # type: ignore[misc]
@@ -177,11 +187,13 @@ class _Dry:
         return self.held[key]
 
 
-def kind_of(model: ModelConfig, stage: Stage) -> Any:
-    """Equal for stages that differ in their names only."""
+def kind_of(model: ModelConfig, stage: Stage, frozen: Iterable[str]) -> Any:
+    """Equal for stages that differ in their names only. frozen: parameters that are not trained."""
     per_layer = [value for value in vars(model.moe).values() if isinstance(value, list)]
     layers = [(window_of(model, i), model.is_moe(i), *(value[i] for value in per_layer)) for i in stage.layers]
-    return stage.first, stage.last, tuple(layers)
+    parts = [name.split(".", 2) for name in frozen if name.startswith("layers.")]
+    held = [{rest for _, layer, rest in parts if int(layer) == i} for i in stage.layers]
+    return stage.first, stage.last, tuple(layers), tuple(map(frozenset, held))
 
 
 def passed(cfg: Config, sizes: Sizes, rank: int, mine: list[Stage], n: int) -> Traffic:
@@ -206,7 +218,7 @@ def passed(cfg: Config, sizes: Sizes, rank: int, mine: list[Stage], n: int) -> T
 def _update(cfg: Config, dims: ParallelDims, meter: Meter, model: nn.Module) -> tuple[list[Tensor], dict[str, Traffic]]:
     """(the optimizer's state, what its step and the sum of copies before it send): by running both."""
     for p in model.parameters():
-        p.grad = torch.empty_like(p)
+        p.grad = torch.empty_like(p) if p.requires_grad else None
     optimizer = build_optimizer(cfg.optim, model)
     with meter.measure() as traffic:
         if dims.sizes.tp > 1:

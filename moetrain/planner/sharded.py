@@ -76,10 +76,11 @@ def _unit(cfg: Config, module: nn.Module, mesh: str, ranks: int, block: int | No
     taken |= own
     # This rank is the first of its group, and the first shard is never smaller than another: what it lacks is padding.
     numel = sum(local_of(p).numel() for p in own)
+    trained = sum(local_of(p).numel() for p in own if p.requires_grad)
     dtype = compute_dtype(cfg)
     reduced = torch.promote_types(dtype, torch.float32)
     return Unit(
-        mesh, ranks, block, numel * dtype.itemsize, numel * ranks * dtype.itemsize, numel * ranks * reduced.itemsize
+        mesh, ranks, block, numel * dtype.itemsize, numel * ranks * dtype.itemsize, trained * ranks * reduced.itemsize
     )
 
 
@@ -146,7 +147,7 @@ def reductions(cfg: Config, sizes: Sizes, units: Sequence[Unit]) -> dict[str, Tr
     """What reducing the gradients of ``units`` sends, once per step, by mesh."""
     found = {name: Traffic() for name in ("fsdp", "edp", "dp_replicate")}
     replicas = sizes.dp_replicate
-    for unit in units:
+    for unit in (unit for unit in units if unit.gradient):
         if unit.ranks > 1:
             found[unit.mesh].add("reduce_scatter", unit.gradient * (unit.ranks - 1) / unit.ranks)
         if unit.mesh == "fsdp" and replicas > 1:

@@ -55,7 +55,7 @@ def run_stage(cfg: Config, dims: ParallelDims, meter: Meter, stage: Stage, balan
         if isinstance(experts, Experts):
             experts.backend = _kernels(cfg, device, experts)
     kept, live = _Kept(part), Live(part)
-    for p in part.parameters():
+    for p in (p for p in part.parameters() if p.requires_grad):
         p.register_post_accumulate_grad_hook(_forget)
     with (
         meter.measure() as traffic,
@@ -128,7 +128,7 @@ def _in_compute_dtype(part: StagePart, cfg: Config, dims: ParallelDims) -> None:
     for module in part.modules():
         for name, p in list(module.named_parameters(recurse=False)):
             if p not in alone and p.dtype != dtype:
-                module.register_parameter(name, nn.Parameter(p.detach().to(dtype)))
+                module.register_parameter(name, nn.Parameter(p.detach().to(dtype), p.requires_grad))
 
 
 def _inputs(cfg: Config, dims: ParallelDims, stage: Stage, part: StagePart) -> tuple[list[Tensor], dict[str, Any]]:

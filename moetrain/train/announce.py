@@ -12,6 +12,7 @@ from moetrain.config.errors import ConfigError
 from moetrain.config.schema import Config
 from moetrain.data.forecast import describe, warnings
 from moetrain.data.packing import padding
+from moetrain.parallel.freeze import frozen_sizes
 from moetrain.parallel.stages import all_stages
 from moetrain.train.trainer import Trainer
 
@@ -34,6 +35,10 @@ def announce(trainer: Trainer) -> None:
         held = " | ".join(f"{stage.layers.start}-{stage.layers.stop - 1}" for stage in stages)
         log.info("pipeline   %s, %d stages of layers %s", cfg.parallel.schedule, len(stages), held)
     log.info("model      %s: %s parameters, %s active per token", cfg.model.name, short(n.total), short(n.active))
+    if cfg.train.freeze:
+        trained = n.total - sum(frozen_sizes(cfg, s).values())
+        log.info("frozen     %s: %s of %s parameters are trained", ", ".join(cfg.train.freeze), short(trained),
+                 short(n.total))  # fmt: skip
     if cfg.model.moe_layers():
         log.info("experts    kernels %s: %s", *kernels(cfg, trainer.device))
     log.info("memory     per rank: weights, gradients and optimizer %.2f GiB, activations about %.2f GiB",
@@ -77,11 +82,12 @@ def kernels(cfg: Config, device: torch.device) -> tuple[str, str]:
 
 
 def state_gib(trainer: Trainer) -> float:
-    """GiB that this rank's shards take: weights, gradients and two optimizer moments, each as wide as the weight."""
+    """GiB that this rank's shards take: weights and, of trained ones, gradients and two optimizer moments, each as wide
+    as the weight."""
     total = 0
     for p in trainer.engine.model.parameters():
         local = p.to_local() if isinstance(p, DTensor) else p
-        total += 4 * local.numel() * local.element_size()
+        total += (4 if p.requires_grad else 1) * local.numel() * local.element_size()
     return total / 2**30
 
 

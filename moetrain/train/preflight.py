@@ -5,7 +5,10 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
+import torch.distributed as dist
+
 from moetrain.checkpoint.layout import steps
+from moetrain.config.check import resolve_sizes
 from moetrain.config.errors import CheckpointError, DataError
 from moetrain.config.schema import Config
 from moetrain.convert.family import family_of
@@ -17,6 +20,7 @@ from moetrain.data.packing import pack
 from moetrain.data.position import refuse_other_order, saved_position
 from moetrain.data.sampler import Sampler
 from moetrain.mixture.online import build_mixer
+from moetrain.parallel.freeze import frozen_sizes
 
 
 def preflight(cfg: Config, resume: bool = False) -> None:
@@ -36,6 +40,8 @@ def preflight(cfg: Config, resume: bool = False) -> None:
             "max_epochs, give more text, or set data.exhausted=repeat"
         )
     build_mixer(cfg, sampler)
+    world = dist.get_world_size() if dist.is_initialized() else cfg.launch.ranks
+    frozen_sizes(cfg, resolve_sizes(cfg.parallel, world))
     if cfg.export.at_end:
         family_of(cfg.model)
     if cfg.init is not None and not (resume and steps(Path(cfg.run_dir) / "checkpoints")):

@@ -178,6 +178,7 @@ def test_a_bad_step_leaves_everything_alone(prepared: Path, zero: int, precision
         (["optim=muon"], 1, "optim=muon"),
         (["train.precision=float64"], 1, "train.precision=float64"),
         (["train.compile=true"], 1, "train.compile=true"),
+        (["train.freeze=[embed.*]"], 1, "parallel.engine=deepspeed trains every parameter"),
         (["parallel.offload=all"], 1, "parallel.zero=3"),
         (["parallel.nvme=/disk", "parallel.offload=optimizer", "parallel.zero=2"], 1, "parallel.nvme=/disk"),
         (["parallel.nvme=/disk", "parallel.zero=3"], 1, "parallel.offload=none"),

@@ -110,10 +110,12 @@ def real_step(cfg: Config, names: list[str]) -> dict[str, Any]:
     engine.train_step(batches, 0, 1.0)  # in the first, stages of a pipeline also agree on how they will talk
     with counting() as counts:
         engine.train_step(batches, 1, 1.0)
+    weights = {p for part in getattr(engine.runner, "parts", [engine.model]) for p in part.parameters()}
     return {
         "counts": counts,
         "ranks": {name: ranks_of(dims, name) for name in names},
-        "weights": size_of({p for part in getattr(engine.runner, "parts", [engine.model]) for p in part.parameters()}),
+        "weights": size_of(weights),
+        "gradients": size_of(p for p in weights if p.requires_grad),
         "optimizer": size_of(
             v for s in engine.optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)
         ),

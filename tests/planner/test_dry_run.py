@@ -80,6 +80,8 @@ def test_activations_are_those_of_a_real_micro_batch(tmp_path: Path, world: int,
         (4, "parallel.pp=2 train.micro_batch=1 model.tie_embeddings=true model.n_layers=3"),
         (4, "parallel.pp=2 parallel.schedule=zbv_zero_bubble train.micro_batch=1 model.n_layers=4 parallel.ep=2"),
         (2, "parallel.pp=2 parallel.schedule=interleaved_1f1b train.micro_batch=1 model.n_layers=4"),
+        (4, "train.freeze=[layers.*.moe.shared.*,*.attention.*] parallel.ep=2 train.micro_batch=1"),
+        (4, "train.freeze=[*.experts.*,layers.3.*] parallel.pp=2 parallel.tp=2 train.micro_batch=1 optim=muon"),
     ],
 )
 def test_holds_and_sends_what_real_ranks_do(tmp_path: Path, world: int, words: str) -> None:
@@ -92,7 +94,7 @@ def test_holds_and_sends_what_real_ranks_do(tmp_path: Path, world: int, words: s
     for f in figures:
         real = ranks[f.pp_rank * world // sizes.pp]
         assert by_ranks(f.traffic, real["ranks"]) == real["counts"]
-        assert (f.weights, f.gradients, f.optimizer) == (real["weights"], real["weights"], real["optimizer"])
+        assert (f.weights, f.gradients, f.optimizer) == (real["weights"], real["gradients"], real["optimizer"])
     total = sum(f.parameters for f in figures)
     assert total == count_parameters(cfg.model).total
     if sizes.tp * sizes.dp_replicate == 1 and not cfg.model.tie_embeddings:  # nothing has a copy

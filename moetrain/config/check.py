@@ -20,6 +20,7 @@ def check_config(cfg: Config) -> None:
     """Every check that needs no number of ranks. Raises ConfigError for the first rule that is broken."""
     _check_attention(cfg.model)
     _check_rope(cfg.model)
+    _check_block(cfg.model)
     _check_moe(cfg.model)
     train, model, tokenizer = cfg.train, cfg.model, cfg.data.tokenizer
     if train.seq_len > model.max_seq_len:
@@ -76,6 +77,13 @@ def _check_rope(model: ModelConfig) -> None:
     rope = model.rope
     if rope.scaling in ("llama3", "yarn") and rope.original_max_seq_len < 1:
         raise ConfigError(f"model.rope.scaling={rope.scaling} needs model.rope.original_max_seq_len")
+
+
+def _check_block(model: ModelConfig) -> None:
+    if model.parallel_block and model.norm_place == "post":
+        raise ConfigError(
+            "model.parallel_block=true needs model.norm_place=pre: attention and MLP read the same input through norms"
+        )
 
 
 def _check_moe(model: ModelConfig) -> None:

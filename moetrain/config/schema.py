@@ -135,6 +135,9 @@ class ModelConfig:
     norm_place: Literal["pre", "post"] = Field(
         default="pre", description="where a block's norms are: before attention and MLP, or after them (OLMo 2)"
     )
+    parallel_block: bool = Field(
+        default=False, description="MLP or experts read the input of attention instead of its output (GPT-NeoX)"
+    )
     embedding_multiplier: float = Field(default=1.0, gt=0, description="factor on the embeddings (Granite, Gemma)")
     residual_multiplier: float = Field(
         default=1.0, gt=0, description="factor on what attention and MLP add to the residual stream (Granite)"

@@ -11,7 +11,8 @@ from moetrain.model.attention import window_of
 from moetrain.moe.options import as_options
 
 TRUNK = (
-    *("vocab_size", "dim", "n_layers", "max_seq_len", "norm_eps", "norm_offset", "norm_place", "tie_embeddings"),
+    *("vocab_size", "dim", "n_layers", "max_seq_len", "norm_eps", "norm_offset", "norm_place", "parallel_block"),
+    "tie_embeddings",
     *("embedding_multiplier", "residual_multiplier", "logits_divisor"),
 )
 GQA = ("n_kv_heads", "head_dim", "qkv_bias", "out_bias", "qk_norm", "clip_qkv", "sinks")

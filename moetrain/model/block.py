@@ -24,6 +24,8 @@ class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)). Dense layers have ``mlp``, MoE layers ``moe``; the other is None.
 
     With ``norm_place=post`` x + norm(attention(x)) and x + norm(mlp(x)): OLMo 2 (arXiv 2501.00656, section 3.1).
+    With ``parallel_block`` x + attention(norm(x)) + mlp(norm(x)), each with a norm of its own: GPT-NeoX (arXiv
+    2204.06745, section 2.1). PaLM's single norm (arXiv 2204.02311) is the case of two equal ones.
     What is added to x may have a factor (``residual_multiplier``: Granite).
 
     ``recompute`` says what backward computes again: nothing, the inner activations of experts and MLPs ("selective": no
@@ -36,6 +38,7 @@ class Block(nn.Module):
         self.layer = layer
         self.window = window_of(cfg, layer)
         self.post_norm = cfg.norm_place == "post"
+        self.parallel = cfg.parallel_block
         self.multiplier = cfg.residual_multiplier
         self.attention_norm = RMSNorm(cfg.dim, cfg.norm_eps, cfg.norm_offset)
         self.attention = build_attention(cfg)
@@ -79,8 +82,8 @@ class Block(nn.Module):
     def attend(self, x: Tensor, places: Places) -> tuple[Tensor, Tensor]:
         """x_BSD -> (x + attention, the MLP's input): all of the block that has fixed shapes."""
         out = self.attention(self._input(x, self.attention_norm), places, self.window)
-        x = self._add(x, out, self.attention_norm)
-        return x, self._input(x, self.mlp_norm)
+        y = self._add(x, out, self.attention_norm)
+        return y, self._input(x if self.parallel else y, self.mlp_norm)
 
     def _input(self, x: Tensor, norm: RMSNorm) -> Tensor:
         return x if self.post_norm else norm(x)

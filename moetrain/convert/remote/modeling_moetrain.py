@@ -316,12 +316,14 @@ class MoE(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); or with each norm after what it is before here."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); or with each norm after what it is before here; or, parallel,
+    x + attention(norm(x)) + mlp(norm(x))."""
 
     def __init__(self, m: dict[str, Any], layer: int) -> None:
         super().__init__()
         self.window = window_of(m, layer)
         self.post, self.multiplier = m["norm_place"] == "post", m["residual_multiplier"]
+        self.parallel = m["parallel_block"]
         self.attention_norm = RMSNorm(m["dim"], m["norm_eps"], m["norm_offset"])
         self.attention = LatentAttention(m) if m["attention"]["kind"] == "mla" else GroupedQueryAttention(m)
         self.mlp_norm = RMSNorm(m["dim"], m["norm_eps"], m["norm_offset"])
@@ -334,8 +336,8 @@ class Block(nn.Module):
         if self.post:
             x_BSD = x_BSD + self.attention_norm(self.attention(x_BSD, places, self.window)) * self.multiplier
             return x_BSD + self.mlp_norm(mlp(x_BSD)) * self.multiplier
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), places, self.window) * self.multiplier
-        return x_BSD + mlp(self.mlp_norm(x_BSD)) * self.multiplier
+        y_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), places, self.window) * self.multiplier
+        return y_BSD + mlp(self.mlp_norm(x_BSD if self.parallel else y_BSD)) * self.multiplier
 
 
 class MoetrainForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 import torch
-from moe_kernels import choose_backend
+from moe_kernels import ACTIVATIONS, choose_backend
 from torch.distributed.tensor import DTensor
 
 from moetrain.config.errors import ConfigError
@@ -94,18 +94,20 @@ def state_gib(trainer: Trainer) -> float:
 def activation_gib(cfg: Config) -> float:
     """Rough GiB of activations of one micro-batch, balanced routing, without recompute: per token and layer the block's
     inputs and norms (6 D), attention (3 heads' widths and their output), the routed pre-activations and rows
-    (k (2 D + 3 F)), and the logits' hidden state. The planner will do better; this is an order of magnitude."""
+    (k (2 D + 3 F), or 2 F with a plain activation), and the logits' hidden state. The planner will do better; this is
+    an order of magnitude."""
     m, t = cfg.model, cfg.train
     width = {"float64": 8, "float32": 4, "bf16": 2}[t.precision]
     heads = m.attention.n_heads * (m.attention.v_head_dim if m.attention.kind == "mla" else m.attention.head_dim)
+    dense, routed = (ACTIVATIONS[name].matrices + 1 for name in (m.activation, m.moe.activation))
     per_token = 0
     for layer in range(m.n_layers):
         per_token += 6 * m.dim + 4 * heads
         if m.is_moe(layer):
             k, f = m.layer_value("top_k", layer), m.layer_value("expert_dim", layer)
-            per_token += k * (2 * m.dim + 3 * f) + 3 * m.layer_value("shared_dim", layer)
+            per_token += k * (2 * m.dim + routed * f) + dense * m.layer_value("shared_dim", layer)
         else:
-            per_token += 3 * m.dense_dim
+            per_token += dense * m.dense_dim
     if t.recompute == "full":
         per_token = m.n_layers * m.dim
     return t.micro_batch * t.seq_len * per_token * width / 2**30

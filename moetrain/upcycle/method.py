@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
+from moe_kernels import ACTIVATIONS
 from torch import Tensor
 
 from moetrain.checkpoint.weights import Box, Spec, whole_box
@@ -156,24 +157,30 @@ def with_experts(
         if not layers or min(layers) < 0 or max(layers) >= cfg.n_layers:
             raise ConfigError(f"layers={list(layers)}: the model has layers 0 to {cfg.n_layers - 1}; name some of them")
         number = [num_experts if layer in layers else 0 for layer in range(cfg.n_layers)]
-    moe = MoEConfig(num_experts=number, top_k=top_k, expert_dim=expert_dim)
+    moe = MoEConfig(num_experts=number, top_k=top_k, expert_dim=expert_dim, activation=cfg.activation)
     return replace(cfg, family="auto", moe=moe, router={"kind": "topk", "renormalize": renormalize})
 
 
-def ffn_names(layer: int) -> tuple[str, str, str]:
-    """Names of a dense layer's gate (F, D), up (F, D) and down (D, F)."""
-    return tuple(f"layers.{layer}.mlp.w_{part}.weight" for part in ("gate", "up", "down"))  # type: ignore[return-value]
+def ffn_names(parent: Model, layer: int) -> list[str]:
+    """Names of a dense layer's gate (F, D), unless its activation is plain, up (F, D) and down (D, F)."""
+    inputs = ("gate", "up")[-ACTIVATIONS[parent.cfg.activation].matrices :]
+    return [f"layers.{layer}.mlp.w_{part}.weight" for part in (*inputs, "down")]
+
+
+def keys_name(parent: Model, layer: int) -> str:
+    """Name of the matrix (F, D) whose rows say what an inner dimension of a dense layer responds to: gate, or up."""
+    return ffn_names(parent, layer)[0]
 
 
 def moe_names(layer: int) -> tuple[str, str, str]:
-    """Names of a MoE layer's router (E, D), w13 (E, 2, F, D) and w2 (E, D, F)."""
+    """Names of a MoE layer's router (E, D), w13 (E, n, F, D) and w2 (E, D, F)."""
     return tuple(f"layers.{layer}.moe.{part}" for part in ("router.weight", "experts.w13", "experts.w2"))  # type: ignore[return-value]
 
 
 def dense_layer(parent: Model, layer: int, part: int) -> Tensor:
-    """An expert's tensor of a dense layer. part 0: gate and up (2, F, D); part 1: down (D, F)."""
-    gate, up, down = ffn_names(layer)
-    return parent.read(down) if part else torch.stack((parent.read(gate), parent.read(up)))
+    """An expert's tensor of a dense layer. part 0: gate and up (2, F, D), or up (1, F, D); part 1: down (D, F)."""
+    *inputs, down = ffn_names(parent, layer)
+    return parent.read(down) if part else torch.stack([parent.read(name) for name in inputs])
 
 
 def scaled(t: Tensor, factor: float) -> Tensor:
@@ -200,7 +207,7 @@ def assemble(
 ) -> Model:
     """The model ``cfg``, all of which is dense ``parent``'s but for the layers with experts.
 
-    router: layer -> (E, D). expert: (layer, e, part) -> part 0 of expert e: gate and up (2, F, D); part 1: down (D, F).
+    router: layer -> (E, D). expert: (layer, e, part) -> part of expert e, as ``dense_layer``'s.
     """
 
     def experts(layer: int, part: int, box: Box) -> Tensor:
@@ -216,7 +223,7 @@ def assemble(
         if name in parent.source.specs:
             specs[name] = parent.source.specs[name]
     for layer in cfg.moe_layers():
-        dtype = parent.source.specs[ffn_names(layer)[0]].dtype
+        dtype = parent.source.specs[keys_name(parent, layer)].dtype
         made = (partial(row, layer), partial(experts, layer, 0), partial(experts, layer, 1))
         for name, make in zip(moe_names(layer), made, strict=True):
             specs[name], makers[name] = replace(specs[name], dtype=dtype), make

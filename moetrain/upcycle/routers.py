@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from moetrain.config.fields import STRICT, Positive
-from moetrain.upcycle.method import Context, Model, ffn_names, moe_names
+from moetrain.upcycle.method import Context, Model, keys_name, moe_names
 
 
 @dataclass(config=STRICT)
@@ -38,4 +38,4 @@ def new_router(start: RouterStart, rows: int, parent: Model, layer: int, context
     if start.router == "random":
         std = parent.cfg.init_std if start.router_std is None else start.router_std
         router.normal_(0, std, generator=context.generator(moe_names(layer)[0]))
-    return router.to(parent.source.specs[ffn_names(layer)[0]].dtype)
+    return router.to(parent.source.specs[keys_name(parent, layer)].dtype)

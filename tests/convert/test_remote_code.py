@@ -48,13 +48,14 @@ MODELS: dict[str, tuple[list[str], str]] = {
     "sigmoid, gated shared": (
         ["model=tiny", "model/router=sigmoid_topk", "model.moe.shared_dim=24", "model.moe.shared_gate=true",
          "model.moe.first_dense=1", "model.attention.qkv_bias=true", "model.rope.scaling=linear",
-         "model.rope.factor=2", "model.router.scale=1.7"],
+         "model.rope.factor=2", "model.router.scale=1.7", "model.activation=geglu", "model.moe.activation=reglu"],
         "model.moe.shared_dim=24",
     ),
     "norms after, heads rotated in part, factors": (
         ["model=tiny", "model.moe.first_dense=1", "model.norm_place=post", "model.rope.fraction=0.5",
          "model.attention.scale=0.3", "model.embedding_multiplier=3", "model.residual_multiplier=0.4",
-         "model.logits_divisor=2", "model.router.min_sum=0.9", "model.rope.interleaved=true"],
+         "model.logits_divisor=2", "model.router.min_sum=0.9", "model.rope.interleaved=true",
+         "model.norm_offset=0.5", "model.activation=gelu", "model.moe.activation=relu2"],
         "model.norm_place=post",
     ),
 }  # fmt: skip

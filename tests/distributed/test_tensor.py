@@ -148,6 +148,7 @@ def test_split_equals_one_process(attention: str, tp: int, tied: bool, reduction
     [
         ({"norm_place": "post"}, "selective"),
         ({"rope": RopeConfig(fraction=0.5)}, "none"),
+        ({"activation": "relu2", "norm_offset": 1.0}, "selective"),
         ({"embedding_multiplier": 3.0, "residual_multiplier": 0.3, "logits_divisor": 2.0}, "full"),
     ],
 )

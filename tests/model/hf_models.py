@@ -78,7 +78,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "arcee": ("arcee", {}),
     "arcee-gelu-yarn": ("arcee", {"hidden_act": "gelu_pytorch_tanh", "rope_parameters": YARN}),
     "mistral": ("mistral", {"sliding_window": 5}),
-    "mistral-full": ("mistral", {"sliding_window": None, "head_dim": 10}),
+    "mistral-full-reglu": ("mistral", {"sliding_window": None, "head_dim": 10, "hidden_act": "relu"}),
     "qwen2": ("qwen2", {}),
     "qwen2-some-windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
     "qwen3": ("qwen3", {"head_dim": 10, "tie_word_embeddings": True}),
@@ -174,7 +174,7 @@ def make(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Mod
     config = AutoConfig.for_model(model_type, **(BASE | settings))
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, p in model.state_dict().items():

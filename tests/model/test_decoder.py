@@ -168,6 +168,8 @@ def test_counts_and_flops_of_a_model_small_enough_to_count_by_hand() -> None:
     assert n.matmul == 40 + 2 * attention + dense + router + 2 * expert
     seen = (1 + 2 + 3) / 3  # of 3 tokens, positions attended to on average
     assert flops_per_token(cfg, 3) == pytest.approx(3 * 2 * (n.matmul + 2 * 2 * (2 + 2) * seen))
+    cfg.activation, cfg.moe.activation = "gelu", "relu2"  # one input matrix less
+    assert count_parameters(cfg).total == n.total - dense // 3 - 3 * (expert // 3)
 
 
 def test_bf16_is_bf16_throughout_and_near_float32() -> None:

@@ -42,6 +42,7 @@ def toy(folder: Path, world: int, words: str) -> Config:
     [
         (1, f"{FUSED} train.recompute=none"),
         (1, "train.recompute=selective experts.backend=loop"),
+        (1, "model.moe.activation=relu2 model.activation=geglu model.norm_offset=1"),
         (1, f"{MLA} {FUSED} train.recompute=none"),
         (1, f"{MLA} {FUSED} train.recompute=selective"),
         (1, f"{MLA} train.recompute=full"),

@@ -21,6 +21,14 @@ from tests.upcycle.theirs import apply, assert_same, exported, logits, read_pare
 NEURONS = {"w13": 2, "w2": 2, "b13": 2}
 
 
+def moe_folder(name: str, folder: Path) -> Path:
+    """A saved model with experts: ``name``, or of dense ``name`` by sparse upcycling with noise."""
+    if "moe" in name or name in ("mixtral", "gpt_oss"):
+        return saved(name, folder)
+    dense = saved(name, folder / "dense")
+    return exported(apply("sparse", [dense], num_experts=6, noise=0.1, router_std=0.5), folder / "moe")
+
+
 def one_expert_in_many_orders(folder: Path) -> Model:
     """The model in ``folder``, all experts the first of their layer, each with its neurons in another order."""
     parent = read_parent(folder)
@@ -55,10 +63,10 @@ def test_usage_is_what_transformers_counts(name: str, tmp_path: Path) -> None:
             torch.testing.assert_close(mine.alike_EE, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss", "arcee"])
 def test_pruning_what_a_text_does_not_use_changes_nothing_there(name: str, tmp_path: Path) -> None:
     """Two tokens choose four experts of a layer at most; the weights of those chosen are divided by their sum."""
-    folder, ids = saved(name, tmp_path / "moe"), tokens(1, 2)
+    folder, ids = moe_folder(name, tmp_path / "moe"), tokens(1, 2)
     made = apply("prune", [folder], ids=ids, num_experts=4)
     assert not made.exact
     assert_same(logits(exported(made, tmp_path / "out"), ids), logits(folder, ids))
@@ -95,9 +103,9 @@ def test_growing_a_top_1_softmax_router_changes_nothing(tmp_path: Path) -> None:
     assert torch.equal(w2[4], w2[3]) and torch.equal(w2[5], w2[0])
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "qwen2_moe", "ernie4_5_moe"])
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "qwen2_moe", "ernie4_5_moe", "arcee"])
 def test_growing_for_more_experts_per_token_changes_few_tokens(name: str, tmp_path: Path) -> None:
-    folder = saved(name, tmp_path / "moe")
+    folder = moe_folder(name, tmp_path / "moe")
     made = apply("grow", [folder], add=1, copy_of=[2])
     assert not made.exact
     change = (logits(exported(made, tmp_path / "out")) - logits(folder)).abs()
@@ -107,9 +115,9 @@ def test_growing_for_more_experts_per_token_changes_few_tokens(name: str, tmp_pa
         assert (change[:, 0].amax(-1) < 1e-9).any()
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss", "ernie4_5_moe"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss", "ernie4_5_moe", "arcee"])
 def test_one_function_in_many_orders_of_neurons_merges_to_itself(name: str, tmp_path: Path) -> None:
-    parent = one_expert_in_many_orders(saved(name, tmp_path / "moe"))
+    parent = one_expert_in_many_orders(moe_folder(name, tmp_path / "moe"))
     before = logits(exported(Upcycled(parent, True, ""), tmp_path / "before"))
     made = apply("merge", [parent], ids=tokens(), num_experts=2)
     assert_same(logits(exported(made, tmp_path / "out")), before)

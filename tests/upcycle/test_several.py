@@ -12,8 +12,9 @@ from moetrain.config.errors import ConfigError
 from tests.upcycle.theirs import apply, assert_same, exported, logits, saved, tensors_of
 
 
-def test_btx_of_one_model_thrice_is_that_model(tmp_path: Path) -> None:
-    dense = saved("llama", tmp_path / "dense")
+@pytest.mark.parametrize("name", ["llama", "arcee"])
+def test_btx_of_one_model_thrice_is_that_model(name: str, tmp_path: Path) -> None:
+    dense = saved(name, tmp_path / "dense")
     made = apply("btx", [dense] * 3)
     assert_same(logits(exported(made, tmp_path / "out")), logits(dense))
 
@@ -36,6 +37,9 @@ def test_parents_of_different_shapes_are_refused_with_the_field_and_both_values(
     folders = [saved("llama", tmp_path / "a"), saved("llama-tied", tmp_path / "b")]
     with pytest.raises(ConfigError, match=r"same shapes: model.tie_embeddings is False in .*a and True in .*b"):
         apply("btx", folders)
+    folders[1] = saved("mistral-full-reglu", tmp_path / "c")
+    with pytest.raises(ConfigError, match=r"same shapes: model.activation is swiglu in .*a and reglu in .*c"):
+        apply("btx", folders)
     with pytest.raises(ConfigError, match="takes two models or more"):
         apply("btx", folders[:1])
 
@@ -54,8 +58,9 @@ def test_flexmore_keeps_what_the_rank_allows(tmp_path: Path) -> None:
         assert_same(tensors_of(made)["embed.weight"], base["model.embed_tokens.weight"])
 
 
-def test_flexmore_of_a_base_with_itself_is_the_base(tmp_path: Path) -> None:
-    dense = saved("qwen3", tmp_path / "dense")
+@pytest.mark.parametrize("name", ["qwen3", "arcee"])
+def test_flexmore_of_a_base_with_itself_is_the_base(name: str, tmp_path: Path) -> None:
+    dense = saved(name, tmp_path / "dense")
     assert_same(logits(exported(apply("flexmore", [dense, dense], rank=2), tmp_path / "out")), logits(dense))
 
 

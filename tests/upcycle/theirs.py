@@ -17,6 +17,15 @@ from moetrain.moe.options import as_options
 from moetrain.upcycle.method import Context, Model, Upcycled
 from tests.model.hf_models import float64_throughout, make, tokens
 
+# a dense model with each activation
+DENSE = {
+    "swiglu": "llama",
+    "geglu": "gemma",
+    "reglu": "mistral-full-reglu",
+    "gelu": "arcee-gelu-yarn",
+    "relu2": "arcee",
+}
+
 
 def saved(name: str, folder: Path, seed: int = 0) -> Path:
     """transformers' random model ``name`` in float64, as it saves it."""
@@ -26,9 +35,11 @@ def saved(name: str, folder: Path, seed: int = 0) -> Path:
 
 def logits(folder: Path, ids: Tensor | None = None) -> Tensor:
     """What transformers computes of the model in ``folder``, float64 throughout."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
-    model.set_experts_implementation("eager") if hasattr(model, "set_experts_implementation") else None
-    with torch.no_grad(), float64_throughout():
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, trust_remote_code=True)
+    with torch.no_grad(), float64_throughout():  # made anew, for rotary tables in float64
+        model = type(loaded)._from_config(loaded.config, dtype=torch.float64, attn_implementation="eager")
+        model.load_state_dict(loaded.state_dict())
+        model.set_experts_implementation("eager") if hasattr(model, "set_experts_implementation") else None
         return model(tokens() if ids is None else ids).logits
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
-
 from moetrain.convert.family import NO_EXPERTS, Family, register
 from moetrain.convert.parts import DENSE, GQA, TRUNK
 
@@ -29,5 +27,4 @@ class Gemma(Family):
     rules = (*TRUNK, *GQA, *DENSE)
 
     def read(self, hf: Mapping[str, Any]) -> dict[str, Any]:
-        # which the class keeps in float32
-        return {"embedding_multiplier": torch.tensor(hf["hidden_size"] ** 0.5, dtype=torch.float32).item()}
+        return {"embedding_multiplier": hf["hidden_size"] ** 0.5}

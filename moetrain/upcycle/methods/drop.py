@@ -39,7 +39,7 @@ def drop(options: DropOptions, parents: Sequence[Model], context: Context) -> Up
     """One dense model -> copies of its MLPs; each expert has a random set of inner dimensions of its own, whose rows of
     gate and up and columns of down are drawn from a normal with the mean and the deviation of what they replace.
 
-    One set holds for all three matrices, as in the paper; the authors' released code draws three.
+    One set holds for all matrices, as in the paper; the authors' released code draws three.
     """
     parent = one_parent(parents, "drop")
     check_dense(parent, "drop")
@@ -50,7 +50,7 @@ def drop(options: DropOptions, parents: Sequence[Model], context: Context) -> Up
         order = torch.randperm(inner, generator=context.generator("drop", layer, e))
         index = order[: round(options.ratio * inner)]
         mine = dense_layer(parent, layer, part).clone()
-        matrices = {"down": mine.T} if part else {"gate": mine[0], "up": mine[1]}
+        matrices = {"down": mine.T} if part else dict(zip(("gate", "up")[-len(mine) :], mine, strict=True))
         for name, matrix in matrices.items():
             matrix[index] = _alike(matrix[index], context, layer, e, name)
         return mine

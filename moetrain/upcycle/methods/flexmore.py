@@ -37,7 +37,7 @@ class FlexmoreOptions(RouterStart):
 @UPCYCLERS.register("flexmore", FlexmoreOptions)
 def flexmore(options: FlexmoreOptions, parents: Sequence[Model], context: Context) -> Upcycled:
     """A base (first in from=) and its branches -> expert 0 is the base's MLP, expert e the base's plus the best
-    approximation of rank ``rank`` (SVD) of what parent e differs from it, for gate, up and down each. All else is the
+    approximation of rank ``rank`` (SVD) of what parent e differs from it, for each matrix. All else is the
     base's, as in FlexOlmo (arXiv 2507.07024), where branches train nothing but their experts.
 
     The experts are written as whole matrices, for that is what model classes have; the rank is in their values.

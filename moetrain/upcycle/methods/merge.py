@@ -109,10 +109,9 @@ def _aligned(groups: list[list[int]], parent: Model, layer: int) -> dict[int, Te
 
 
 def _neurons(parent: Model, layer: int, e: int) -> Tensor:
-    """All weights of each neuron of an expert, (F, 3 D)."""
+    """All weights of each neuron of an expert, (F, (n + 1) D)."""
     _, w13, w2 = moe_names(layer)
-    gate, up = parent.entry(w13, e)
-    return torch.cat((gate, up, parent.entry(w2, e).T), 1).to(torch.float64)
+    return torch.cat((*parent.entry(w13, e), parent.entry(w2, e).T), 1).to(torch.float64)
 
 
 def _mean(members: Tensor, share: Tensor, rank: int | None) -> Tensor:

@@ -25,7 +25,7 @@ from moetrain.upcycle.method import (
     check_dense,
     check_top_k,
     dense_layer,
-    ffn_names,
+    keys_name,
     one_parent,
     scaled,
     with_experts,
@@ -43,10 +43,12 @@ class SplitOptions:
     layers: list[int] | None = Field(default=None, description="layers that get experts, as [1,3]; null: all")
     by: Literal["random", "order", "keys", "activity"] = Field(
         default="keys",
-        description="who shares an expert: anyone, neighbours, similar gate rows, or what fires together on the text",
+        description="who shares an expert: anyone, neighbours, similar keys, or what fires together on the text",
     )
     router: Literal["keys", "random", "zero"] = Field(
-        default="keys", description="how routers start: mean gate row of an expert's dimensions, random, or zero"
+        default="keys",
+        description="how routers start: mean key of an expert's dimensions, random, or zero; keys are rows of gate, "
+        "or of up in a plain MLP",
     )
     router_std: float | None = Field(
         default=None,
@@ -84,16 +86,16 @@ def split(options: SplitOptions, parents: Sequence[Model], context: Context) -> 
         generator = context.generator("split", layer)
         if options.by == "random":
             return torch.randperm(inner, generator=generator).view(E, -1).sort(1).values
-        points = seen()[layer] if options.by == "activity" else parent.read(ffn_names(layer)[0])
+        points = seen()[layer] if options.by == "activity" else parent.read(keys_name(parent, layer))
         return balanced_clusters(F.normalize(points.to(torch.float32)), E, generator)
 
     def router(layer: int) -> Tensor:
         if options.router != "keys":
             return new_router(RouterStart(options.router, options.router_std), E, parent, layer, context)
-        gate = parent.read(ffn_names(layer)[0])
-        rows = gate.to(torch.float64)[members(layer)].mean(1)
+        keys = parent.read(keys_name(parent, layer))
+        rows = keys.to(torch.float64)[members(layer)].mean(1)
         std = parent.cfg.init_std if options.router_std is None else options.router_std
-        return (rows * (std / rows.std())).to(gate.dtype)
+        return (rows * (std / rows.std())).to(keys.dtype)
 
     def expert(layer: int, e: int, part: int) -> Tensor:
         mine = dense_layer(parent, layer, part)[:, members(layer)[e]]

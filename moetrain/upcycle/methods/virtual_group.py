@@ -29,6 +29,9 @@ from moetrain.upcycle.method import (
 )
 from moetrain.upcycle.routers import RouterStart, new_router
 
+# An MLP with one of these is exactly c^3 times itself when each of its matrices is c times itself.
+HOMOGENEOUS = ("reglu", "relu2")
+
 
 @dataclass(config=STRICT)
 class VirtualGroupOptions(RouterStart):
@@ -47,7 +50,8 @@ class VirtualGroupOptions(RouterStart):
     )
     scale_in: Literal["down", "all"] = Field(
         default="down",
-        description="where the factor goes: the down projection, or its cube root in each of the three (the paper's)",
+        description="where the factor goes: the down projection, or its cube root in each matrix (the paper's; of two "
+        "matrices with activation gelu the square root)",
     )
 
 
@@ -73,7 +77,9 @@ def virtual_group(options: VirtualGroupOptions, parents: Sequence[Model], contex
     cfg = with_experts(parent.cfg, E, K, inner // G, layers=options.layers, renormalize=chosen_first)
     formula = G if chosen_first else E * G / K
     scale = formula if options.scale is None else options.scale
-    factors = (1.0, scale) if options.scale_in == "down" else (scale ** (1 / 3),) * 2
+    activation = parent.cfg.activation
+    # gated activations and squared ReLU grow with the square of their matrices, GELU with the first power
+    factors = (1.0, scale) if options.scale_in == "down" else (scale ** (1 / 2 if activation == "gelu" else 1 / 3),) * 2
 
     def router(layer: int) -> Tensor:
         return new_router(options, E // G, parent, layer, context).repeat_interleave(G, 0)
@@ -82,15 +88,18 @@ def virtual_group(options: VirtualGroupOptions, parents: Sequence[Model], contex
         return scaled(dense_layer(parent, layer, part).chunk(G, 1)[e % G], factors[part])
 
     whole_groups = K % G == 0 and (chosen_first or K == E or E == G)
-    exact = whole_groups and options.scale is None and (options.scale_in == "down" or scale == 1)
-    return Upcycled(assemble(parent, cfg, router, expert), exact, _note(options, exact))
+    outside = options.scale_in == "down" or scale == 1 or activation in HOMOGENEOUS
+    exact = whole_groups and options.scale is None and outside
+    return Upcycled(assemble(parent, cfg, router, expert), exact, _note(options, exact, outside))
 
 
-def _note(options: VirtualGroupOptions, exact: bool) -> str:
+def _note(options: VirtualGroupOptions, exact: bool, outside: bool) -> str:
     if exact:
         return "the dense function"
     if options.top_k % options.granularity:
         return "only part of the dense function: top_k is no multiple of granularity, so groups are cut"
-    if options.order == "softmax_then_topk" and options.scale_in == "down":
-        return "the dense function but for the routing weights, which are right on average"
-    return "near the dense function: factors inside the activation are not the same as outside"
+    if not outside:
+        return "near the dense function: factors inside the activation are not the same as outside"
+    if options.scale is not None:
+        return "the dense function but for the size of what its MLPs add, as scale= has it"
+    return "the dense function but for the routing weights, which are right on average"

@@ -6,13 +6,16 @@ Imports torch only; usable without moetrain.
 from moe_kernels.api import BACKENDS, choose_backend, expert_mlp
 from moe_kernels.loss import VocabularyPart, linear_cross_entropy, token_counts
 from moe_kernels.memory import keep_freed_memory
+from moe_kernels.ternary import absmean, ternary
 
 __all__ = [
     "BACKENDS",
     "VocabularyPart",
+    "absmean",
     "choose_backend",
     "expert_mlp",
     "keep_freed_memory",
     "linear_cross_entropy",
+    "ternary",
     "token_counts",
 ]

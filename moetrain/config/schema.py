@@ -99,6 +99,10 @@ class MoEConfig:
     every: Positive = Field(default=1, description="one MoE layer in this many, after the dense ones")
     activation: Literal["swiglu", "gpt_oss"] = Field(default="swiglu", description="gated activation of the experts")
     bias: bool = Field(default=False, description="biases in the experts (GPT-OSS)")
+    ternary: bool = Field(
+        default=False,
+        description="experts compute with weights -1, 0 or 1 times a scale, rounded from those that are trained (MoTE)",
+    )
     capacity_factor: PerLayerFloat | None = Field(
         default=None, description="rows an expert takes, as a multiple of T*k/E on each rank; null: dropless"
     )

@@ -49,12 +49,14 @@ class Upcycled:
     """What a method made. ``exact``: whether theory says that it computes what its parent does. ``note``: what it
     preserves, or what it does not, in a few words. moments: from a parent whose tensors are a quantity of the
     optimizer's (a moment of each parameter) the same of the result; None: the method does not say what becomes of them.
+    settings: those that the method's own recipe trains it with, as words of ``moetrain train``.
     """
 
     model: Model
     exact: bool
     note: str
     moments: Callable[[Model], Model] | None = None
+    settings: str = ""
 
 
 class Made:
@@ -195,12 +197,22 @@ def averaged(parents: Sequence[Model]) -> Model:
     return Model(parents[0].cfg, Made(specs, {name: partial(mean, name) for name in specs}), "the mean of the parents")
 
 
+def shared_names(layer: int) -> tuple[str, str, str]:
+    """Names of a MoE layer's shared gate (F, D), up (F, D) and down (D, F)."""
+    return tuple(f"layers.{layer}.moe.shared.w_{part}.weight" for part in ("gate", "up", "down"))  # type: ignore[return-value]
+
+
 def assemble(
-    parent: Model, cfg: ModelConfig, router: Callable[[int], Tensor], expert: Callable[[int, int, int], Tensor]
+    parent: Model,
+    cfg: ModelConfig,
+    router: Callable[[int], Tensor],
+    expert: Callable[[int, int, int], Tensor],
+    shared: Callable[[int, int], Tensor] | None = None,
 ) -> Model:
     """The model ``cfg``, all of which is dense ``parent``'s but for the layers with experts.
 
     router: layer -> (E, D). expert: (layer, e, part) -> part 0 of expert e: gate and up (2, F, D); part 1: down (D, F).
+    shared: (layer, part) -> part 0, 1, 2 of the shared expert: gate (F, D), up (F, D), down (D, F).
     """
 
     def experts(layer: int, part: int, box: Box) -> Tensor:
@@ -208,6 +220,10 @@ def assemble(
 
     def row(layer: int, box: Box) -> Tensor:
         return router(layer)[box]
+
+    def beside(layer: int, part: int, box: Box) -> Tensor:
+        assert shared is not None
+        return shared(layer, part)[box]
 
     specs = specs_of(cfg, {})
     makers: dict[str, Callable[[Box], Tensor]] = {}
@@ -217,9 +233,11 @@ def assemble(
             specs[name] = parent.source.specs[name]
     for layer in cfg.moe_layers():
         dtype = parent.source.specs[ffn_names(layer)[0]].dtype
-        made = (partial(row, layer), partial(experts, layer, 0), partial(experts, layer, 1))
-        for name, make in zip(moe_names(layer), made, strict=True):
-            specs[name], makers[name] = replace(specs[name], dtype=dtype), make
+        made = [partial(row, layer), *(partial(experts, layer, part) for part in (0, 1))]
+        made += [partial(beside, layer, part) for part in (0, 1, 2)]
+        for name, make in zip((*moe_names(layer), *shared_names(layer)), made, strict=True):
+            if name in specs:
+                specs[name], makers[name] = replace(specs[name], dtype=dtype), make
     return Model(cfg, Made(specs, makers), "the result")
 
 

@@ -26,7 +26,9 @@ def saved(name: str, folder: Path, seed: int = 0) -> Path:
 
 def logits(folder: Path, ids: Tensor | None = None) -> Tensor:
     """What transformers computes of the model in ``folder``, float64 throughout."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float64, attn_implementation="eager", trust_remote_code=True
+    )
     model.set_experts_implementation("eager") if hasattr(model, "set_experts_implementation") else None
     with torch.no_grad(), float64_throughout():
         return model(tokens() if ids is None else ids).logits

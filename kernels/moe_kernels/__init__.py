@@ -7,15 +7,18 @@ from moe_kernels.activation import ACTIVATIONS, activate
 from moe_kernels.api import BACKENDS, choose_backend, expert_mlp
 from moe_kernels.loss import VocabularyPart, linear_cross_entropy, token_counts
 from moe_kernels.memory import keep_freed_memory
+from moe_kernels.ternary import absmean, ternary
 
 __all__ = [
     "ACTIVATIONS",
     "BACKENDS",
     "VocabularyPart",
+    "absmean",
     "activate",
     "choose_backend",
     "expert_mlp",
     "keep_freed_memory",
     "linear_cross_entropy",
+    "ternary",
     "token_counts",
 ]

@@ -105,6 +105,10 @@ class MoEConfig:
         description="activation of the routed experts; geglu and gelu in their tanh form; gelu and relu2 have no gate",
     )
     bias: bool = Field(default=False, description="biases in the experts (GPT-OSS)")
+    ternary: bool = Field(
+        default=False,
+        description="experts compute with weights -1, 0 or 1 times a scale, rounded from those that are trained (MoTE)",
+    )
     capacity_factor: PerLayerFloat | None = Field(
         default=None, description="rows an expert takes, as a multiple of T*k/E on each rank; null: dropless"
     )

@@ -52,7 +52,7 @@ def features(cfg: ModelConfig) -> dict[str, Any]:
             found[f"moe.{name}"] = [cfg.layer_value(name, i) for i in moe]
         if any(found["moe.shared_dim"]):
             found["moe.shared_gate"] = cfg.moe.shared_gate
-        found |= {"moe.activation": cfg.moe.activation, "moe.bias": cfg.moe.bias} | _router(cfg)
+        found |= {f"moe.{name}": getattr(cfg.moe, name) for name in ("activation", "bias", "ternary")} | _router(cfg)
     return found
 
 

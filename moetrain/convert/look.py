@@ -134,6 +134,8 @@ def look(opened: Opened) -> Look:
     if m.moe_layers():
         shape |= {"MoE layers": len(m.moe_layers()), "experts": m.moe.num_experts, "top k": m.moe.top_k,
                   "expert width": m.moe.expert_dim, "shared width": m.moe.shared_dim}  # fmt: skip
+    if m.moe.ternary and m.moe_layers():
+        shape["experts compute"] = "ternary"
     if len(m.moe_layers()) < m.n_layers:
         shape["dense width"] = m.dense_dim
     experts = [expert_figures(opened.source, layer) for layer in m.moe_layers()]

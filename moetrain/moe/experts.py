@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from moe_kernels import ACTIVATIONS, expert_mlp
+from moe_kernels import ACTIVATIONS, absmean, expert_mlp, ternary
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -23,10 +23,12 @@ class Experts(nn.Module):
     w13 (e, n, F, D): the gate's weights, then up's (n = 2); up's alone with a plain activation (n = 1). w2 (e, D, F).
     b13 (e, n, F), b2 (e, D): only with ``bias``.
     Parameters may be DTensors, of which the local part is used; they are not initialised here.
-    backend: the kernels (``moe_kernels``). recompute: backward computes the inner activations again.
+    backend: the kernels (``moe_kernels``). recompute: backward computes the inner activations again. ternary: matrices
+    are rounded to a scale times -1, 0 or 1 where they are used (``moe_kernels.ternary``); what is trained is not.
 
-    Where F is split over ranks, outputs are parts of a sum over them. Each rank then holds the entries of b2 that
-    ``output_slice`` tells, and adds them alone, so that no gradient is spread over ranks. None: all of D is here.
+    Where F is split over the ranks of ``split_group``, outputs are parts of a sum over them. Each rank then holds the
+    entries of b2 that ``output_slice`` tells, and adds them alone, so that no gradient is spread over ranks. None: all
+    is here.
     """
 
     def __init__(self, cfg: ModelConfig, layer: int, backend: str = "auto") -> None:
@@ -37,18 +39,34 @@ class Experts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(E, D, F_))
         self.b13 = nn.Parameter(torch.empty(E, n, F_)) if cfg.moe.bias else None
         self.b2 = nn.Parameter(torch.empty(E, D)) if cfg.moe.bias else None
-        self.activation = cfg.moe.activation
+        self.activation, self.ternary = cfg.moe.activation, cfg.moe.ternary
         self.backend = backend
         self.recompute = False
+        self.split_group: dist.ProcessGroup | None = None
         self.output_slice: slice | None = None
 
     def forward(self, rows: Rows) -> Tensor:
         """y_RD (R, D): the output of each row's expert, times the row's weight if it has one."""
-        run = functools.partial(expert_mlp, activation=self.activation, backend=self.backend)
         w13, w2, b13, b2 = (local_part(p) for p in (self.w13, self.w2, self.b13, self.b2))
         if b2 is not None and self.output_slice is not None:
             b2 = F.pad(b2, (self.output_slice.start, rows.x_ND.shape[1] - self.output_slice.stop))
-        return _maybe_checkpoint(self.recompute, _call, run, rows, w13, w2, b13, b2)
+        return _maybe_checkpoint(self.recompute, self._run, rows, w13, w2, b13, b2)
+
+    def _run(self, rows: Rows, w13: Tensor, w2: Tensor, b13: Tensor | None, b2: Tensor | None) -> Tensor:
+        if self.ternary:
+            w13, w2 = self._ternary(w13), self._ternary(w2)
+        return expert_mlp(
+            rows.x_ND, rows.counts, w13, w2, index_R=rows.index_R, weight_R=rows.weight_R, b13=b13, b2=b2,
+            activation=self.activation, backend=self.backend,
+        )  # fmt: skip
+
+    def _ternary(self, w: Tensor) -> Tensor:
+        """``w`` rounded by the scale of the whole matrices, of which all ranks of ``split_group`` hold equal parts."""
+        scale = absmean(w)
+        if self.split_group is not None:
+            dist.all_reduce(scale, group=self.split_group)
+            scale /= self.split_group.size()
+        return ternary(w, scale)
 
 
 class SharedExperts(MLP):
@@ -69,12 +87,6 @@ class SharedExperts(MLP):
     def _run(self, x_TD: Tensor) -> Tensor:
         out_TD = super().forward(x_TD)
         return out_TD if self.gate is None else self.gate(x_TD).sigmoid() * out_TD
-
-
-def _call(
-    run: Callable[..., Tensor], rows: Rows, w13: Tensor, w2: Tensor, b13: Tensor | None, b2: Tensor | None
-) -> Tensor:
-    return run(rows.x_ND, rows.counts, w13, w2, index_R=rows.index_R, weight_R=rows.weight_R, b13=b13, b2=b2)
 
 
 def _maybe_checkpoint(recompute: bool, fn: Callable[..., Tensor], *args: object) -> Tensor:

@@ -129,6 +129,7 @@ def _split_experts(layer: MoELayer, cfg: Config, dims: ParallelDims, dispatchers
     layer.dispatcher = dispatchers[n_experts]
     if etp > 1:
         width = cfg.model.dim // etp
+        experts.split_group = dims.group("etp")
         experts.output_slice = slice(dims.rank("etp") * width, (dims.rank("etp") + 1) * width)
     mesh = dims.experts["ep", "etp"] if etp > 1 else dims.experts["ep"]
     for name, p in list(experts.named_parameters(recurse=False)):

@@ -44,6 +44,8 @@ def run(asked: Asked, say: Callable[[str], None] = print) -> None:
     before = [] if unmeasured else [loss(parent, ids()) for parent in parents]
     form = write(made.model, asked, opened[0].tokenizer, optimizer)
     say(f"{asked.out}: {form}, {_shape(made.model)}; step 0: {made.note}")
+    if made.settings:
+        say(f"to train it as the method does: moetrain train init={asked.out} {made.settings}")
     if unmeasured:
         say(f"losses not measured: {unmeasured}")
         return
@@ -95,7 +97,11 @@ def _shape(model: Model) -> str:
     cfg = model.cfg
     layer = cfg.moe_layers()[0]
     experts, top_k, width = (cfg.layer_value(name, layer) for name in ("num_experts", "top_k", "expert_dim"))
-    return f"{len(cfg.moe_layers())} of {cfg.n_layers} layers with {experts} experts of width {width}, top-{top_k}"
+    shared = cfg.layer_value("shared_dim", layer)
+    kind = "ternary experts" if cfg.moe.ternary else "experts"
+    beside = f" beside a shared one of {shared}" if shared else ""
+    layers = f"{len(cfg.moe_layers())} of {cfg.n_layers} layers"
+    return f"{layers} with {experts} {kind} of width {width}{beside}, top-{top_k}"
 
 
 def _report(asked: Asked, made: Upcycled, form: str, before: list[float], after: float) -> dict[str, object]:
@@ -105,6 +111,7 @@ def _report(asked: Asked, made: Upcycled, form: str, before: list[float], after:
         "form": form,
         "exact": made.exact,
         "step_0": made.note,
+        "settings": made.settings,
         "losses_before": before,
         "loss_after": after,
     }

@@ -50,12 +50,14 @@ class Upcycled:
     """What a method made. ``exact``: whether theory says that it computes what its parent does. ``note``: what it
     preserves, or what it does not, in a few words. moments: from a parent whose tensors are a quantity of the
     optimizer's (a moment of each parameter) the same of the result; None: the method does not say what becomes of them.
+    settings: those that the method's own recipe trains it with, as words of ``moetrain train``.
     """
 
     model: Model
     exact: bool
     note: str
     moments: Callable[[Model], Model] | None = None
+    settings: str = ""
 
 
 class Made:
@@ -202,12 +204,22 @@ def averaged(parents: Sequence[Model]) -> Model:
     return Model(parents[0].cfg, Made(specs, {name: partial(mean, name) for name in specs}), "the mean of the parents")
 
 
+def shared_names(parent: Model, layer: int) -> list[str]:
+    """Names of a MoE layer's shared expert, as ``ffn_names``."""
+    return [name.replace(".mlp.", ".moe.shared.") for name in ffn_names(parent, layer)]
+
+
 def assemble(
-    parent: Model, cfg: ModelConfig, router: Callable[[int], Tensor], expert: Callable[[int, int, int], Tensor]
+    parent: Model,
+    cfg: ModelConfig,
+    router: Callable[[int], Tensor],
+    expert: Callable[[int, int, int], Tensor],
+    shared: Callable[[int, int], Tensor] | None = None,
 ) -> Model:
     """The model ``cfg``, all of which is dense ``parent``'s but for the layers with experts.
 
-    router: layer -> (E, D). expert: (layer, e, part) -> part of expert e, as ``dense_layer``'s.
+    router: layer -> (E, D). expert: (layer, e, part) -> part of expert e, as ``dense_layer``'s. shared: (layer, part)
+    -> part of the shared expert, in the order of ``ffn_names``.
     """
 
     def experts(layer: int, part: int, box: Box) -> Tensor:
@@ -216,6 +228,10 @@ def assemble(
     def row(layer: int, box: Box) -> Tensor:
         return router(layer)[box]
 
+    def beside(layer: int, part: int, box: Box) -> Tensor:
+        assert shared is not None
+        return shared(layer, part)[box]
+
     specs = specs_of(cfg, {})
     makers: dict[str, Callable[[Box], Tensor]] = {}
     for name in specs:
@@ -223,10 +239,13 @@ def assemble(
         if name in parent.source.specs:
             specs[name] = parent.source.specs[name]
     for layer in cfg.moe_layers():
+        theirs = shared_names(parent, layer)
         dtype = parent.source.specs[keys_name(parent, layer)].dtype
-        made = (partial(row, layer), partial(experts, layer, 0), partial(experts, layer, 1))
-        for name, make in zip(moe_names(layer), made, strict=True):
-            specs[name], makers[name] = replace(specs[name], dtype=dtype), make
+        made = [partial(row, layer), *(partial(experts, layer, part) for part in (0, 1))]
+        made += [partial(beside, layer, part) for part in range(len(theirs))]
+        for name, make in zip((*moe_names(layer), *theirs), made, strict=True):
+            if name in specs:
+                specs[name], makers[name] = replace(specs[name], dtype=dtype), make
     return Model(cfg, Made(specs, makers), "the result")
 
 

@@ -51,6 +51,11 @@ MODELS: dict[str, tuple[list[str], str]] = {
          "model.rope.factor=2", "model.router.scale=1.7", "model.activation=geglu", "model.moe.activation=reglu"],
         "model.moe.shared_dim=24",
     ),
+    "ternary experts": (
+        ["model=tiny", "model.moe.ternary=true", "model.moe.shared_dim=24", "model.moe.bias=true",
+         "model.router.renormalize=false", "model.moe.top_k=1"],
+        "model.moe.ternary=true",
+    ),
     "norms after, heads rotated in part, factors": (
         ["model=tiny", "model.moe.first_dense=1", "model.norm_place=post", "model.rope.fraction=0.5",
          "model.attention.scale=0.3", "model.embedding_multiplier=3", "model.residual_multiplier=0.4",

@@ -71,7 +71,7 @@ def test_activations_are_those_of_a_real_micro_batch(tmp_path: Path, world: int,
     [
         (4, "parallel.tp=2 parallel.ep=2 balance=[aux_loss] balance.aux_loss.scope=sequence"),
         (4, "parallel.dp_replicate=2 parallel.dp_shard=2 train.micro_batch=1 train.recompute=full"),
-        (4, "parallel.cp=2 parallel.tp=2 parallel.ep=2 parallel.etp=2 train.micro_batch=2"),
+        (4, "parallel.cp=2 parallel.tp=2 parallel.ep=2 parallel.etp=2 train.micro_batch=2 model.moe.ternary=true"),
         (2, "parallel.cp=2 parallel.context=ring model.attention.sliding_window=6"),
         (4, "parallel.cp=2 parallel.context=all_to_all parallel.ep=2 train.micro_batch=1 train.precision=bf16"),
         (4, "parallel.ep=4 dispatch=two_step dispatch.node_size=2 train.micro_batch=2"),

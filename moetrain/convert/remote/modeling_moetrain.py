@@ -276,12 +276,21 @@ class Router(nn.Module):
         return weights_TK * o["scale"], ids_TK
 
 
+def ternary(w: Tensor) -> Tensor:
+    """Each matrix of w (..., A, B) as its mean magnitude times -1, 0 or 1 (arXiv 2402.17764). Gradients pass."""
+    wide = w.detach().to(torch.promote_types(w.dtype, torch.float32))
+    scale = wide.abs().mean((-2, -1), keepdim=True)
+    rounded = (wide / scale.clamp(min=torch.finfo(wide.dtype).tiny)).round().clamp(-1, 1) * scale
+    return rounded.to(w.dtype) + (w - w.detach())
+
+
 class Experts(nn.Module):
     """w13 (E, n, F, D): the gate's weights, then up's, or up's alone. w2 (E, D, F)."""
 
     def __init__(self, m: dict[str, Any], layer: int) -> None:
         super().__init__()
         E, inner, D = at(m["moe"]["num_experts"], layer), at(m["moe"]["expert_dim"], layer), m["dim"]
+        self.ternary = m["moe"]["ternary"]
         self.activation = ACTIVATIONS[m["moe"]["activation"]]
         self.n = 2 if is_gated(m["moe"]["activation"]) else 1
         self.w13 = nn.Parameter(torch.zeros(E, self.n, inner, D))
@@ -294,8 +303,9 @@ class Experts(nn.Module):
         for e in ids_TK.unique().tolist():
             token, place = (ids_TK == e).nonzero(as_tuple=True)
             b13, b2 = (None if b is None else b[e].flatten() for b in (self.b13, self.b2))
-            inner = self.activation(*F.linear(x_TD[token], self.w13[e].flatten(0, 1), b13).chunk(self.n, -1))
-            rows = F.linear(inner, self.w2[e], b2) * weights_TK[token, place, None].to(x_TD.dtype)
+            w13, w2 = (ternary(w[e]) if self.ternary else w[e] for w in (self.w13, self.w2))
+            inner = self.activation(*F.linear(x_TD[token], w13.flatten(0, 1), b13).chunk(self.n, -1))
+            rows = F.linear(inner, w2, b2) * weights_TK[token, place, None].to(x_TD.dtype)
             out_TD.index_add_(0, token, rows)
         return out_TD
 

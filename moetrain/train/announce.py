@@ -34,6 +34,10 @@ def announce(trainer: Trainer) -> None:
         held = " | ".join(f"{stage.layers.start}-{stage.layers.stop - 1}" for stage in stages)
         log.info("pipeline   %s, %d stages of layers %s", cfg.parallel.schedule, len(stages), held)
     log.info("model      %s: %s parameters, %s active per token", cfg.model.name, short(n.total), short(n.active))
+    a = cfg.model.attention
+    if a.num_experts > 1:
+        log.info("attention  %d experts of %d heads each, keys and values %s",
+                 a.num_experts, a.n_heads // a.num_experts, "shared" if a.shared_kv else "their own")  # fmt: skip
     if cfg.model.moe_layers():
         log.info("experts    kernels %s: %s", *kernels(cfg, trainer.device))
     log.info("memory     per rank: weights, gradients and optimizer %.2f GiB, activations about %.2f GiB",

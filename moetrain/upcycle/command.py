@@ -95,7 +95,9 @@ def _shape(model: Model) -> str:
     cfg = model.cfg
     layer = cfg.moe_layers()[0]
     experts, top_k, width = (cfg.layer_value(name, layer) for name in ("num_experts", "top_k", "expert_dim"))
-    return f"{len(cfg.moe_layers())} of {cfg.n_layers} layers with {experts} experts of width {width}, top-{top_k}"
+    shape = f"{len(cfg.moe_layers())} of {cfg.n_layers} layers with {experts} experts of width {width}, top-{top_k}"
+    N = cfg.attention.num_experts
+    return shape if N == 1 else f"{shape}, and {N} attention experts in all"
 
 
 def _report(asked: Asked, made: Upcycled, form: str, before: list[float], after: float) -> dict[str, object]:

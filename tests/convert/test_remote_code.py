@@ -57,6 +57,16 @@ MODELS: dict[str, tuple[list[str], str]] = {
          "model.logits_divisor=2", "model.router.min_sum=0.9", "model.rope.interleaved=true"],
         "model.norm_place=post",
     ),
+    "attention experts": (
+        ["model=tiny", "model.attention.num_experts=2", "model.attention.qkv_bias=true", "model.attention.sinks=true",
+         "model.attention.out_bias=true", "model.attention.sliding_window=5"],
+        "model.attention.num_experts=2",
+    ),
+    "attention experts with shared keys in parallel blocks": (
+        ["model=tiny", "model.attention.num_experts=3", "model.attention.shared_kv=true", "model.parallel_block=true",
+         "model.moe.first_dense=1", "model.residual_multiplier=0.4"],
+        "model.parallel_block=true",
+    ),
 }  # fmt: skip
 
 

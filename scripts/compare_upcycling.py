@@ -3,9 +3,10 @@
 real: a dense model (``scripts/smollm2.py`` makes SmolLM2-135M) and upcycled ones, each trained on a domain that it is
 weak at, by default the manual pages and books in other languages than English of ``scripts/corpora.py``.
 
-branches: a small dense model is trained on three domains, and a branch of it on each alone; Branch-Train-MiX makes one
-model of the branches, which is trained on all three. Beside it the branches, and a model with experts from scratch that
-has as many tokens as all of this together.
+branches: a small dense model is trained on three domains, and a branch of it on each alone; Branch-Train-MiX and BAM
+(attention experts too, with their own keys and values or shared ones) each make one model of the branches, which is
+trained on all three. Beside them the branches, and a model with experts from scratch that has as many tokens as all
+that one such model took.
 
 One job after the other, each with all cores. FOLDER gets a directory per run, results.json and results.md. A finished
 run is not repeated, one that was killed is resumed. Everything is done by the commands that a user has.
@@ -45,6 +46,11 @@ TRAINING = [
     "optim.lr=2e-3",
     "schedule.warmup_steps=20",
 ]
+MIXES = {
+    "BTX": ["method=btx"],
+    "BAM, own keys": ["method=bam"],
+    "BAM, shared keys": ["method=bam", "shared_kv=true"],
+}
 BRANCHES = ("novels", "docs", "code")
 QUIET = ["log.progress=false", "log.tensorboard=false", "checkpoint.asynchronous=false", "export.verify=false"]
 
@@ -166,9 +172,12 @@ def branches(args: argparse.Namespace) -> tuple[list[str], list[list[str]]]:
     for name in BRANCHES:
         alone = [f"data.sources.{other}.weight={int(other == name)}" for other in BRANCHES]
         add(f"branch, {name}", name, n, 2 * n, [f"init={args.folder / 'seed'}", *alone])
-    parents, begin = ",".join(str(args.folder / name) for name in BRANCHES), args.folder / "btx-start"
-    upcycle(begin, ["method=btx", f"from={parents}", "to=moetrain"])
-    add("BTX, then all domains", "btx", n, all_steps, [f"init={begin}", "balance=[aux_loss]"])
+    parents = ",".join(str(args.folder / name) for name in BRANCHES)
+    for title, words in MIXES.items():
+        name = title.lower().replace(", ", "-").replace(" ", "-")
+        begin = args.folder / f"{name}-start"
+        upcycle(begin, [*words, f"from={parents}", "to=moetrain"])
+        add(f"{title}, then all domains", name, n, all_steps, [f"init={begin}", "balance=[aux_loss]"])
     add("from scratch, 3 experts, top 2", "scratch", all_steps, all_steps, [*DENSE, *EXPERTS, "balance=[aux_loss]"])
     rows = []
     for title, steps, run in found:

@@ -6,13 +6,16 @@ from moetrain.config.advice import enforce
 from moetrain.config.check_data import check_data
 from moetrain.config.check_mapping import batch, check_mapping
 from moetrain.config.errors import ConfigError
-from moetrain.config.schema import Config, ModelConfig
+from moetrain.config.schema import AttentionConfig, Config, ModelConfig
 from moetrain.config.sizes import Sizes, divisors, near, resolve_sizes
 
 __all__ = ["Sizes", "check_config", "check_mapping", "resolve_sizes"]
 
 # settings of grouped-query attention -> the value that turns them off
-GQA_ONLY = {"qkv_bias": False, "out_bias": False, "sinks": False, "qk_norm": "none", "clip_qkv": None, "scale": None}
+GQA_ONLY = {
+    **{"qkv_bias": False, "out_bias": False, "sinks": False, "qk_norm": "none", "clip_qkv": None, "scale": None},
+    **{"num_experts": 1, "shared_kv": False},
+}
 PER_LAYER = ("num_experts", "top_k", "expert_dim", "shared_dim", "capacity_factor")
 
 
@@ -50,6 +53,7 @@ def _check_attention(model: ModelConfig) -> None:
         if a.head_dim * model.rope.fraction % 2:
             part = "" if model.rope.fraction == 1 else f" times model.rope.fraction={model.rope.fraction}"
             raise ConfigError(f"model.attention.head_dim={a.head_dim}{part} must be even: rotary positions turn pairs")
+        _check_attention_experts(a)
     else:
         for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
             if getattr(a, name) < 1:
@@ -71,6 +75,28 @@ def _check_attention(model: ModelConfig) -> None:
             raise ConfigError(
                 f"model.attention.sliding_layers names layer {layer}; layers are 0 to {model.n_layers - 1}"
             )
+
+
+def _check_attention_experts(a: AttentionConfig) -> None:
+    """Every expert has as many heads as any other, all with the same grouping of queries around keys and values."""
+    N = a.num_experts
+    if a.shared_kv and N == 1:
+        raise ConfigError(
+            "model.attention.shared_kv=true is for experts that share keys and values; set model.attention.num_experts"
+        )
+    if N > 1 and a.qk_norm == "full":
+        raise ConfigError(
+            "model.attention.qk_norm=full is one norm over all heads, so experts would change each other's queries; "
+            f"with model.attention.num_experts={N} use head or none"
+        )
+    each = a.n_heads // a.n_kv_heads if a.shared_kv else a.n_kv_heads
+    if each % N:
+        what = f"n_heads={a.n_heads} / n_kv_heads={a.n_kv_heads} = {each}" if a.shared_kv else f"n_kv_heads={each}"
+        hint = " or ".join(f"model.attention.num_experts={n}" for n in near(N, divisors(each)))
+        raise ConfigError(
+            f"model.attention.num_experts={N} must divide {what}: heads count those of all experts; "
+            f"nearest legal: {hint}"
+        )
 
 
 def _check_rope(model: ModelConfig) -> None:

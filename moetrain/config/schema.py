@@ -49,8 +49,10 @@ class AttentionConfig:
     """Grouped-query attention (arXiv 2305.13245) or multi-head latent attention (DeepSeek-V2, arXiv 2405.04434)."""
 
     kind: Literal["gqa", "mla"] = Field(default="gqa", description="grouped-query or multi-head latent attention")
-    n_heads: Positive = Field(default=4, description="query heads")
-    n_kv_heads: Positive = Field(default=4, description="gqa: key/value heads; divides n_heads")
+    n_heads: Positive = Field(default=4, description="query heads, of all attention experts together")
+    n_kv_heads: Positive = Field(
+        default=4, description="gqa: key/value heads, of all attention experts together; divides n_heads"
+    )
     head_dim: Positive = Field(default=32, description="gqa: width of a head")
     qkv_bias: bool = Field(default=False, description="biases on the query, key and value projections")
     out_bias: bool = Field(default=False, description="bias on the output projection")
@@ -73,6 +75,11 @@ class AttentionConfig:
         description="gqa: factor on the scores (Granite: a number of its own); null: 1/sqrt(head_dim)",
     )
     sinks: bool = Field(default=False, description="a learned logit per head that takes part in the softmax (GPT-OSS)")
+    num_experts: Positive = Field(
+        default=1,
+        description="gqa: experts that share out the heads, all at work on every token, weighed by a router (BAM)",
+    )
+    shared_kv: bool = Field(default=False, description="all attention experts use the same keys and values (BAM)")
     q_lora_rank: int | None = Field(default=None, description="mla: rank of the query compression; null: none")
     kv_lora_rank: NonNegative = Field(default=0, description="mla: rank of the key/value compression")
     qk_nope_head_dim: NonNegative = Field(default=0, description="mla: per-head width without rotation")

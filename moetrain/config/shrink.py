@@ -73,9 +73,10 @@ def _layers(model: ModelConfig, cfg: Config, sizes: Sizes) -> None:
 def _attention(model: ModelConfig, cfg: Config, sizes: Sizes) -> None:
     a = model.attention
     group = a.n_heads // a.n_kv_heads if a.kind == "gqa" else 1
-    a.n_heads = math.lcm(4, sizes.tp * (sizes.cp if cfg.parallel.context == "all_to_all" else 1))
+    a.n_heads = math.lcm(4, a.num_experts, sizes.tp * (sizes.cp if cfg.parallel.context == "all_to_all" else 1))
     if a.kind == "gqa":
         fits = [kv for kv in divisors(a.n_heads) if max(kv, sizes.tp) % min(kv, sizes.tp) == 0]
+        fits = [kv for kv in fits if (a.n_heads // kv if a.shared_kv else kv) % a.num_experts == 0]
         a.n_kv_heads = min(fits, key=lambda kv: abs(kv - a.n_heads / group))
         a.head_dim = 8 if 8 * model.rope.fraction % 2 == 0 else a.head_dim
     else:

@@ -15,7 +15,7 @@ TRUNK = (
     "tie_embeddings",
     *("embedding_multiplier", "residual_multiplier", "logits_divisor"),
 )
-GQA = ("n_kv_heads", "head_dim", "qkv_bias", "out_bias", "qk_norm", "clip_qkv", "sinks")
+GQA = ("n_kv_heads", "head_dim", "qkv_bias", "out_bias", "qk_norm", "clip_qkv", "sinks", "num_experts", "shared_kv")
 MLA = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 YARN = ("factor", "original_max_seq_len", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
 ROPE = {

@@ -24,6 +24,7 @@ PARTS = {
     "embedding": r"embed\.",
     "head": r"head\.",
     "router": r".*\.moe\.router\.",
+    "attention router": r".*\.attention\.router\.",
     "experts": r".*\.moe\.experts\.",
     "shared experts": r".*\.moe\.shared\.",
     "dense mlp": r".*\.mlp\.",
@@ -131,6 +132,8 @@ def look(opened: Opened) -> Look:
                              "heads": a.n_heads, "tied": m.tie_embeddings}  # fmt: skip
     if a.kind == "gqa":
         shape |= {"key/value heads": a.n_kv_heads, "head width": a.head_dim}
+    if a.num_experts > 1:
+        shape["attention experts"] = a.num_experts
     if m.moe_layers():
         shape |= {"MoE layers": len(m.moe_layers()), "experts": m.moe.num_experts, "top k": m.moe.top_k,
                   "expert width": m.moe.expert_dim, "shared width": m.moe.shared_dim}  # fmt: skip

@@ -188,7 +188,8 @@ class _SplitRMSNorm(RMSNorm):
 
 def _split_gqa(attention: GroupedQueryAttention, mesh: DeviceMesh) -> None:
     """Query heads over the ranks, key/value heads with them; where these are fewer than ranks, their projections are
-    copies, of which each rank uses the one head that its query heads need."""
+    copies, of which each rank uses the one head that its query heads need. So is a router of attention experts, of
+    whose weights a rank uses those of its heads."""
     n, d = mesh.size(), attention.head_dim
     heads, kv_heads = len(attention.wq.weight) // d, len(attention.wk.weight) // d
     _check_heads(heads, n)
@@ -215,6 +216,8 @@ def _split_gqa(attention: GroupedQueryAttention, mesh: DeviceMesh) -> None:
             _split_parameter(attention.k_norm, "weight", mesh, 0)
         attention.k_norm = _SplitRMSNorm(attention.k_norm, mesh.get_group(), rows)
     _split_parameter(attention, "sinks", mesh, 0)
+    own = heads // n
+    attention.own_heads = slice(mesh.get_local_rank() * own, (mesh.get_local_rank() + 1) * own)
     _open(attention, "wo", mesh, dim=1)
 
 

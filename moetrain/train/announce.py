@@ -39,6 +39,10 @@ def announce(trainer: Trainer) -> None:
         trained = n.total - sum(frozen_sizes(cfg, s).values())
         log.info("frozen     %s: %s of %s parameters are trained", ", ".join(cfg.train.freeze), short(trained),
                  short(n.total))  # fmt: skip
+    a = cfg.model.attention
+    if a.num_experts > 1:
+        log.info("attention  %d experts of %d heads each, keys and values %s",
+                 a.num_experts, a.n_heads // a.num_experts, "shared" if a.shared_kv else "their own")  # fmt: skip
     if cfg.model.moe_layers():
         log.info("experts    kernels %s: %s", *kernels(cfg, trainer.device))
     log.info("memory     per rank: weights, gradients and optimizer %.2f GiB, activations about %.2f GiB",

@@ -101,7 +101,9 @@ def _shape(model: Model) -> str:
     kind = "ternary experts" if cfg.moe.ternary else "experts"
     beside = f" beside a shared one of {shared}" if shared else ""
     layers = f"{len(cfg.moe_layers())} of {cfg.n_layers} layers"
-    return f"{layers} with {experts} {kind} of width {width}{beside}, top-{top_k}"
+    shape = f"{layers} with {experts} {kind} of width {width}{beside}, top-{top_k}"
+    N = cfg.attention.num_experts
+    return shape if N == 1 else f"{shape}, and {N} attention experts in all"
 
 
 def _report(asked: Asked, made: Upcycled, form: str, before: list[float], after: float) -> dict[str, object]:

@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from moetrain.config.fields import STRICT, Positive
-from moetrain.upcycle.method import Context, Model, keys_name, moe_names
+from moetrain.upcycle.method import Context, Model, keys_name
 
 
 @dataclass(config=STRICT)
@@ -32,10 +32,10 @@ class CopyOptions(RouterStart):
     layers: list[int] | None = Field(default=None, description="layers that get experts, as [1,3]; null: all")
 
 
-def new_router(start: RouterStart, rows: int, parent: Model, layer: int, context: Context) -> Tensor:
-    """Router rows (rows, D) of a layer, in the dtype of ``parent``."""
+def new_router(start: RouterStart, rows: int, parent: Model, layer: int, context: Context, part: str = "moe") -> Tensor:
+    """Router rows (rows, D) of a layer's ``part``, moe or attention, in the dtype of ``parent``."""
     router = torch.zeros(rows, parent.cfg.dim)
     if start.router == "random":
         std = parent.cfg.init_std if start.router_std is None else start.router_std
-        router.normal_(0, std, generator=context.generator(moe_names(layer)[0]))
+        router.normal_(0, std, generator=context.generator(f"layers.{layer}.{part}.router.weight"))
     return router.to(parent.source.specs[keys_name(parent, layer)].dtype)

@@ -66,6 +66,16 @@ REFUSED = [
     ("model.moe.num_experts=[8,8]", "model.moe.num_experts has 2 numbers for model.n_layers=4 layers"),
     ("model.moe.capacity_factor=0", "model.moe.capacity_factor=0.0 must not be 0 or negative"),
     ("model.attention.n_kv_heads=4", "n_kv_heads=4 must divide n_heads=6; nearest legal: model.attention.n_kv_heads=3"),
+    (
+        "model.attention.num_experts=3",
+        "num_experts=3 must divide n_kv_heads=2: heads count those of all experts; "
+        "nearest legal: model.attention.num_experts=2",
+    ),
+    ("model.attention.num_experts=2 model.attention.shared_kv=true", "must divide n_heads=6 / n_kv_heads=2 = 3: heads"),
+    ("model.attention.shared_kv=true", "shared_kv=true is for experts that share keys and values; set"),
+    ("model.attention.num_experts=2 model.attention.qk_norm=full", "qk_norm=full is one norm over all heads"),
+    ("model=tiny-deepseek model.attention.num_experts=2", "num_experts is for kind=gqa; with mla set "),
+    ("model.parallel_block=true model.norm_place=post", "model.parallel_block=true needs model.norm_place=pre"),
     ("model.attention.kind=mla", "model.attention.kind=mla needs model.attention.kv_lora_rank"),
     ("model.rope.fraction=0.4", "head_dim=32 times model.rope.fraction=0.4 must be even"),
     ("model=tiny-deepseek model.rope.fraction=0.5", "model.rope.fraction is for kind=gqa"),

@@ -48,3 +48,16 @@ def test_a_small_copy_of_every_preset_fits(preset: str, world: int, mapping: lis
     assert (a.layer_value("shared_dim", a.moe_layers()[0]) > 0) == (b.layer_value("shared_dim", layer) > 0)
     if a.attention.sliding_layers is not None and sizes.stages > 1:
         assert 0 < len(b.attention.sliding_layers or []) < b.n_layers
+
+
+@pytest.mark.parametrize(("world", "mapping"), MAPPINGS)
+@pytest.mark.parametrize("shared", ["false", "true"])
+def test_attention_experts_stay_as_many(shared: str, world: int, mapping: list[str]) -> None:
+    heads = [f"model.attention.{name}" for name in ("n_heads=24", "n_kv_heads=6", "num_experts=3", "qk_norm=head")]
+    heads = [word if shared == "false" else word.replace("n_kv_heads=6", "n_kv_heads=2") for word in heads]
+    words = [*heads, f"model.attention.shared_kv={shared}", "train.global_batch=48", "train.micro_batch=2", *mapping]
+    cfg = load(["model=olmoe-1b-7b", *words], check=lambda cfg: check_mapping(cfg, world))
+    small = shrink(cfg, resolve_sizes(cfg.parallel, world))
+    check_config(small)
+    check_mapping(small, world)
+    assert small.model.attention.num_experts == 3

@@ -63,6 +63,16 @@ MODELS: dict[str, tuple[list[str], str]] = {
          "model.norm_offset=0.5", "model.activation=gelu", "model.moe.activation=relu2"],
         "model.norm_place=post",
     ),
+    "attention experts": (
+        ["model=tiny", "model.attention.num_experts=2", "model.attention.qkv_bias=true", "model.attention.sinks=true",
+         "model.attention.out_bias=true", "model.attention.sliding_window=5"],
+        "model.attention.num_experts=2",
+    ),
+    "attention experts with shared keys in parallel blocks": (
+        ["model=tiny", "model.attention.num_experts=3", "model.attention.shared_kv=true", "model.parallel_block=true",
+         "model.moe.first_dense=1", "model.residual_multiplier=0.4"],
+        "model.parallel_block=true",
+    ),
 }  # fmt: skip
 
 

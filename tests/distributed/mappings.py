@@ -71,7 +71,15 @@ COLUMNS: dict[str, dict[str, list[str]]] = {
             "model.attention.v_head_dim=8",
             "model.rope.interleaved=true",
         ],
+        # attention experts, with their own keys and values, and with the same ones
+        "bam": ["model.attention.n_kv_heads=4", "model.attention.num_experts=2"],
+        "bam1": [
+            "model.attention.n_kv_heads=1",
+            "model.attention.num_experts=2",
+            "model.attention.shared_kv=true",
+        ],
     },
+    "block": {"-": [], "parallel": ["model.parallel_block=true"]},
     "shared": {
         "-": ["model.moe.shared_dim=0"],
         "yes": ["model.moe.shared_dim=16", "model.moe.shared_gate=true", "model.activation=gelu"],
@@ -106,7 +114,7 @@ COLUMNS: dict[str, dict[str, list[str]]] = {
     "tied": {"-": [], "yes": ["model.tie_embeddings=true"]},
     "optim": {"adamw": [], "muon": ["optim=muon"]},
 }
-MODEL = ("attention", "shared", "experts", "router", "documents", "tied", "optim")
+MODEL = ("attention", "block", "shared", "experts", "router", "documents", "tied", "optim")
 
 DEEPSPEED = "DeepSpeed's ZeRO does not do it, and moetrain refuses it"
 FEW = "the schedule runs at least as many micro-batches as it has stages"

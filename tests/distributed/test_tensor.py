@@ -50,6 +50,23 @@ ATTENTIONS: dict[str, dict[str, Any]] = {
         "clip_qkv": 1.5,
     },
     "kv heads 4, norm of all heads": {"n_heads": 4, "n_kv_heads": 4, "head_dim": 4, "qk_norm": "full"},
+    "2 experts, own keys": {
+        "n_heads": 8,
+        "n_kv_heads": 4,
+        "head_dim": 4,
+        "num_experts": 2,
+        "sinks": True,
+        "qkv_bias": True,
+        "out_bias": True,
+    },
+    "2 experts, shared keys": {
+        "n_heads": 8,
+        "n_kv_heads": 2,
+        "head_dim": 4,
+        "num_experts": 2,
+        "shared_kv": True,
+        "qk_norm": "head",
+    },
     "mla": MLA,
     "mla with a query latent": {**MLA, "q_lora_rank": 7},
 }
@@ -147,6 +164,7 @@ def test_split_equals_one_process(attention: str, tp: int, tied: bool, reduction
     ("changes", "recompute"),
     [
         ({"norm_place": "post"}, "selective"),
+        ({"parallel_block": True}, "full"),
         ({"rope": RopeConfig(fraction=0.5)}, "none"),
         ({"activation": "relu2", "norm_offset": 1.0}, "selective"),
         ({"embedding_multiplier": 3.0, "residual_multiplier": 0.3, "logits_divisor": 2.0}, "full"),

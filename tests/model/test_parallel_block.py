@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,7 +9,6 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from moetrain.config import load
-from moetrain.config.errors import ConfigError
 from moetrain.moe.routing import Memo, TokenContext
 from tests.model.hf_models import float64_throughout
 from tests.model.test_decoder import build, ids, tiny
@@ -90,8 +88,3 @@ def test_experts_read_what_attention_reads() -> None:
     attention = block.attention(block.attention_norm(x), places, None)
     experts, _ = block.moe(block.mlp_norm(x).flatten(0, 1), carry, TokenContext(16, 0, False, Memo()))
     torch.testing.assert_close(out, x + (attention + experts.view_as(x)) / 2, rtol=1e-12, atol=1e-12)
-
-
-def test_norms_after_attention_and_mlp_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"model.parallel_block=true needs model.norm_place=pre"):
-        load(["model=tiny", "model.parallel_block=true", "model.norm_place=post"])

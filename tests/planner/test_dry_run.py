@@ -29,6 +29,7 @@ MLA = (
     "model.attention.kv_lora_rank=8 "
     "model.attention.qk_nope_head_dim=8 model.attention.qk_rope_head_dim=4 model.attention.v_head_dim=6"
 )
+BAM = "model.attention.num_experts=2 model.attention.n_kv_heads=1 model.attention.shared_kv=true"
 FUSED = "model.attention.backend=auto"
 
 
@@ -49,6 +50,8 @@ def toy(folder: Path, world: int, words: str) -> Config:
         (1, f"{FUSED} model.attention.sinks=true model.attention.sliding_window=8 data.document_mask=true"),
         (2, f"{FUSED} parallel.pp=2 train.micro_batch=1 train.recompute=full"),
         (4, f"{FUSED} parallel.tp=2 parallel.cp=2 parallel.ep=2 parallel.etp=2"),
+        (1, f"{BAM} {FUSED} model.parallel_block=true train.recompute=selective"),
+        (4, f"{BAM} parallel.tp=2 parallel.cp=2"),
         (2, "train.precision=bf16"),
     ],
 )
@@ -73,6 +76,7 @@ def test_activations_are_those_of_a_real_micro_batch(tmp_path: Path, world: int,
         (4, "parallel.dp_replicate=2 parallel.dp_shard=2 train.micro_batch=1 train.recompute=full"),
         (4, "parallel.cp=2 parallel.tp=2 parallel.ep=2 parallel.etp=2 train.micro_batch=2 model.moe.ternary=true"),
         (2, "parallel.cp=2 parallel.context=ring model.attention.sliding_window=6"),
+        (2, f"{BAM} parallel.tp=2 parallel.ep=2 model.parallel_block=true optim=muon"),
         (4, "parallel.cp=2 parallel.context=all_to_all parallel.ep=2 train.micro_batch=1 train.precision=bf16"),
         (4, "parallel.ep=4 dispatch=two_step dispatch.node_size=2 train.micro_batch=2"),
         (2, "parallel.ep=2 dispatch=all_gather model.moe.capacity_factor=0.75 optim=muon"),

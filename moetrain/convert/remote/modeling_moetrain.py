@@ -176,6 +176,7 @@ class GroupedQueryAttention(nn.Module):
             self.q_norm = RMSNorm(a["head_dim"] if by_head else q_dim, eps, offset)
             self.k_norm = RMSNorm(a["head_dim"] if by_head else kv_dim, eps, offset)
         self.sinks = nn.Parameter(torch.zeros(a["n_heads"])) if a["sinks"] else None
+        self.router = nn.Linear(m["dim"], a["num_experts"], bias=False) if a["num_experts"] > 1 else None
 
     def forward(self, x_BSD: Tensor, places: Places, window: int | None) -> Tensor:
         a, clip = self.a, self.a["clip_qkv"]
@@ -189,7 +190,18 @@ class GroupedQueryAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = places.rotate(q), places.rotate(k)
         scale = a["head_dim"] ** -0.5 if a["scale"] is None else a["scale"]
-        return self.wo(attend(q, k, v, places, window, scale, self.sinks))
+        out = attend(q, k, v, places, window, scale, self.sinks)
+        if self.router is not None:
+            shares_BSN = F.linear(x_BSD.float(), self.router.weight.float()).softmax(-1).to(out.dtype)
+            out = (out.unflatten(-1, (a["n_heads"], -1)) * self.by_head(shares_BSN)).flatten(2)
+        return self.wo(out)
+
+    def by_head(self, shares_BSN: Tensor) -> Tensor:
+        """(B, S, H, 1): how much each head counts, from what its expert does (BAM, arXiv 2408.08274)."""
+        a = self.a
+        groups = a["n_kv_heads"] if a["shared_kv"] else 1
+        heads = a["n_heads"] // groups // a["num_experts"]
+        return shares_BSN.repeat_interleave(heads, -1).repeat(1, 1, groups).unsqueeze(-1)
 
 
 class LatentAttention(nn.Module):

@@ -1,8 +1,9 @@
-"""Grouped-query attention (arXiv 2305.13245)."""
+"""Grouped-query attention (arXiv 2305.13245), whose heads may belong to several experts (BAM, arXiv 2408.08274)."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moetrain.config.schema import ModelConfig
@@ -16,6 +17,10 @@ class GroupedQueryAttention(nn.Module):
     """Causal attention with H query heads over G key/value heads of width d.
 
     Optional: biases, RMSNorm of queries and keys (per head: Qwen3; over all heads: OLMoE), clipping, sinks (GPT-OSS).
+
+    With N experts, H/N heads are each one's, and what a head gives counts as much as the router says for its expert:
+    the output projection then sums over the experts. Norms and the output's bias are common to them.
+    own_heads: those of the H that this module computes.
     """
 
     def __init__(self, cfg: ModelConfig) -> None:
@@ -38,6 +43,8 @@ class GroupedQueryAttention(nn.Module):
             self.q_norm = RMSNorm(a.head_dim if a.qk_norm == "head" else q_dim, cfg.norm_eps, cfg.norm_offset)
             self.k_norm = RMSNorm(a.head_dim if a.qk_norm == "head" else kv_dim, cfg.norm_eps, cfg.norm_offset)
         self.sinks = nn.Parameter(torch.empty(a.n_heads)) if a.sinks else None
+        self.router = HeadRouter(cfg) if a.num_experts > 1 else None
+        self.own_heads = slice(None)
 
     def forward(self, x_BSD: Tensor, places: Places, window: int | None) -> Tensor:
         """x_BSD -> (B, S, D). window: see ``attend``."""
@@ -53,4 +60,27 @@ class GroupedQueryAttention(nn.Module):
         q, k = rotate(q, places, self.interleaved), rotate(k, places, self.interleaved)
         sinks_H = local_part(self.sinks)
         out = self.core(q, k, v, places, window, scale=self.scale, sinks_H=sinks_H, backend=self.backend)
+        if self.router is not None:
+            out = out * self.router(x_BSD)[..., self.own_heads, None].to(out.dtype)
         return self.wo(out.flatten(2))
+
+
+class HeadRouter(nn.Module):
+    """How much each head counts: a softmax over all N experts, for all of them work on every token (BAM).
+
+    weight (N, D). Heads are in order of their experts; where these share G key/value heads, so are the H/G query heads
+    of each. Computes in float32, or wider if its input is.
+    """
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        a = cfg.attention
+        self.groups = a.n_kv_heads if a.shared_kv else 1
+        self.heads = a.n_heads // self.groups // a.num_experts
+        self.weight = nn.Parameter(torch.empty(a.num_experts, cfg.dim))
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """x_BSD -> weights_BSH."""
+        wide = torch.promote_types(x_BSD.dtype, torch.float32)
+        weights_BSN = F.linear(x_BSD.to(wide), self.weight.to(wide)).softmax(dim=-1)
+        return weights_BSN.repeat_interleave(self.heads, dim=-1).repeat(1, 1, self.groups)

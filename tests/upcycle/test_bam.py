@@ -68,7 +68,7 @@ def reference(name: str, made: Upcycled, shared: bool) -> nn.Module:
 
 
 @SHARED
-@pytest.mark.parametrize("name", ["llama-biases-llama3", "qwen2-some-windows", "qwen3-biases-windows", "granite"])
+@pytest.mark.parametrize("name", ["llama-biases-llama3-geglu", "qwen2-some-windows", "qwen3-biases-windows", "granite"])
 def test_heads_side_by_side_are_attentions_side_by_side(name: str, shared: bool, tmp_path: Path) -> None:
     """Biases, windows, norms of heads, other factors on scores: logits and gradients in float64."""
     folders = [saved(name, tmp_path / str(seed), seed) for seed in range(N)]

@@ -151,8 +151,9 @@ def _converted(plan: _Plan, source: Source) -> Iterator[tuple[str, Tensor, int]]
             bool(pieces) and not pieces[0].index and (pieces[0].rearrange is None or pieces[0].rearrange.keeps_first)
         )
         if by_row:
+            first_row = pieces[0].first_row(spec.shape)
             for box in blocks(fqn, spec):
-                yield pieces[0].hf, pieces[0].to_hf(source.read(fqn, box)), box[0].start if box else 0
+                yield pieces[0].hf, pieces[0].to_hf(source.read(fqn, box)), first_row + (box[0].start if box else 0)
         else:
             for first, together in groupby(pieces, key=lambda piece: piece.index[:1]):
                 part = source.read(fqn, tuple(slice(i, i + 1) for i in first))

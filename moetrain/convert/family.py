@@ -50,7 +50,6 @@ NOT_COVERED = {
     "gemma3_text": "two norms around each part of a block, and two rotary bases",
     "longcat_flash": "zero experts, and two attentions in a layer with its experts beside them",
     "phimoe": "LayerNorm with biases, a bias on the head, and sparsemixer routing",
-    "granitemoeshared": "shared experts whose gate and up are one tensor",
 }
 
 

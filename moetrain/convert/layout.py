@@ -51,12 +51,14 @@ class Rearrange:
 
 @dataclass(frozen=True)
 class Piece:
-    """One Hugging Face tensor: ``ours[index]``, rearranged if it has to be."""
+    """One Hugging Face tensor: ``ours[index]``, rearranged if it has to be. Or, not rearranged, a stretch of its rows:
+    number i of n that are as long."""
 
     hf: str
     ours: str
     index: tuple[int, ...]
     rearrange: Rearrange | None = None
+    stretch: tuple[int, int] = (0, 1)
 
     def to_hf(self, whole: Tensor) -> Tensor:
         """Their tensor from our whole one; contiguous, of its own storage where it is a part."""
@@ -66,11 +68,19 @@ class Piece:
     def hf_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of their tensor, given the ``shape`` of our whole one."""
         rest = tuple(shape[len(self.index) :])
-        return self.rearrange.hf_shape(rest) if self.rearrange else rest
+        if self.rearrange:
+            return self.rearrange.hf_shape(rest)
+        return (rest[0] * self.stretch[1], *rest[1:]) if rest else rest
+
+    def first_row(self, shape: tuple[int, ...]) -> int:
+        """Row of their tensor where ``ours[index]``, of ``shape``, begins."""
+        return self.stretch[0] * shape[0] if shape else 0
 
     def copy_to(self, whole: Tensor, theirs: Tensor) -> None:
         """Write their tensor into its place in our whole one."""
         part = whole[self.index] if self.index else whole
+        if self.stretch != (0, 1):
+            theirs = theirs.chunk(self.stretch[1])[self.stretch[0]]
         part.copy_(self.rearrange.to_ours(theirs, tuple(part.shape)) if self.rearrange else theirs)
 
 
@@ -79,12 +89,13 @@ class Rule:
     """Our tensor ``ours`` is their ``theirs``. ``{l}`` stands for the layer, ``{e}`` for the expert (our dimension 0).
 
     With ``{e}``, each expert is a tensor of theirs; with several ``theirs``, so is each slice of our next dimension
-    (gate and up of ``w13``). rearrange: pattern of what remains after that cutting.
+    (gate and up of ``w13``). rearrange: pattern of what remains after that cutting. stretch: see ``Piece``.
     """
 
     ours: str
     theirs: tuple[str, ...]
     rearrange: str | None = None
+    stretch: tuple[int, int] = (0, 1)
 
     def match(self, fqn: str) -> int | None:
         """Layer of our tensor ``fqn`` (-1 for one outside the layers), or None if the rule is not about it."""
@@ -100,9 +111,9 @@ class Rule:
         rearrange = Rearrange(self.rearrange) if self.rearrange else None
         for e, p in product(experts, parts):
             index = tuple(i for i in (e, p) if i is not None)
-            yield Piece(self.theirs[p or 0].format(l=layer, e=e), fqn, index, rearrange)
+            yield Piece(self.theirs[p or 0].format(l=layer, e=e), fqn, index, rearrange, self.stretch)
 
 
-def rule(ours: str, *theirs: str, rearrange: str | None = None) -> Rule:
+def rule(ours: str, *theirs: str, rearrange: str | None = None, stretch: tuple[int, int] = (0, 1)) -> Rule:
     """Shorthand for a Rule."""
-    return Rule(ours, theirs, rearrange)
+    return Rule(ours, theirs, rearrange, stretch)

@@ -80,12 +80,12 @@ class Imported:
         ignored = []
         for name, spec in theirs.specs.items():
             if name in places:
-                piece = places[name]
                 if not spec.dtype.is_floating_point:
                     kind = str(spec.dtype).removeprefix("torch.")
                     raise ConvertError(f"tensor '{name}' holds {kind}, not floating-point numbers; dequantise it first")
-                _check_shape(piece, ours[piece.ours].shape, spec.shape)
-                self.pieces.setdefault(piece.ours, []).append(piece)
+                for piece in places[name]:
+                    _check_shape(piece, ours[piece.ours].shape, spec.shape)
+                    self.pieces.setdefault(piece.ours, []).append(piece)
             elif _is_ignored(family, cfg, name):
                 ignored.append(name)
             elif not (name == TIED_HEAD and cfg.tie_embeddings):
@@ -117,20 +117,24 @@ class Imported:
     def _part(self, piece: Piece, shape: tuple[int, ...], box: Box) -> Tensor:
         """Part ``box`` of what ``piece`` holds, which is ours of ``shape``."""
         if piece.rearrange is None:
-            return self.theirs.read(piece.hf, box)
+            first = piece.first_row(shape)
+            rows = [slice(s.start + first, s.stop + first) for s in box[:1]]
+            return self.theirs.read(piece.hf, (*rows, *box[1:]))
         if not piece.rearrange.keeps_first:
             return piece.rearrange.to_ours(self.theirs.read(piece.hf), shape)[box]
         some = self.theirs.read(piece.hf, box[:1])
         return piece.rearrange.to_ours(some, (some.shape[0], *shape[1:]))[(slice(None), *box[1:])]
 
 
-def _places(family: Family, ours: Mapping[str, Spec]) -> dict[str, Piece]:
+def _places(family: Family, ours: Mapping[str, Spec]) -> dict[str, list[Piece]]:
     """Their name -> where it goes, for both namings."""
-    places = {}
+    places: dict[str, list[Piece]] = {}
     for fqn, spec in ours.items():
         covered = [] if fqn.endswith(SELECTION_BIAS) and not family.zeros else pieces_of(family, fqn, spec.shape)
         for piece in [*pieces_in_memory(family, fqn, spec.shape), *covered]:
-            places[piece.hf] = piece
+            mine = places.setdefault(piece.hf, [])
+            if piece not in mine:
+                mine.append(piece)
     return places
 
 
@@ -149,7 +153,7 @@ def _check_shape(piece: Piece, ours: tuple[int, ...], theirs: tuple[int, ...]) -
 
 def _check_covered(family: Family, fqn: str, shape: tuple[int, ...], pieces: list[Piece], theirs: Source) -> None:
     """Raise ConvertError unless ``pieces`` are all of our tensor ``fqn``, once."""
-    filled = sum(torch.Size(theirs.specs[piece.hf].shape).numel() for piece in pieces)
+    filled = sum(torch.Size(theirs.specs[piece.hf].shape).numel() // piece.stretch[1] for piece in pieces)
     if filled > torch.Size(shape).numel():
         raise ConvertError(f"the checkpoint holds our tensor '{fqn}' twice, in one piece and in parts")
     if filled < torch.Size(shape).numel():

@@ -94,6 +94,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "granite": ("granite", GRANITE | {"attention_bias": True}),
     "granitemoe": ("granitemoe", GRANITE | TOP_2 | {"num_local_experts": 6, "tie_word_embeddings": True}),
+    "granitemoeshared": (
+        "granitemoeshared",
+        GRANITE | TOP_2 | {"num_local_experts": 6, "shared_intermediate_size": 28, "hidden_act": "gelu_pytorch_tanh"},
+    ),
     "olmo2": ("olmo2", {}),
     "flex_olmo": ("flex_olmo", TOP_2 | {"num_experts": 6}),
     "flex_olmo-renormalised-biases": (

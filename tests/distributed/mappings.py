@@ -80,18 +80,10 @@ COLUMNS: dict[str, dict[str, list[str]]] = {
         ],
     },
     "block": {"-": [], "parallel": ["model.parallel_block=true"]},
-    "shared": {
-        "-": ["model.moe.shared_dim=0"],
-        "yes": ["model.moe.shared_dim=16", "model.moe.shared_gate=true", "model.activation=gelu"],
-    },
+    "shared": {"-": ["model.moe.shared_dim=0"], "yes": ["model.moe.shared_dim=16", "model.moe.shared_gate=true"]},
     "experts": {
         "coarse": [],
-        "fine": [
-            "model.moe.num_experts=16",
-            "model.moe.top_k=4",
-            "model.moe.expert_dim=8",
-            "model.moe.activation=relu2",
-        ],
+        "fine": ["model.moe.num_experts=16", "model.moe.top_k=4", "model.moe.expert_dim=8"],
     },
     "router": {
         "step": ["model/router=softmax_topk", "balance=[aux_loss,z_loss]", "balance.aux_loss.scope=step"],

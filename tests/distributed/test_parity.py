@@ -12,6 +12,7 @@ import math
 import os
 import random
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from moetrain_launch.fork import run_ranks
@@ -20,6 +21,7 @@ from moetrain.config import Config
 from moetrain.config import load as load_config
 from moetrain.config.check import check_mapping
 from moetrain.config.errors import ConfigError
+from moetrain.config.schema import Activation
 from moetrain.config.sizes import divisors
 from moetrain.train import parity
 from tests.distributed import mappings
@@ -83,6 +85,7 @@ def test_bf16(prepared: Path, row: Row) -> None:
 
 SEED = int(os.environ.get("MOETRAIN_SEED", random.SystemRandom().randrange(10**6)))
 DRAWS = 30
+ACTIVATIONS = get_args(Activation)
 
 
 def draw(rng: random.Random) -> tuple[int, list[str]]:
@@ -108,6 +111,8 @@ def draw(rng: random.Random) -> tuple[int, list[str]]:
         "model.moe.top_k": pick([1, 2, min(4, experts)]),
         "model.moe.expert_dim": pick([12, 16, 24]),
         "model.moe.first_dense": pick([0, 1]),
+        "model.activation": pick(ACTIVATIONS),
+        "model.moe.activation": pick(ACTIVATIONS),
         "train.seq_len": pick([12, 16, 24]),
         "train.micro_batch": pick([1, 2, 3]),
         "train.global_batch": pick([8, 12, 16]),
@@ -147,8 +152,21 @@ def test_random(prepared: Path, draws: list[tuple[str, int, list[str]]], number:
     The seed is in the message of a failure; MOETRAIN_SEED=... draws the same again.
     """
     name, size, settings = draws[number]
+    differences = four_steps(prepared, size, settings)
+    assert differences.within(1e-9), f"{name}: world {size}, {' '.join(settings)}: {differences}"
+
+
+def test_mlps_without_a_gate(prepared: Path) -> None:
+    """All that MLPs have is split: dense and shared ones over tp, experts and their biases over ep and etp."""
+    model = ["model.activation=relu2", "model.moe.activation=gelu", "model.moe.bias=true", "model.norm_offset=1"]
+    sizes = ["parallel.dp_shard=2", "parallel.tp=2", "parallel.ep=2", "parallel.etp=2"]
+    differences = four_steps(prepared, 4, [*model, *sizes])
+    assert differences.within(1e-9), differences
+
+
+def four_steps(prepared: Path, size: int, settings: list[str]) -> parity.Differences:
+    """Of a mapping against one process, in float64."""
     cfg: Config = load(prepared, [*settings, "train.precision=float64", "train.steps=4"])
     mapped = run_ranks(size, parity.curve, cfg, timeout=300)
     [one] = run_ranks(1, parity.curve, parity.one_process(cfg, size), timeout=300)
-    differences = parity.differences(mapped, one)
-    assert differences.within(1e-9), f"{name}: world {size}, {' '.join(settings)}: {differences}"
+    return parity.differences(mapped, one)

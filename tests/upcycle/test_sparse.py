@@ -53,7 +53,7 @@ def test_noise_is_on_its_share_of_every_copy_and_no_two_copies_agree(tmp_path: P
         assert not torch.equal(added[0], added[1]) and not torch.equal(added[1], added[2])
 
 
-@pytest.mark.parametrize("method", ["sparse", "drop", "diversify", "split", "virtual_group"])
+@pytest.mark.parametrize("method", ["sparse", "drop", "diversify", "split", "virtual_group", "mote"])
 def test_a_part_is_the_same_whenever_and_whoever_asks_for_it(method: str, tmp_path: Path) -> None:
     """So ranks can each ask for their own experts, and for slices of them, in any order."""
     dense = saved("llama", tmp_path / "dense")

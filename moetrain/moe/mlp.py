@@ -26,5 +26,9 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) -> (..., D)."""
         (x,) = self.gather(x)
+        return self.w_down(self.inner(x))
+
+    def inner(self, x: Tensor) -> Tensor:
+        """What goes into w_down: x (..., D) -> (..., F)."""
         parts = [w(x) for w in (self.w_gate, self.w_up) if w is not None]
-        return self.w_down(activate(parts, self.activation))
+        return activate(parts, self.activation)

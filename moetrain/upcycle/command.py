@@ -34,26 +34,29 @@ def run(asked: Asked, say: Callable[[str], None] = print) -> None:
     refuse_output(asked.out, 0)
     opened = [open_weights(path) for path in asked.parents]
     parents = [Model(one.model, one.source, path) for one, path in zip(opened, asked.parents, strict=True)]
-    ids = cache(lambda: calibration_ids(opened[0], asked))
-    made = UPCYCLERS.get(asked.method).build(asked.options, parents, Context(asked.seed, ids))
+    context = Context(asked.seed, cache(lambda: calibration_ids(opened[0], asked)))
+    made = UPCYCLERS.get(asked.method).build(asked.options, parents, context)
     if asked.to == "hf":
         family_of(made.model.cfg)  # raises where no class has the result
     optimizer = carried(made, opened[0], asked.method) if asked.optimizer else None
     refuse_output(asked.out, sum(spec.nbytes for spec in made.model.source.specs.values()))
     unmeasured = "measure=false" if not asked.measure else _why_no_text(opened[0])
-    before = [] if unmeasured else [loss(parent, ids()) for parent in parents]
+    before = [] if unmeasured else [loss(parent, context.ids()) for parent in parents]
     form = write(made.model, asked, opened[0].tokenizer, optimizer)
     say(f"{asked.out}: {form}, {_shape(made.model)}; step 0: {made.note}")
     if made.settings:
         say(f"to train it as the method does: moetrain train init={asked.out} {made.settings}")
+    figures = made.figures()
+    if figures:
+        say("on text held out: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
     if unmeasured:
         say(f"losses not measured: {unmeasured}")
         return
     written = open_weights(asked.out)
-    after = loss(Model(written.model, written.source), ids())
+    after = loss(Model(written.model, written.source), context.ids())
     for parent, value in zip(parents, before, strict=True):
         say(f"loss {value:.4f} of {parent.where}, {after - value:+.4f} by upcycling")
-    say(json.dumps(_report(asked, made, form, before, after)))
+    say(json.dumps(_report(asked, made, form, before, after) | figures))
 
 
 def write(model: Model, asked: Asked, tokenizer: Path | None, optimizer: Source | None) -> str:
@@ -68,25 +71,31 @@ def write(model: Model, asked: Asked, tokenizer: Path | None, optimizer: Source 
     return asked.to
 
 
-def calibration_ids(opened: Opened, asked: Asked) -> Tensor:
-    """Ids (B, S) of the text, at most ``asked.tokens`` of them, in rows of at most ``SEQ_LEN``. Raises a UserError."""
+def calibration_ids(opened: Opened, asked: Asked) -> list[Tensor]:
+    """Ids (B, S) of each text, equally many, in rows of at most ``SEQ_LEN``; at most ``asked.tokens`` of all together.
+    Raises a UserError."""
     why = _why_no_text(opened)
     if why or opened.tokenizer is None:
         raise ConfigError(f"method={asked.method} reads text to see what the parent does on it, but {why}")
     tokenizer = load_tokenizer(str(opened.tokenizer)).tokenizer
-    file = asked.text or Path(resolve(PROSE))
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise DataError(f"text={file} is not UTF-8 text") from None
-    (numbers,) = ids_of(tokenizer, [text[: 16 * asked.tokens]])  # a token is seldom longer than 16 characters
-    ids = torch.tensor(numbers[: asked.tokens])
-    if len(ids) < 2:
-        raise DataError(f"text={file} has fewer than 2 tokens")
-    if int(ids.max()) >= opened.model.vocab_size:
-        raise DataError(f"the tokenizer of {opened.path} has ids beyond vocab_size={opened.model.vocab_size}")
-    rows = -(-len(ids) // min(SEQ_LEN, opened.model.max_seq_len))
-    return ids[: len(ids) // rows * rows].view(rows, -1)
+    files = asked.texts or (Path(resolve(PROSE)),)
+    most = asked.tokens // len(files)
+    found = []
+    for file in files:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise DataError(f"text={file} is not UTF-8 text") from None
+        (numbers,) = ids_of(tokenizer, [text[: 16 * most]])  # a token is seldom longer than 16 characters
+        ids = torch.tensor(numbers[:most])
+        if len(ids) < 2:
+            raise DataError(f"text={file} has fewer than 2 tokens")
+        if int(ids.max()) >= opened.model.vocab_size:
+            raise DataError(f"the tokenizer of {opened.path} has ids beyond vocab_size={opened.model.vocab_size}")
+        found.append(ids)
+    shortest = min(map(len, found))
+    rows = -(-shortest // min(SEQ_LEN, opened.model.max_seq_len))
+    return [ids[: shortest // rows * rows].view(rows, -1) for ids in found]
 
 
 def _why_no_text(opened: Opened) -> str:

@@ -50,7 +50,8 @@ class Upcycled:
     """What a method made. ``exact``: whether theory says that it computes what its parent does. ``note``: what it
     preserves, or what it does not, in a few words. moments: from a parent whose tensors are a quantity of the
     optimizer's (a moment of each parameter) the same of the result; None: the method does not say what becomes of them.
-    settings: those that the method's own recipe trains it with, as words of ``moetrain train``.
+    settings: those that the method's own recipe trains it with, as words of ``moetrain train``. figures: what the
+    method measured while it made the tensors, by name; called when they have been made.
     """
 
     model: Model
@@ -58,6 +59,7 @@ class Upcycled:
     note: str
     moments: Callable[[Model], Model] | None = None
     settings: str = ""
+    figures: Callable[[], dict[str, float]] = dict
 
 
 class Made:
@@ -72,7 +74,7 @@ class Made:
         return self._makers[name](whole_box(self.specs[name].shape, box))
 
 
-def _no_ids() -> Tensor:
+def _no_texts() -> list[Tensor]:
     raise ConfigError(
         "this method reads text to see which experts are used; give text=FILE and a parent with tokenizer"
     )
@@ -80,11 +82,16 @@ def _no_ids() -> Tensor:
 
 @dataclass(frozen=True)
 class Context:
-    """What a method gets beside its options. seed: of everything random. ids: gives the ids (B, S) of the calibration
-    text, for methods that watch their parent at work; raises ConfigError where there is none."""
+    """What a method gets beside its options. seed: of everything random. texts: gives the ids (B, S) of each
+    calibration text, all of one shape, for methods that watch their parent at work; raises ConfigError where there is
+    none."""
 
     seed: int = 0
-    ids: Callable[[], Tensor] = field(default=_no_ids)
+    texts: Callable[[], list[Tensor]] = field(default=_no_texts)
+
+    def ids(self) -> Tensor:
+        """The ids of all texts, one after the other: (B, S)."""
+        return torch.cat(self.texts())
 
     def generator(self, *what: object) -> torch.Generator:
         """A generator for one purpose, named by ``what``: so that no tensor depends on which others were made."""

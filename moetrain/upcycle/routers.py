@@ -39,3 +39,10 @@ def new_router(start: RouterStart, rows: int, parent: Model, layer: int, context
         std = parent.cfg.init_std if start.router_std is None else start.router_std
         router.normal_(0, std, generator=context.generator(f"layers.{layer}.{part}.router.weight"))
     return router.to(parent.source.specs[keys_name(parent, layer)].dtype)
+
+
+def scaled_rows(rows_ED: Tensor, std: float | None, parent: Model, layer: int) -> Tensor:
+    """Router rows with the standard deviation ``std`` (None: ``parent``'s init_std), in the dtype of ``parent``: what
+    they choose does not change, and the smaller they are, the more even are the weights of the chosen."""
+    std = parent.cfg.init_std if std is None else std
+    return (rows_ED * (std / rows_ED.std())).to(parent.source.specs[keys_name(parent, layer)].dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moetrain.model.decoder import Decoder
+from moetrain.moe.mlp import MLP
 from moetrain.moe.routing import Rows
 from moetrain.upcycle.measure import BATCH, build
 from moetrain.upcycle.method import Context, Model
@@ -43,16 +44,48 @@ def activity(parent: Model, context: Context) -> dict[int, Tensor]:
     signs = torch.empty(0)
     found: dict[int, Tensor] = {}
 
-    def watch(layer: int, h: Tensor) -> None:
-        found[layer] = found.get(layer, 0) + h.flatten(0, -2).abs().T @ signs
+    def watch(layer: int, h_NF: Tensor) -> None:
+        found[layer] = found.get(layer, 0) + h_NF.abs().T @ signs
 
-    for name, block in _blocks(decoder):
-        if block.mlp is not None:
-            block.mlp.w_down.register_forward_pre_hook(lambda _, args, name=name: watch(name, args[0]))
+    _watch_activations(decoder, watch)
     for part in context.ids().split(BATCH):
         signs = torch.randint(0, 2, (part.numel(), WIDTH), generator=generator) * 2.0 - 1
         _run(decoder, part)
     return found
+
+
+@torch.no_grad()
+def mean_activity(parent: Model, context: Context) -> dict[int, Tensor]:
+    """Dense layer -> mean |activation| of each inner dimension on each text, (texts, F) float32."""
+    decoder = build(parent)
+    texts = context.texts()
+    sums: list[dict[int, Tensor]] = []  # of each text
+
+    def watch(layer: int, h_NF: Tensor) -> None:
+        sums[-1][layer] = sums[-1].get(layer, 0) + h_NF.abs().sum(0)
+
+    _watch_activations(decoder, watch)
+    for ids in texts:
+        sums.append({})
+        for part in ids.split(BATCH):
+            _run(decoder, part)
+    pairs = list(zip(sums, texts, strict=True))
+    return {layer: torch.stack([of[layer] / ids.numel() for of, ids in pairs]) for layer in sums[0]}
+
+
+@torch.no_grad()
+def layer_inputs(parent: Model, context: Context) -> Iterator[tuple[int, MLP, Tensor]]:
+    """The layers of a dense ``parent`` in order, each with its MLP and what goes into it over all tokens of the text,
+    (N, D) float32."""
+    decoder = build(parent)
+    x_BSD = [decoder.embedded(part) for part in context.ids().split(BATCH)]
+    places = decoder.places(x_BSD[0], x_BSD[0].shape[1])
+    for name, block in _blocks(decoder):
+        seen: list[Tensor] = []
+        hook = block.mlp.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].flatten(0, 1)))
+        x_BSD = [block(x, decoder.first_carry(x), places, 0)[0] for x in x_BSD]
+        hook.remove()
+        yield name, block.mlp, torch.cat(seen)
 
 
 @torch.no_grad()
@@ -93,6 +126,14 @@ def usage(parent: Model, context: Context, compare: Literal["nothing", "logits",
 
 def _blocks(decoder: Decoder) -> list[tuple[int, Any]]:
     return [(int(name), block) for name, block in decoder.layers.items()]
+
+
+def _watch_activations(decoder: Decoder, watch: Callable[[int, Tensor], None]) -> None:
+    """Have ``watch`` called with the number of a dense layer and what goes into its down projection, (N, F)."""
+    for name, block in _blocks(decoder):
+        if block.mlp is not None:
+            see = partial(watch, name)
+            block.mlp.w_down.register_forward_pre_hook(lambda _, args, see=see: see(args[0].flatten(0, -2)))
 
 
 def _run(decoder: Decoder, ids_BS: Tensor) -> None:

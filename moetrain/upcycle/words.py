@@ -24,8 +24,8 @@ Make a model with experts, of dense ones, or grow or shrink one. docs/upcycling.
   to=FORM          hf (default); moetrain: a checkpoint for 'moetrain train init=DIR'; safetensors: one file
   optimizer=true   to=moetrain of a run or a checkpoint: take along AdamW's moments, for 'train init_optimizer=true'
   seed=N           of everything random (default 0)
-  text=FILE        text to measure losses on, and to see which experts are used (default: documentation of Python)
-  tokens=N         how much of it (default 2048)
+  text=FILE[,FILE] text to measure losses on, and to see what models do (default: documentation of Python)
+  tokens=N         how much of it, of all files together (default 2048)
   measure=false    print no losses: they need parents and result in memory, one after the other
 """
 TOKENS = 2048
@@ -40,7 +40,7 @@ class Asked:
     out: Path
     options: Any
     seed: int = 0
-    text: Path | None = None
+    texts: tuple[Path, ...] = ()
     tokens: int = TOKENS
     measure: bool = True
     to: str = "hf"
@@ -59,9 +59,10 @@ def parse(words: Sequence[str]) -> Asked:
     except ConfigError as error:
         raise ConfigError(f"method={values['method']}: {error}") from None
     parents = tuple(part for part in values["from"].split(",") if part)
-    text = Path(given.pop("text")) if "text" in given else None
-    if text is not None and not text.is_file():
-        raise ConfigError(f"text={text}: there is no such file")
+    texts = tuple(Path(part) for part in given.pop("text").split(",")) if "text" in given else ()
+    for text in texts:
+        if not text.is_file():
+            raise ConfigError(f"text={text}: there is no such file")
     measure = _choice(given, "measure", ("true", "false"))
     to = _choice(given, "to", ("hf", "moetrain", "safetensors"))
     if to == "safetensors" and not values["out"].endswith(".safetensors"):
@@ -76,7 +77,7 @@ def parse(words: Sequence[str]) -> Asked:
             raise ConfigError(f"method={entry.name} has no setting '{name}'; {nearest(name, known)}")
     options: Any = validate(entry.options, {name: _value(value) for name, value in given.items()})
     return Asked(
-        entry.name, parents, Path(values["out"]), options, seed, text, tokens, measure == "true", to, optimizer
+        entry.name, parents, Path(values["out"]), options, seed, texts, tokens, measure == "true", to, optimizer
     )
 
 

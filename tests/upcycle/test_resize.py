@@ -50,7 +50,7 @@ def one_expert_in_many_orders(folder: Path) -> Model:
 def test_usage_is_what_transformers_counts(name: str, tmp_path: Path) -> None:
     folder = saved(name, tmp_path / "moe")
 
-    found = usage(read_parent(folder), Context(0, tokens), "logits")
+    found = usage(read_parent(folder), Context(0, lambda: [tokens()]), "logits")
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
         router_logits = [r for r in theirs(tokens(), output_router_logits=True).router_logits if r is not None]
@@ -70,7 +70,7 @@ def test_pruning_what_a_text_does_not_use_changes_nothing_there(name: str, tmp_p
     made = apply("prune", [folder], ids=ids, num_experts=4)
     assert not made.exact
     assert_same(logits(exported(made, tmp_path / "out"), ids), logits(folder, ids))
-    counts = usage(read_parent(folder), Context(0, lambda: ids), "nothing")[1].counts_E
+    counts = usage(read_parent(folder), Context(0, lambda: [ids]), "nothing")[1].counts_E
     kept = counts.argsort(descending=True, stable=True)[:4].sort().values
     w2 = read_parent(folder).read("layers.1.moe.experts.w2")
     assert torch.equal(tensors_of(made)["layers.1.moe.experts.w2"], w2[kept])
@@ -87,7 +87,7 @@ def test_growing_under_a_selection_bias_changes_nothing(
     made = apply("grow", [folder], ids=tokens(), add=3)
     assert made.exact and experts_of(made.model.cfg) == before + 3
     assert_same(logits(exported(made, tmp_path / "out")), logits(folder))
-    most = usage(read_parent(folder), Context(0, tokens), "nothing")[1].counts_E.argmax()
+    most = usage(read_parent(folder), Context(0, lambda: [tokens()]), "nothing")[1].counts_E.argmax()
     w2 = tensors_of(made)["layers.1.moe.experts.w2"]
     assert torch.equal(w2[before], w2[most])
 
@@ -136,7 +136,7 @@ def test_groups_of_like_experts_are_found_and_weighed_by_usage(alike: str, tmp_p
             t[3:] = t[:3] + 1e-3 * torch.randn(t[:3].shape, generator=torch.Generator().manual_seed(layer))
             twins[f"layers.{layer}.moe.{part}"] = t
     parent = replace(parent, source=Held(twins))
-    counts = usage(parent, Context(0, tokens), "nothing")
+    counts = usage(parent, Context(0, lambda: [tokens()]), "nothing")
     made = apply("merge", [parent], ids=tokens(), num_experts=3, alike=alike, top_k=1)
     for layer in range(3):
         # cores are the three most used; they can be twins, so only layers whose cores are not are looked at

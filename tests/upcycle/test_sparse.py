@@ -59,7 +59,7 @@ def test_noise_is_on_its_share_of_every_copy_and_no_two_copies_agree(tmp_path: P
 
 
 @pytest.mark.parametrize(("name", "matrices"), [("llama", 2), ("arcee", 1)])
-@pytest.mark.parametrize("method", ["sparse", "drop", "diversify", "split", "virtual_group"])
+@pytest.mark.parametrize("method", ["sparse", "drop", "diversify", "split", "virtual_group", "mote"])
 def test_a_part_is_the_same_whenever_and_whoever_asks_for_it(
     method: str, name: str, matrices: int, tmp_path: Path
 ) -> None:

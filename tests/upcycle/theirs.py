@@ -58,7 +58,7 @@ def tensors_of(of: Upcycled | Model) -> dict[str, Tensor]:
 def apply(method: str, parents: Sequence[Path | Model], *, ids: Tensor | None = None, **options: Any) -> Upcycled:
     """The method called ``method``, with the options of its class, on saved models."""
     models = [parent if isinstance(parent, Model) else read_parent(parent) for parent in parents]
-    context = Context(0) if ids is None else Context(0, lambda: ids)
+    context = Context(0) if ids is None else Context(0, lambda: [ids])
     entry = UPCYCLERS.get(method)
     return entry.build(as_options(UPCYCLERS, options, method), models, context)  # type: ignore[no-any-return]
 

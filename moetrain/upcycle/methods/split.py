@@ -17,6 +17,7 @@ from moetrain.config.errors import ConfigError
 from moetrain.config.fields import STRICT, Positive
 from moetrain.config.registry import UPCYCLERS
 from moetrain.upcycle.cluster import balanced_clusters
+from moetrain.upcycle.fit import Fits, Parts, fit_routers
 from moetrain.upcycle.method import (
     Context,
     Model,
@@ -30,7 +31,7 @@ from moetrain.upcycle.method import (
     scaled,
     with_experts,
 )
-from moetrain.upcycle.routers import RouterStart, new_router
+from moetrain.upcycle.routers import RouterStart, new_router, scaled_rows
 from moetrain.upcycle.watch import activity
 
 
@@ -45,10 +46,10 @@ class SplitOptions:
         default="keys",
         description="who shares an expert: anyone, neighbours, similar keys, or what fires together on the text",
     )
-    router: Literal["keys", "random", "zero"] = Field(
+    router: Literal["keys", "fit", "random", "zero"] = Field(
         default="keys",
-        description="how routers start: mean key of an expert's dimensions, random, or zero; keys are rows of gate, "
-        "or of up in a plain MLP",
+        description="how routers start: mean key of an expert's dimensions (keys are rows of gate, or of up in a plain "
+        "MLP), fitted on the text to what the dense layer does, random, or zero",
     )
     router_std: float | None = Field(
         default=None,
@@ -74,7 +75,7 @@ def split(options: SplitOptions, parents: Sequence[Model], context: Context) -> 
         raise ConfigError(f"num_experts={E} does not divide the dense width {inner} of {parent.where}")
     cfg = with_experts(parent.cfg, E, K, inner // E, layers=options.layers)
     scale = K if options.scale is None else options.scale
-    if options.by == "activity":
+    if options.by == "activity" or options.router == "fit":
         context.ids()  # lack of text is to be said now
     seen = cache(lambda: activity(parent, context))
 
@@ -89,13 +90,21 @@ def split(options: SplitOptions, parents: Sequence[Model], context: Context) -> 
         points = seen()[layer] if options.by == "activity" else parent.read(keys_name(parent, layer))
         return balanced_clusters(F.normalize(points.to(torch.float32)), E, generator)
 
+    def parts(layer: int) -> Parts | None:
+        nobody = torch.empty(0, dtype=torch.int64)
+        return Parts(members(layer), nobody) if cfg.is_moe(layer) else None
+
+    @cache
+    def fits() -> Fits:
+        return fit_routers(parent, context, parts, K)
+
     def router(layer: int) -> Tensor:
+        if options.router == "fit":
+            return scaled_rows(fits().rows[layer], options.router_std, parent, layer)
         if options.router != "keys":
             return new_router(RouterStart(options.router, options.router_std), E, parent, layer, context)
-        keys = parent.read(keys_name(parent, layer))
-        rows = keys.to(torch.float64)[members(layer)].mean(1)
-        std = parent.cfg.init_std if options.router_std is None else options.router_std
-        return (rows * (std / rows.std())).to(keys.dtype)
+        rows = parent.read(keys_name(parent, layer)).to(torch.float64)[members(layer)].mean(1)
+        return scaled_rows(rows, options.router_std, parent, layer)
 
     def expert(layer: int, e: int, part: int) -> Tensor:
         mine = dense_layer(parent, layer, part)[:, members(layer)[e]]
@@ -103,4 +112,5 @@ def split(options: SplitOptions, parents: Sequence[Model], context: Context) -> 
 
     exact = K == E and options.scale is None and (options.router == "zero" or options.router_std == 0)
     note = "the dense function" if exact else f"{K} of {E} parts of the dense layer, chosen for each token"
-    return Upcycled(assemble(parent, cfg, router, expert), exact, note)
+    figures = (lambda: fits().picked) if options.router == "fit" else dict
+    return Upcycled(assemble(parent, cfg, router, expert), exact, note, figures=figures)

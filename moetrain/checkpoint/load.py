@@ -133,9 +133,8 @@ def _refuse_other_model(path: Path, target: dict[str, Any], metadata: Metadata, 
     claimed = torch.tensor([[key in flat for key in names], [not f for f in frozen]], dtype=torch.uint8)
     if not ranks.alone and names:
         dist.all_reduce(claimed, op=dist.ReduceOp.MAX)
-    problems += [
-        f"{key} is not in this model" for key, asked, used in zip(names, *claimed.tolist(), strict=True) if used > asked
-    ]
+    for key, is_asked, is_trained in zip(names, *claimed.tolist(), strict=True):
+        problems += [f"{key} is not in this model"] if is_trained and not is_asked else []
     everywhere = list(dict.fromkeys(p for found in ranks.gather(problems[: SHOWN + 1]) for p in found))
     if everywhere:
         more = "; and more" if len(everywhere) > SHOWN else ""

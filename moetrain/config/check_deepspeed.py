@@ -45,8 +45,8 @@ def check_deepspeed(cfg: Config, sizes: Sizes) -> None:
         )
     if cfg.train.freeze:
         raise ConfigError(
-            f"train.freeze={cfg.train.freeze}: parallel.engine=deepspeed trains every parameter, for the shards of "
-            f"ZeRO's optimizer are what its weights are saved from; set train.freeze=[], {TORCH}"
+            f"train.freeze={cfg.train.freeze}: parallel.engine=deepspeed trains every parameter, since "
+            f"checkpoints are made of what ZeRO's optimizer holds; set train.freeze=[], {TORCH}"
         )
     if cfg.train.compile:
         raise ConfigError(f"train.compile=true is for parallel.engine=torch; set train.compile=false, {TORCH}")

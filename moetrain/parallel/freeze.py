@@ -51,7 +51,7 @@ def frozen_sizes(cfg: Config, sizes: Sizes) -> dict[str, int]:
         if not any(_holds(stage, name) for name in trained):
             raise ConfigError(
                 f"train.freeze={list(patterns)} leaves pipeline stage {stage.index} (layers {stage.layers.start}-"
-                f"{stage.layers.stop - 1}) nothing to train, and torch's schedules want a gradient from every stage; "
+                f"{stage.layers.stop - 1}) nothing to train, and its optimizer would be empty; "
                 "use parallel.pp=1, another parallel.layout, or freeze less"
             )
     return {name: numel[name] for name in numel if is_frozen(name, patterns)}

@@ -115,10 +115,10 @@ class Gathers:
                     self._free(action.stage, [i] if self.reshard else [])
             elif action.kind in ("backward", "backward_input"):
                 self._gather(action.stage, [None])
-                for i in reversed(blocks):
+                for i in reversed(blocks[_first_differentiated(self.stages[action.stage].part) :]):
                     self._gather(action.stage, list(blocks[max(0, i - self.ahead) : i + 1]))
                     self._free(action.stage, [] if self.piped else [i])
-                self._free(action.stage, [] if self.piped else [None])
+                self._free(action.stage, [] if self.piped else [*blocks, None])
 
     def traffic(self) -> dict[str, Traffic]:
         """All-gathers of weights, by mesh."""
@@ -141,6 +141,14 @@ class Gathers:
 
     def _free(self, stage: int, blocks: Sequence[int | None]) -> None:
         self.whole.difference_update(self._of(stage, blocks))
+
+
+def _first_differentiated(part: StagePart) -> int:
+    """The place of the first block that backward comes to: frozen ones that no gradient passes are left out."""
+    if not part.first or (part.embed is not None and part.embed.weight.requires_grad):
+        return 0
+    trained = [any(p.requires_grad for p in block.parameters()) for block in part.layers.values()]
+    return trained.index(True) if True in trained else len(trained)
 
 
 def reductions(cfg: Config, sizes: Sizes, units: Sequence[Unit]) -> dict[str, Traffic]:

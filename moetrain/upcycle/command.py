@@ -80,6 +80,8 @@ def calibration_ids(opened: Opened, asked: Asked) -> list[Tensor]:
     tokenizer = load_tokenizer(str(opened.tokenizer)).tokenizer
     files = asked.texts or (Path(resolve(PROSE)),)
     most = asked.tokens // len(files)
+    if most < 2:
+        raise ConfigError(f"tokens={asked.tokens} is too few for {len(files)} files of text; each needs 2 or more")
     found = []
     for file in files:
         try:

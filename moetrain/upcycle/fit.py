@@ -40,14 +40,18 @@ class Fits:
     picked: dict[str, float]
 
 
-def fit_routers(parent: Model, context: Context, parts: Callable[[int], Parts | None], top_k: int) -> Fits:
-    """Fit the routers of the layers for which ``parts`` says how they are cut, one after the other, on the text.
-
-    Raises ConfigError where there is next to no text.
-    """
+def check_text(context: Context) -> None:
+    """Raise ConfigError where there is not enough text for ``fit_routers``, or none."""
     N = context.ids().numel()
     if N < STRETCHES:
-        raise ConfigError(f"routers are fitted to {STRETCHES} tokens of text or more, and there are {N}")
+        raise ConfigError(
+            f"routers are fitted to {STRETCHES} tokens of text or more, and there are {N}; give more text"
+        )
+
+
+def fit_routers(parent: Model, context: Context, parts: Callable[[int], Parts | None], top_k: int) -> Fits:
+    """Fit the routers of the layers for which ``parts`` says how they are cut, one after the other, on the text."""
+    N = context.ids().numel()
     held_N = torch.arange(N) * STRETCHES // N % HELD_OUT == HELD_OUT - 1
     rows, fitted, by_keys, chance = {}, [], [], []
     for layer, mlp, x_ND in layer_inputs(parent, context):

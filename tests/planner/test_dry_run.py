@@ -86,6 +86,8 @@ def test_activations_are_those_of_a_real_micro_batch(tmp_path: Path, world: int,
         (4, "parallel.pp=2 parallel.schedule=zbv_zero_bubble train.micro_batch=1 model.n_layers=4 parallel.ep=2"),
         (2, "parallel.pp=2 parallel.schedule=interleaved_1f1b train.micro_batch=1 model.n_layers=4"),
         (4, "train.freeze=[layers.*.moe.shared.*,*.attention.*] parallel.ep=2 train.micro_batch=1"),
+        (2, "train.freeze=[embed.*,layers.0.*,layers.1.*] train.micro_batch=1"),
+        (4, "train.freeze=[embed.*,layers.0.*] parallel.pp=2 train.micro_batch=1 parallel.layout=[3,1]"),
         (4, "train.freeze=[*.experts.*,layers.3.*] parallel.pp=2 parallel.tp=2 train.micro_batch=1 optim=muon"),
     ],
 )

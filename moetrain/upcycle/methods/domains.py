@@ -15,7 +15,7 @@ from torch import Tensor
 from moetrain.config.errors import ConfigError
 from moetrain.config.fields import STRICT, Positive
 from moetrain.config.registry import UPCYCLERS
-from moetrain.upcycle.fit import Fits, Parts, fit_routers
+from moetrain.upcycle.fit import Fits, Parts, check_text, fit_routers
 from moetrain.upcycle.method import (
     Context,
     Model,
@@ -63,6 +63,7 @@ def domains(options: DomainsOptions, parents: Sequence[Model], context: Context)
     texts, inner = len(context.texts()), parent.cfg.dense_dim
     if texts < 2:
         raise ConfigError("method=domains takes a file for each domain, as text=FILE,FILE; two or more")
+    check_text(context)
     check_top_k(texts, options.top_k)
     kept = max(2 * MULTIPLE, round(options.keep * inner / MULTIPLE) * MULTIPLE)
     if kept > inner:

@@ -17,7 +17,7 @@ from moetrain.config.errors import ConfigError
 from moetrain.config.fields import STRICT, Positive
 from moetrain.config.registry import UPCYCLERS
 from moetrain.upcycle.cluster import balanced_clusters
-from moetrain.upcycle.fit import Fits, Parts, fit_routers
+from moetrain.upcycle.fit import Fits, Parts, check_text, fit_routers
 from moetrain.upcycle.method import (
     Context,
     Model,
@@ -75,8 +75,10 @@ def split(options: SplitOptions, parents: Sequence[Model], context: Context) -> 
         raise ConfigError(f"num_experts={E} does not divide the dense width {inner} of {parent.where}")
     cfg = with_experts(parent.cfg, E, K, inner // E, layers=options.layers)
     scale = K if options.scale is None else options.scale
-    if options.by == "activity" or options.router == "fit":
+    if options.by == "activity":
         context.ids()  # lack of text is to be said now
+    if options.router == "fit":
+        check_text(context)
     seen = cache(lambda: activity(parent, context))
 
     @cache

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 import torch
-from moe_kernels import choose_backend, expert_mlp
+from moe_kernels import ACTIVATIONS, choose_backend, expert_mlp
 
+from moetrain.config.schema import Activation
 from tests.kernels.expert_cases import Case, make_case
 
 
@@ -79,6 +81,10 @@ def test_inputs_that_do_not_fit(change: str, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint) as error:
         expert_mlp(**_change(make_case([2, 3]), change))  # type: ignore[arg-type]
     assert "\n" not in str(error.value)
+
+
+def test_a_config_can_ask_for_every_activation() -> None:
+    assert get_args(Activation) == tuple(ACTIVATIONS)
 
 
 def test_freed_memory_is_reused_not_mapped_again() -> None:

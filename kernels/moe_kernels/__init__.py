@@ -4,7 +4,7 @@ Imports torch only; usable without moetrain.
 """
 
 from moe_kernels.activation import ACTIVATIONS, activate
-from moe_kernels.api import BACKENDS, choose_backend, expert_mlp
+from moe_kernels.api import BACKENDS, choose_backend, expert_mlp, moe_mlp
 from moe_kernels.loss import VocabularyPart, linear_cross_entropy, token_counts
 from moe_kernels.memory import keep_freed_memory
 
@@ -17,5 +17,6 @@ __all__ = [
     "expert_mlp",
     "keep_freed_memory",
     "linear_cross_entropy",
+    "moe_mlp",
     "token_counts",
 ]

@@ -7,10 +7,12 @@ from moe_kernels.activation import ACTIVATIONS, activate
 from moe_kernels.api import BACKENDS, choose_backend, expert_mlp, moe_mlp
 from moe_kernels.loss import VocabularyPart, linear_cross_entropy, token_counts
 from moe_kernels.memory import keep_freed_memory
+from moe_kernels.token_rounding import ROUNDINGS, round_tokens
 
 __all__ = [
     "ACTIVATIONS",
     "BACKENDS",
+    "ROUNDINGS",
     "VocabularyPart",
     "activate",
     "choose_backend",
@@ -18,5 +20,6 @@ __all__ = [
     "keep_freed_memory",
     "linear_cross_entropy",
     "moe_mlp",
+    "round_tokens",
     "token_counts",
 ]

@@ -92,11 +92,11 @@ OTHERS: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
 def compiled(
     kernel: Any, capability: int, types: dict[str, str], constants: dict[str, Any], warps: int = 4, stages: int = 3
 ) -> Any:
-    """The kernel for a chip. Arguments without type or value are None; pointers and R are multiples of 16."""
+    """The kernel for a chip. Arguments without type or value are None; pointers are multiples of 16."""
     names = kernel.arg_names
     signature = {name: types.get(name, "constexpr") for name in names}
     values = {name: constants.get(name) for name in names if name not in types}
-    aligned = [i for i, name in enumerate(names) if types.get(name, "").startswith("*") or name == "R"]
+    aligned = [i for i, name in enumerate(names) if types.get(name, "").startswith("*")]
     attrs: Any = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(kernel, signature, values, attrs)
     options = {"num_warps": warps, "num_stages": stages}
@@ -122,12 +122,23 @@ def test_products(name: str, capability: int, tmp_path: Path, monkeypatch: pytes
     kernel, types, constants = PRODUCTS[name]
     memory, instruction = CHIPS[capability]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: divmod(capability, 10))
-    for config in kernel.early_config_prune():
+    for config in kernel.early_config_prune([], {"first": torch.empty(0, dtype=torch.bfloat16)}):
         binary = compiled(kernel.fn, capability, types, constants | config.kwargs, config.num_warps, config.num_stages)
         usage, code = machine_code(binary, tmp_path)
         assert usage["STACK"] == usage["LOCAL"] == 0, f"{config} spills: {usage}"
         assert binary.metadata.shared <= memory, f"{config} needs {binary.metadata.shared} bytes of shared memory"
         assert instruction in code, f"{config} makes its products without tensor cores"
+
+
+@pytest.mark.parametrize("capability", CHIPS)
+@pytest.mark.parametrize("name", ["up", "down", "input gradient", "down gradient", "w13 gradient", "w2 gradient"])
+def test_exact_products_of_float32(name: str, capability: int, tmp_path: Path) -> None:
+    kernel, types, constants = PRODUCTS[name]
+    types = {argument: FP32 if kind == BF16 else kind for argument, kind in types.items()}
+    (config,) = kernel.early_config_prune([], {"first": torch.empty(0)})
+    binary = compiled(kernel.fn, capability, types, constants | config.kwargs, config.num_warps, config.num_stages)
+    usage, _ = machine_code(binary, tmp_path)
+    assert usage["STACK"] == usage["LOCAL"] == 0, f"spills: {usage}"
 
 
 @pytest.mark.parametrize("capability", CHIPS)

@@ -22,7 +22,9 @@ def triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type == "cpu":
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         return None if interpreted else "the Triton kernels need a GPU, and this is the CPU"
-    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+    if device.type == "cuda" and torch.version.hip is not None:
+        return "the Triton kernels need an NVIDIA GPU"
+    if device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
         return "the Triton kernels need a GPU of compute capability 8.0 or later"
     if device.type not in ("cuda", "meta"):  # on meta: its shapes, for a dry run
         return f"the Triton kernels do not run on {device.type}"

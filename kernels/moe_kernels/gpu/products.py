@@ -19,6 +19,7 @@ _COLUMNS: tl.constexpr = tl.constexpr(COLUMNS)
     key=["F", "D"],
     hopper=[config(128, 8, 3), config(64, 4, 4), config(64, 8, 3)],
     ampere=[config(64, 8, 3), config(64, 8, 4)],
+    float32=config(64, 8, 2, DEPTH_BYTES=64),
 )
 @triton.jit(do_not_specialize=["rows_class"])
 def up_projection(
@@ -70,6 +71,7 @@ def up_projection(
     key=["N", "K"],
     hopper=[config(256, 8, 3), config(128, 8, 3), config(128, 8, 4)],
     ampere=[config(128, 8, 3), config(128, 8, 4)],
+    float32=config(64, 8, 2, DEPTH_BYTES=64),
 )
 @triton.jit(do_not_specialize=["rows_class"])
 def rows_times_weights(
@@ -104,8 +106,9 @@ def rows_times_weights(
     key=["F", "D"],
     hopper=[config(128, 8, 3), config(64, 4, 4), config(64, 8, 3)],
     ampere=[config(64, 8, 3), config(64, 8, 4)],
+    float32=config(64, 8, 2, DEPTH_BYTES=64),
 )
-@triton.jit(do_not_specialize=["rows_class"])
+@triton.jit(do_not_specialize=["rows_class", "R"])
 def down_gradient(
     dy, index, w2, s, h, a, dh, ds, expert, row, start, rows_class, R,
     E: tl.constexpr, F: tl.constexpr, D: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, TILE: tl.constexpr,
@@ -200,6 +203,7 @@ def _store_parts(share, ds, block, rows, live, R, F: tl.constexpr, COLS: tl.cons
     key=["M", "N"],
     hopper=[config(128, 8, 3, ROWS=128), config(256, 8, 3, ROWS=128), config(128, 4, 4, ROWS=64)],
     ampere=[config(128, 8, 3, ROWS=128), config(128, 4, 4, ROWS=64)],
+    float32=config(64, 8, 2, DEPTH_BYTES=64, ROWS=64),
 )
 @triton.jit(do_not_specialize=["rows_class"])
 def weight_gradient(

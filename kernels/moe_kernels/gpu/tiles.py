@@ -6,7 +6,7 @@ exist do nothing. Rows past the sum of the counts form the group of an expert e,
 """
 # mypy: allow-untyped-defs
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,16 +22,20 @@ COLUMNS = 16 if INTERPRETED else 64
 _WIDEN: tl.constexpr = tl.constexpr(INTERPRETED)
 
 
-def tuned(key: list[str], hopper: list[triton.Config], ampere: list[triton.Config]):
+def tuned(key: list[str], hopper: list[triton.Config], ampere: list[triton.Config], float32: triton.Config):
     """Let triton time the chip's configurations once per ``key`` and class of rows per expert, and keep the choice on
     disk: in triton's cache, beside the compiled kernels (TRITON_CACHE_DIR, or ~/.triton/cache).
+
+    float32: the one for a first argument in float32. Exact products are unrolled without tensor cores: small ones only.
     """
 
-    def of_this_chip(*_: object, **__: object) -> list[triton.Config]:
+    def of_this_chip(_: object, args: dict[str, Any], **__: object) -> list[triton.Config]:
+        if next(iter(args.values())).dtype == torch.float32:
+            return [float32]
         return hopper if torch.cuda.get_device_capability()[0] >= 9 else ampere
 
     return triton.autotune(
-        configs=[config(COLUMNS, 4, 2, ROWS=TILE, DEPTH_BYTES=64)] if INTERPRETED else [*hopper, *ampere],
+        configs=[config(COLUMNS, 4, 2, ROWS=TILE, DEPTH_BYTES=64)] if INTERPRETED else [*hopper, *ampere, float32],
         key=[*key, "rows_class"],
         prune_configs_by={"early_config_prune": of_this_chip},
         cache_results=True,
@@ -54,7 +58,7 @@ class Tiles(NamedTuple):
     rows_class: int
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "n_tiles"])
 def _place(counts, expert_out, row_out, start_out, R, n_tiles, E, E_POW2: tl.constexpr, TILE: tl.constexpr):
     """Program i writes the tiles of expert i; the last one those of the rows without expert, and all surplus ones."""
     i = tl.program_id(0)
@@ -79,7 +83,7 @@ def place(counts_e: Tensor, R: int) -> Tiles:
     """The tiles of R rows, of which expert i has ``counts_e[i]``: integers on the device, that sum to R or less."""
     e = len(counts_e)
     n_tiles = R // TILE + e + 1
-    expert, row = counts_e.new_empty(2, n_tiles, dtype=torch.int32)
+    expert, row = (counts_e.new_empty(n_tiles, dtype=torch.int32) for _ in range(2))
     start = counts_e.new_empty(e + 2, dtype=torch.int32)
     _place[(e + 1,)](counts_e, expert, row, start, R, n_tiles, e, triton.next_power_of_2(e), TILE)
     return Tiles(expert, row, start, triton.next_power_of_2(max(1, R // e)))

@@ -4,14 +4,16 @@ Imports torch only; usable without moetrain.
 """
 
 from moe_kernels.activation import ACTIVATIONS, activate
-from moe_kernels.api import BACKENDS, choose_backend, expert_mlp
+from moe_kernels.api import BACKENDS, choose_backend, expert_mlp, moe_mlp
 from moe_kernels.loss import VocabularyPart, linear_cross_entropy, token_counts
 from moe_kernels.memory import keep_freed_memory
 from moe_kernels.ternary import absmean, ternary
+from moe_kernels.token_rounding import ROUNDINGS, round_tokens
 
 __all__ = [
     "ACTIVATIONS",
     "BACKENDS",
+    "ROUNDINGS",
     "VocabularyPart",
     "absmean",
     "activate",
@@ -19,6 +21,8 @@ __all__ = [
     "expert_mlp",
     "keep_freed_memory",
     "linear_cross_entropy",
+    "moe_mlp",
+    "round_tokens",
     "ternary",
     "token_counts",
 ]

@@ -122,6 +122,7 @@ class _ExpertMLP(torch.autograd.Function):
         b13: Tensor | None,
         b2: Tensor | None,
         index_R: Tensor | None,
+        row_TK: Tensor | None,
         counts: list[int],
         activation: str,
     ) -> Tensor:
@@ -142,27 +143,28 @@ class _ExpertMLP(torch.autograd.Function):
             torch.mm(a, w2_of[b].t(), out=y_RD[b.wide_rows])
             if b2 is not None:
                 y_RD[b.rows] += b2[b.expert] if s_R1 is None else s_R1[b.rows] * b2[b.expert]
-        ctx.save_for_backward(x_ND, w13, w2, weight_R, b13, b2, index_R, h_RnF[:R])
+        ctx.save_for_backward(x_ND, w13, w2, weight_R, b13, b2, index_R, row_TK, h_RnF[:R])
         ctx.counts, ctx.activation = counts, activation
-        return y_RD[:R]
+        return y_RD[:R] if row_TK is None else F.embedding_bag(row_TK, y_RD, mode="sum")
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         run = _Backward(ctx, grads[0])
         for b in run.blocks:
             run.expert(b)
-        return *run.results(), None, None, None
+        return *run.results(), None, None, None, None
 
 
 class _Backward:
     """One backward pass: its operands, scratch for the largest expert, and the gradients that are needed."""
 
-    def __init__(self, ctx: Any, dy_RD: Tensor) -> None:
-        x_ND, w13, w2, weight_R, self.b13, self.b2, self.index_R, self.h_RnF = ctx.saved_tensors
+    def __init__(self, ctx: Any, dy: Tensor) -> None:
+        x_ND, w13, w2, weight_R, self.b13, self.b2, self.index_R, self.row_TK, self.h_RnF = ctx.saved_tensors
         need_x, need_w13, need_w2, need_weight, need_b13, need_b2 = ctx.needs_input_grad[:6]
         dtype, self.activation, self.tokens = x_ND.dtype, ctx.activation, len(x_ND)
         self.blocks = _blocks(ctx.counts, dtype)
-        self.x_of, self.dy_of = _Input(x_ND, self.index_R, self.blocks), _Input(dy_RD, None, self.blocks)
+        self.x_of = _Input(x_ND, self.index_R, self.blocks)
+        self.dy_of = _Input(dy, None if self.row_TK is None else self.index_R, self.blocks)
         self.w13_of, self.w2_of = _Weights(w13, dtype), _Weights(w2, dtype)
         self.weight_R, self.s_R1 = weight_R, _column(weight_R, dtype)
         self.a_all, self.da_all = x_ND.new_empty(2, _widest(self.blocks), w2.shape[2])
@@ -203,10 +205,20 @@ class _Backward:
 
     def results(self) -> tuple[Tensor | None, ...]:
         """Gradients in x, w13, w2, weight, b13 and b2."""
-        dx_ND = None if self.dx_RD is None else _sum_rows(self.dx_RD[: len(self.h_RnF)], self.index_R, self.tokens)
+        dx_ND = None if self.dx_RD is None else self._sum_rows(self.dx_RD[: len(self.h_RnF)])
         dw13, dw2 = (None if dw is None else dw.grad for dw in (self.dw13, self.dw2))
         ds_R = None if self.ds_R is None else self.ds_R.to(self.weight_R.dtype)
         return dx_ND, dw13, dw2, ds_R, self.db13, self.db2
+
+    def _sum_rows(self, rows_RD: Tensor) -> Tensor:
+        """out_ND[i]: the sum of the rows r with index_R[r] = i, by gathers, in a fixed order."""
+        if self.index_R is None:
+            return rows_RD
+        if self.row_TK is not None:
+            return F.embedding_bag(self.row_TK, rows_RD, mode="sum")
+        order_R = self.index_R.argsort(stable=True)
+        start_N = torch.searchsorted(self.index_R[order_R], torch.arange(self.tokens))
+        return F.embedding_bag(order_R, rows_RD, start_N, mode="sum")
 
 
 def _widest(blocks: list[_Block]) -> int:
@@ -215,15 +227,6 @@ def _widest(blocks: list[_Block]) -> int:
 
 def _column(weight_R: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if weight_R is None else weight_R.to(dtype)[:, None]
-
-
-def _sum_rows(rows_RD: Tensor, index_R: Tensor | None, n: int) -> Tensor:
-    """out_ND[i]: the sum of the rows r with index_R[r] = i, by gathers, in order of row."""
-    if index_R is None:
-        return rows_RD
-    order_R = index_R.argsort(stable=True)
-    start_N = torch.searchsorted(index_R[order_R], torch.arange(n))
-    return F.embedding_bag(order_R, rows_RD, start_N, mode="sum")
 
 
 def cpu_expert_mlp(
@@ -236,8 +239,12 @@ def cpu_expert_mlp(
     b13: Tensor | None,
     b2: Tensor | None,
     activation: str,
+    row_TK: Tensor | None = None,
 ) -> Tensor:
-    """``moe_kernels.expert_mlp`` on CPU. y_RD (R, D)."""
+    """``moe_kernels.expert_mlp`` on CPU. y_RD (R, D), or with row_TK (T, K) the sum of the rows that it names: out_TD.
+
+    Then index_R must give each row's token, and every row must be named once.
+    """
     b13 = None if b13 is None else b13.flatten(1, 2).to(x_ND.dtype)
     b2 = None if b2 is None else b2.to(x_ND.dtype)
-    return _ExpertMLP.apply(x_ND, w13.flatten(1, 2), w2, weight_R, b13, b2, index_R, counts, activation)
+    return _ExpertMLP.apply(x_ND, w13.flatten(1, 2), w2, weight_R, b13, b2, index_R, row_TK, counts, activation)

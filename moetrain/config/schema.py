@@ -182,7 +182,7 @@ class ModelConfig:
 class ExpertsConfig:
     """How expert computation runs; never what it computes."""
 
-    backend: Literal["auto", "loop", "grouped_mm", "cpu"] = Field(
+    backend: Literal["auto", "loop", "grouped_mm", "cpu", "triton"] = Field(
         default="auto", description="expert kernels; loop is the oracle that the others are tested against"
     )
     overlap: bool = Field(

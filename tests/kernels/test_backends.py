@@ -31,6 +31,9 @@ def test_auto_says_what_it_took_and_why() -> None:
         ("grouped_mm", "cpu", torch.float32, 7, "D to be a multiple of 4"),
         ("grouped_mm", "cpu", torch.bfloat16, 12, "D to be a multiple of 8"),
         ("cpu", "cuda", torch.bfloat16, 8, "cannot run on cuda"),
+        ("triton", "cpu", torch.float32, 8, "cannot run: (triton is not installed|.* this is the CPU); use"),
+        ("triton", "cuda", torch.float64, 8, "cannot run: (triton is not installed|.* do not take float64); use"),
+        ("triton", "mps", torch.float32, 8, "cannot run: (triton is not installed|.* do not run on mps); use"),
     ],
 )
 def test_a_forced_backend_that_cannot_run(

@@ -1,0 +1,196 @@
+"""The Triton path: one autograd function for the experts, and if asked for the sum of each token's rows.
+
+Backward keeps what the CPU path (``moe_kernels.cpu``) keeps: the layer's input, the pre-activation, the routing. No
+gathered row is written, the counts stay on the device, and no buffer's size depends on them, so a layer can be captured
+in a CUDA graph. Both passes are operators of their own to torch.compile.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from moe_kernels.gpu.products import down_gradient, rows_times_weights, up_projection, weight_gradient
+from moe_kernels.gpu.sums import expert_sum, gather_sum, row_product
+from moe_kernels.gpu.tiles import COLUMNS, TILE, Tiles, place
+
+
+@torch.library.custom_op("moe_kernels::experts_forward", mutates_args=())
+def _forward(
+    x_ND: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    s_R: Tensor | None,
+    b13: Tensor | None,
+    b2: Tensor | None,
+    index_R: Tensor | None,
+    row_TK: Tensor | None,
+    counts_e: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """(y_RD, or with row_TK its sums out_TD; h_RnF)."""
+    e, matrices, F, D = w13.shape
+    R = len(x_ND if index_R is None else index_R)
+    tiles = place(counts_e, R)
+    h_RnF, a_RF = x_ND.new_empty(R, matrices * F), x_ND.new_empty(R, F)
+    up_projection[_grid(tiles, F)](
+        x_ND, index_R, w13, b13, s_R, h_RnF, a_RF, *tiles,
+        E=e, F=F, D=D, ACT=activation, GATED=matrices == 2, TILE=TILE, PRECISION=_precision(),
+    )  # fmt: skip
+    y_RD = _rows_times_weights(a_RF, w2, tiles, D, (F, 1), b2, s_R)
+    return (y_RD if row_TK is None else gather_sum(y_RD, row_TK)), h_RnF
+
+
+@_forward.register_fake
+def _(
+    x_ND: Tensor, w13: Tensor, w2: Tensor, s_R: Any, b13: Any, b2: Any, index_R: Any, row_TK: Any, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    R, (_, matrices, F, D) = len(x_ND if index_R is None else index_R), w13.shape
+    return x_ND.new_empty(R if row_TK is None else len(row_TK), D), x_ND.new_empty(R, matrices * F)
+
+
+@torch.library.custom_op("moe_kernels::experts_backward", mutates_args=())
+def _backward(
+    dy: Tensor,
+    x_ND: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    s_R: Tensor | None,
+    b13: Tensor | None,
+    b2: Tensor | None,
+    index_R: Tensor | None,
+    row_TK: Tensor | None,
+    counts_e: Tensor,
+    h_RnF: Tensor,
+    activation: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    """The gradients in x, w13, w2, s, b13 and b2; empty where not needed. dy: that of out_TD with row_TK, else y_RD."""
+    need_x, need_w13, need_w2, need_s, need_b13, need_b2 = needs
+    e, matrices, F, D = w13.shape
+    R = len(h_RnF)
+    tiles = place(counts_e, R)
+    dy_index = None if row_TK is None else index_R
+    grads = [x_ND.new_empty(0) for _ in needs]
+
+    a_RF, dh_RnF = x_ND.new_empty(R, F), torch.empty_like(h_RnF)
+    ds_parts = x_ND.new_empty(triton.cdiv(F, COLUMNS) + (b2 is not None), R, dtype=torch.float32)
+    down_gradient[_grid(tiles, F)](
+        dy, dy_index, w2, s_R, h_RnF, a_RF, dh_RnF, ds_parts, *tiles, R,
+        E=e, F=F, D=D, ACT=activation, GATED=matrices == 2, TILE=TILE, PRECISION=_precision(),
+    )  # fmt: skip
+    if need_x:
+        dx_RD = _rows_times_weights(dh_RnF, w13, tiles, D, (1, D))
+        grads[0] = _sum_per_token(dx_RD, len(x_ND), index_R, row_TK)
+    if need_w13:
+        grads[1] = _weight_gradient(dh_RnF, None, x_ND, index_R, tiles, w13)
+    if need_w2:
+        grads[2] = _weight_gradient(dy, dy_index, a_RF, None, tiles, w2)
+    if need_s and s_R is not None:
+        if b2 is not None:
+            row_product(dy, dy_index, b2, tiles, ds_parts[-1])
+        grads[3] = ds_parts.sum(0).to(s_R.dtype)
+    if need_b13 and b13 is not None:
+        grads[4] = expert_sum(dh_RnF, None, None, tiles, b13.dtype).view_as(b13)
+    if need_b2 and b2 is not None:
+        grads[5] = expert_sum(dy, dy_index, s_R, tiles, b2.dtype)
+    return grads
+
+
+@_backward.register_fake
+def _(dy: Tensor, *inputs: Any) -> list[Tensor]:
+    needs = inputs[-1]
+    return [torch.empty_like(t) if need else dy.new_empty(0) for t, need in zip(inputs[:6], needs, strict=True)]
+
+
+def _grid(tiles: Tiles, width: int) -> Any:
+    return lambda config: (len(tiles.row) * triton.cdiv(width, config["COLS"]),)
+
+
+def _precision() -> str:
+    """How float32 products are made: exactly, or in TF32 where torch is allowed to."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _rows_times_weights(
+    a: Tensor,
+    w: Tensor,
+    tiles: Tiles,
+    N: int,
+    strides: tuple[int, int],
+    bias: Tensor | None = None,
+    s_R: Tensor | None = None,
+) -> Tensor:
+    out = a.new_empty(len(a), N)
+    rows_times_weights[_grid(tiles, N)](
+        a, w, bias, s_R, out, *tiles,
+        E=len(w), N=N, K=a.shape[1], W_N=strides[0], W_K=strides[1], TILE=TILE, PRECISION=_precision(),
+    )  # fmt: skip
+    return out
+
+
+def _weight_gradient(
+    left: Tensor, left_index: Tensor | None, right: Tensor, right_index: Tensor | None, tiles: Tiles, w: Tensor
+) -> Tensor:
+    out, M, N = torch.empty_like(w), left.shape[1], right.shape[1]
+
+    def grid(config: dict[str, int]) -> tuple[int, int]:
+        return triton.cdiv(M, config["ROWS"]) * triton.cdiv(N, config["COLS"]), len(w)
+
+    weight_gradient[grid](
+        left, left_index, right, right_index, out, tiles.start, tiles.rows_class, M=M, N=N, PRECISION=_precision()
+    )
+    return out
+
+
+def _sum_per_token(dx_RD: Tensor, N: int, index_R: Tensor | None, row_TK: Tensor | None) -> Tensor:
+    if index_R is None:
+        return dx_RD
+    if row_TK is not None:
+        return gather_sum(dx_RD, row_TK)
+    token_R, order = index_R.sort(stable=True)
+    start = torch.searchsorted(token_R, torch.arange(N + 1, device=token_R.device))
+    return gather_sum(dx_RD, order, start)
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        """Inputs as ``_forward``."""
+        out, h_RnF = _forward(*inputs)
+        ctx.save_for_backward(*inputs[:-1], h_RnF)
+        ctx.activation = inputs[-1]
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        needs = list(ctx.needs_input_grad[:6])
+        found = _backward(grads[0].contiguous(), *ctx.saved_tensors, ctx.activation, needs)
+        return *(grad if need else None for grad, need in zip(found, needs, strict=True)), None, None, None, None
+
+
+def triton_expert_mlp(
+    x_ND: Tensor,
+    counts: list[int] | Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    index_R: Tensor | None,
+    weight_R: Tensor | None,
+    b13: Tensor | None,
+    b2: Tensor | None,
+    activation: str,
+    row_TK: Tensor | None = None,
+) -> Tensor:
+    """``moe_kernels.expert_mlp`` in Triton; with row_TK (T, K) the sums out_TD of the rows that it names of each token.
+
+    Then index_R must give each row's token, and every row must be named once.
+    """
+    counts_e = torch.as_tensor(counts, device=x_ND.device)
+    x_ND, w13, w2 = x_ND.contiguous(), w13.contiguous(), w2.contiguous()
+    s_R, b13, b2, index_R, row_TK = (
+        None if t is None else t.contiguous() for t in (weight_R, b13, b2, index_R, row_TK)
+    )
+    return _Experts.apply(x_ND, w13, w2, s_R, b13, b2, index_R, row_TK, counts_e, activation)

@@ -1,0 +1,127 @@
+"""What the Triton kernels share: tiles of rows and their experts, made on the device, and how kernels are tuned.
+
+Rows are grouped by expert, and a tile is up to ``TILE`` consecutive rows of one expert. The number of tiles depends on
+the counts, which stay on the device; so grids are as large as the worst case needs, and programs of tiles that do not
+exist do nothing. Rows past the sum of the counts form the group of an expert e, one past the last, of zero outputs.
+"""
+# mypy: allow-untyped-defs
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = triton.knobs.runtime.interpret
+# Rows of a tile, as SonicMoE's (arXiv 2512.14080); in the interpreter so few that small tests have many tiles.
+TILE = 16 if INTERPRETED else 128
+# The fewest columns that a program computes; partial sums over columns have a slot for each so many.
+COLUMNS = 16 if INTERPRETED else 64
+
+_WIDEN: tl.constexpr = tl.constexpr(INTERPRETED)
+
+
+def tuned(key: list[str], hopper: list[triton.Config], ampere: list[triton.Config], float32: triton.Config):
+    """Let triton time the chip's configurations once per ``key`` and class of rows per expert, and keep the choice on
+    disk: in triton's cache, beside the compiled kernels (TRITON_CACHE_DIR, or ~/.triton/cache).
+
+    float32: the one for a first argument in float32. Exact products are unrolled without tensor cores: small ones only.
+    """
+
+    def of_this_chip(_: object, args: dict[str, Any], **__: object) -> list[triton.Config]:
+        if next(iter(args.values())).dtype == torch.float32:
+            return [float32]
+        return hopper if torch.cuda.get_device_capability()[0] >= 9 else ampere
+
+    return triton.autotune(
+        configs=[config(COLUMNS, 4, 2, ROWS=TILE, DEPTH_BYTES=64)] if INTERPRETED else [*hopper, *ampere, float32],
+        key=[*key, "rows_class"],
+        prune_configs_by={"early_config_prune": of_this_chip},
+        cache_results=True,
+    )
+
+
+def config(cols: int, warps: int, stages: int, **more: int) -> triton.Config:
+    """A program that computes ``cols`` columns, and reads 128 bytes of the summed dimension at a time unless told."""
+    return triton.Config({"COLS": cols, "DEPTH_BYTES": 128, **more}, num_warps=warps, num_stages=stages)
+
+
+class Tiles(NamedTuple):
+    """expert, row: each tile's expert and first row. start: (e + 2,) the first row of each expert, then the number of
+    rows that have one, then R. int32, on the device. rows_class: a power of two near the rows of an expert, for tuning.
+    """
+
+    expert: Tensor
+    row: Tensor
+    start: Tensor
+    rows_class: int
+
+
+@triton.jit(do_not_specialize=["R", "n_tiles"])
+def _place(counts, expert_out, row_out, start_out, R, n_tiles, E, E_POW2: tl.constexpr, TILE: tl.constexpr):
+    """Program i writes the tiles of expert i; the last one those of the rows without expert, and all surplus ones."""
+    i = tl.program_id(0)
+    ids = tl.arange(0, E_POW2)
+    n_E = tl.maximum(tl.load(counts + ids, mask=ids < E, other=0), 0).to(tl.int32)
+    tiles_E = (n_E + TILE - 1) // TILE
+    first_row = tl.minimum(tl.sum(tl.where(ids < i, n_E, 0)), R)
+    tile = tl.sum(tl.where(ids < i, tiles_E, 0))
+    end = tl.minimum(tile + tl.sum(tl.where(ids == i, tiles_E, 0)), n_tiles)
+    tl.store(start_out + i, first_row)
+    if i == E:
+        end = n_tiles
+        tl.store(start_out + E + 1, R)
+    for t in range(tile, end, 128):
+        steps = t + tl.arange(0, 128)
+        rows = first_row + (steps - tile) * TILE
+        tl.store(expert_out + steps, tl.where(rows < R, i, E), mask=steps < end)  # counts of more than R rows: none
+        tl.store(row_out + steps, rows, mask=steps < end)
+
+
+def place(counts_e: Tensor, R: int) -> Tiles:
+    """The tiles of R rows, of which expert i has ``counts_e[i]``: integers on the device, that sum to R or less."""
+    e = len(counts_e)
+    n_tiles = R // TILE + e + 1
+    expert, row = (counts_e.new_empty(n_tiles, dtype=torch.int32) for _ in range(2))
+    start = counts_e.new_empty(e + 2, dtype=torch.int32)
+    _place[(e + 1,)](counts_e, expert, row, start, R, n_tiles, e, triton.next_power_of_2(e), TILE)
+    return Tiles(expert, row, start, triton.next_power_of_2(max(1, R // e)))
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b; the interpreter's products of bf16 are wrong, so there they are made in float32."""
+    if _WIDEN:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def rows_of_tile(expert, row, start, tile, TILE: tl.constexpr):
+    """(expert, first row, distances of the rows from it, which rows exist) of a tile. One that does not has distance 0.
+
+    A tensor of rows is addressed as the first row's, a number of 64 bits, and offsets within the tile of 32 bits:
+    offsets of 64 bits would take most registers.
+    """
+    e, first = tl.load(expert + tile).to(tl.int64), tl.load(row + tile)
+    step = tl.arange(0, TILE)
+    live = first + step < tl.load(start + e + 1)
+    return e, first.to(tl.int64), tl.where(live, step, 0), live
+
+
+@triton.jit
+def columns(block, N: tl.constexpr, COLS: tl.constexpr):
+    """(column numbers, which of them exist) of a block; those that do not are 0."""
+    n = block * COLS + tl.arange(0, COLS)
+    if N % COLS != 0:
+        return tl.where(n < N, n, 0), n < N
+    return n, n < N
+
+
+@triton.jit
+def load_depth(pointers, k, K: tl.constexpr, DEPTH: tl.constexpr, axis: tl.constexpr):
+    """A tile of an operand whose ``axis`` runs along the summed dimension, from k on; zeros from K on."""
+    if K % DEPTH == 0:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=tl.expand_dims(k + tl.arange(0, DEPTH) < K, 1 - axis), other=0.0)

@@ -1,0 +1,122 @@
+"""The Triton path in Triton's interpreter, on the CPU: it computes what the loop computes in float64.
+
+Tiles are 16 x 16 there, so that these sizes have many of them and end within one. The interpreter must be asked for
+before the kernels are imported, and other tests want none; so these run in a process of their own: the first starts it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from moe_kernels import expert_mlp, moe_mlp
+
+from tests.kernels.expert_cases import make_case
+from tests.kernels.layer_cases import by_definition, kept_bytes, make_layer, run
+from tests.kernels.test_experts import compare
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    import tests.kernels.interpreter  # noqa: F401
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_in_the_interpreter starts")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+def test_in_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", __file__]
+    root = Path(__file__).parents[2]
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("counts", "activation", "options"),
+    [
+        ([37, 0, 5, 20], "swiglu", {"bias": True}),  # uneven, one empty; gathered, weighted
+        ([0, 0, 33, 0], "gpt_oss", {"bias": True}),  # one expert takes all
+        ([3, 16, 1], "relu2", {"gather": False, "bias": True}),  # one input matrix; rows in order
+        ([17, 0], "geglu", {"weights": False, "bias": True}),
+        ([4, 9], "gelu", {}),
+        ([9, 4], "reglu", {"gather": False, "weights": False}),
+        ([0, 0, 0], "swiglu", {"bias": True}),  # no rows at all
+    ],
+    ids=str,
+)
+def test_matches_the_loop(counts: list[int], activation: str, options: dict[str, bool]) -> None:
+    """Values, and gradients of all inputs. No size is a multiple of the tile's."""
+    case = make_case(counts, activation, dim=24, expert_dim=40, **options)  # type: ignore[arg-type]
+    compare(case.run("triton", torch.float32), case.run("loop", torch.float64), 2e-5)
+
+
+@interpreted
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.02), (torch.float16, 0.003)])
+def test_half_precision(dtype: torch.dtype, tolerance: float) -> None:
+    """The interpreter cuts numbers off where they become bf16: twice the error of rounding, and all of one sign."""
+    case = make_case([21, 0, 12], bias=True, dim=32, expert_dim=16, dtype=dtype)
+    got, want = case.run("triton", dtype), case.run("loop", torch.float64)
+    for name in want:
+        assert (got[name] - want[name]).norm() < tolerance * want[name].norm(), name
+
+
+@interpreted
+def test_a_layer_is_its_definition() -> None:
+    """Gathered, weighted and summed per token inside; an expert is empty; a sum reads fewer rows at once than K."""
+    inputs, ids_TK = make_layer(T=7, K=9, E=11, D=24, F=20, bias=True)
+    want = run(by_definition, inputs, ids_TK, torch.float64)
+    compare(run(moe_mlp, inputs, ids_TK, torch.float32, backend="triton"), want, 2e-5)
+
+
+@interpreted
+def test_rows_past_the_counts_give_zeros() -> None:
+    """As in a buffer of fixed size that is not full; with counts on the device nothing is known of them."""
+    case = make_case([5, 18], bias=True)
+    args = {name: t.float().requires_grad_() for name, t in case.inputs.items()}
+    extra = 20
+    args["weight_R"] = torch.cat([args["weight_R"], torch.ones(extra)]).detach().requires_grad_()
+    index_R = torch.cat([case.index_R, torch.zeros(extra, dtype=torch.int64)])  # type: ignore[list-item]
+    y_RD = expert_mlp(**args, counts=torch.tensor([5, 18]), index_R=index_R, backend="triton")
+    upstream = torch.cat([case.upstream_RD.float(), torch.ones(extra, y_RD.shape[1])])
+    grads = dict(zip(args, torch.autograd.grad(y_RD, list(args.values()), upstream), strict=True))
+    assert not y_RD[-extra:].any() and not grads["weight_R"][-extra:].any()
+    want = case.run("loop", torch.float64)
+    grads["weight_R"] = grads["weight_R"][:-extra]
+    compare({"y": y_RD[:-extra].detach().double(), **{k: g.double() for k, g in grads.items()}}, want, 2e-5)
+
+
+@interpreted
+@pytest.mark.parametrize(("K", "F"), [(2, 32), (4, 16)], ids=["coarse", "fine"])
+def test_memory_does_not_depend_on_granularity(K: int, F: int) -> None:
+    T, D = 20, 32
+    assert kept_bytes(T, K, 6, D, F, "triton") == 2 * T * D + 4 * T * K * F
+
+
+@interpreted
+def test_same_bits_again_and_one_graph_under_compile() -> None:
+    """Both passes are operators to torch.compile: it finds one graph, and the same result, bit for bit."""
+    inputs, ids_TK = make_layer(T=9, K=2, E=4, D=16, F=16)
+
+    def layer(**args: torch.Tensor) -> torch.Tensor:
+        return moe_mlp(**args, backend="triton")  # type: ignore[arg-type]
+
+    first, again = (run(layer, inputs, ids_TK, torch.float32) for _ in range(2))
+    whole = run(torch.compile(layer, backend="aot_eager", fullgraph=True), inputs, ids_TK, torch.float32)
+    assert all(torch.equal(first[k], again[k]) and torch.equal(first[k], whole[k]) for k in first)
+
+
+@interpreted
+def test_a_bad_row_stays_with_its_expert() -> None:
+    """A NaN reaches what the loop lets it reach, and no other expert's tile, gradient or row."""
+    case = make_case([5, 20, 3], gather=False)
+    case.inputs["x_ND"][20, 3] = float("nan")
+    got, want = case.run("triton", torch.float32), case.run("loop", torch.float64)
+    for name in want:
+        assert torch.equal(got[name].isfinite(), want[name].isfinite()), name

@@ -23,6 +23,7 @@ from torch import Tensor
 from moetrain.checkpoint.weights import Box, Spec, whole_box
 from moetrain.config.errors import ConfigError
 from moetrain.config.schema import ModelConfig, MoEConfig
+from moetrain.config.sizes import divisors, near
 from moetrain.convert.features import features
 from moetrain.convert.open import specs_of
 from moetrain.convert.source import Source
@@ -147,6 +148,13 @@ def check_top_k(num_experts: int, top_k: int) -> None:
     """Raise ConfigError where a token cannot have as many experts as it needs."""
     if top_k > num_experts:
         raise ConfigError(f"top_k={top_k} is more than num_experts={num_experts}; lower top_k")
+
+
+def check_divides(name: str, parts: int, total: int, what: str) -> None:
+    """Raise ConfigError where option ``name`` cannot cut ``total``, which is called ``what``, into ``parts``."""
+    if total % parts:
+        hint = " or ".join(f"{name}={n}" for n in near(parts, divisors(total)))
+        raise ConfigError(f"{name}={parts} does not divide {what}; set {hint}")
 
 
 def with_experts(

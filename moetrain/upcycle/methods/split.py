@@ -13,7 +13,6 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from moetrain.config.errors import ConfigError
 from moetrain.config.fields import STRICT, Positive
 from moetrain.config.registry import UPCYCLERS
 from moetrain.upcycle.cluster import balanced_clusters
@@ -24,6 +23,7 @@ from moetrain.upcycle.method import (
     Upcycled,
     assemble,
     check_dense,
+    check_divides,
     check_top_k,
     dense_layer,
     keys_name,
@@ -71,8 +71,7 @@ def split(options: SplitOptions, parents: Sequence[Model], context: Context) -> 
     check_dense(parent, "split")
     E, K, inner = options.num_experts, options.top_k, parent.cfg.dense_dim
     check_top_k(E, K)
-    if inner % E:
-        raise ConfigError(f"num_experts={E} does not divide the dense width {inner} of {parent.where}")
+    check_divides("num_experts", E, inner, f"the dense width {inner} of {parent.where}")
     cfg = with_experts(parent.cfg, E, K, inner // E, layers=options.layers)
     scale = K if options.scale is None else options.scale
     if options.by == "activity":

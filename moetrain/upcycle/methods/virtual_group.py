@@ -21,6 +21,7 @@ from moetrain.upcycle.method import (
     Upcycled,
     assemble,
     check_dense,
+    check_divides,
     check_top_k,
     dense_layer,
     one_parent,
@@ -67,10 +68,8 @@ def virtual_group(options: VirtualGroupOptions, parents: Sequence[Model], contex
     check_dense(parent, "virtual_group")
     E, G, K, inner = options.num_experts, options.granularity, options.top_k, parent.cfg.dense_dim
     check_top_k(E, K)
-    if inner % G:
-        raise ConfigError(f"granularity={G} does not divide the dense width {inner} of {parent.where}")
-    if E % G:
-        raise ConfigError(f"granularity={G} does not divide num_experts={E}")
+    check_divides("granularity", G, inner, f"the dense width {inner} of {parent.where}")
+    check_divides("granularity", G, E, f"num_experts={E}")
     if options.router == "zero" and E > G:
         raise ConfigError("method=virtual_group needs router=random: rows of zeros do not tell the groups apart")
     chosen_first = options.order == "topk_then_softmax"

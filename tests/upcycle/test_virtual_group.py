@@ -81,7 +81,10 @@ def test_the_papers_factors(name: str, factor: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"granularity": 3, "num_experts": 6, "top_k": 3}, "granularity=3 does not divide the dense width 40 .*; set granularity=2 or granularity=4"),
+        (
+            {"granularity": 3, "num_experts": 6, "top_k": 3},
+            "granularity=3 does not divide the dense width 40 .*; set granularity=2 or granularity=4",
+        ),
         ({"granularity": 4, "num_experts": 6, "top_k": 4}, "granularity=4 does not divide num_experts=6"),
         ({"router": "zero"}, "needs router=random"),
         ({"num_experts": 4, "granularity": 4, "top_k": 8}, "top_k=8 is more than num_experts=4"),

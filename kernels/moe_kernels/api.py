@@ -150,8 +150,10 @@ def _run(
 ) -> Tensor:
     """Check, choose and call; with row_TK the sum of each token's rows."""
     name, _ = choose_backend(backend, x_ND.device, x_ND.dtype, w13.shape[-1], w2.shape[-1])
-    if isinstance(counts, Tensor) and name != "triton":
-        counts = counts.tolist()
+    if isinstance(counts, Tensor):
+        if counts.dim() != 1 or counts.is_floating_point():
+            raise ValueError(f"counts must be integers (e,), not {counts.dtype} of shape {tuple(counts.shape)}")
+        counts = counts if name == "triton" else counts.tolist()
     _check(x_ND, counts, w13, w2, index_R, weight_R, b13, b2, activation)
     if name != "cpu":  # which rounds wider parameters by itself
         w13, w2 = w13.to(x_ND.dtype), w2.to(x_ND.dtype)
@@ -200,7 +202,7 @@ def _check(
         if tensor is not None and tensor.dtype != w13.dtype:
             raise ValueError(f"{name} is {tensor.dtype} but w13 is {w13.dtype}; parameters need one dtype")
     if isinstance(counts, Tensor):
-        if counts.shape != (e,) or counts.is_floating_point():
-            raise ValueError(f"counts must be {e} integers, not {counts.dtype} of shape {tuple(counts.shape)}")
+        if len(counts) != e:
+            raise ValueError(f"counts must be {e} row numbers, not {len(counts)}")
     elif len(counts) != e or any(count < 0 for count in counts) or sum(counts) != R:
         raise ValueError(f"counts must be {e} row numbers that sum to {R}, not {len(counts)} that sum to {sum(counts)}")

@@ -32,6 +32,9 @@ def test_counts_may_be_a_tensor() -> None:
     counts_e = torch.bincount(ids_TK.flatten(), minlength=4)
     got = [expert_mlp(x_ND, counts, w13, w2) for counts in (counts_e, counts_e.tolist())]
     assert torch.equal(*got)
+    for bad in (counts_e.float(), counts_e[None]):
+        with pytest.raises(ValueError, match="counts must be integers"):
+            expert_mlp(x_ND, bad, w13, w2)
 
 
 def test_no_tokens() -> None:

@@ -35,9 +35,9 @@ def test_a_part_of_a_matrix_with_the_scale_of_the_whole_is_a_part_of_the_result(
     assert torch.equal(ternary(w[:, :, 2:5], absmean(w)), ternary(w)[:, :, 2:5])
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "auto"])
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name not in ("auto", "triton")])
 def test_gradients_are_those_of_the_rounded_weights(backend: str) -> None:
-    """Of experts, through every backend: what the masters get is what autograd gives to the rounded weights."""
+    """Through every backend that needs no GPU: masters get what autograd gives to the rounded weights."""
     generator = torch.Generator().manual_seed(0)
     dtype = torch.float32 if backend == "grouped_mm" else torch.float64
     x = torch.randn(9, 8, generator=generator, dtype=dtype)

@@ -1,6 +1,6 @@
 """Expert math of mixture-of-experts layers as pure functions of tensors: a reference, and fast paths that match it.
 
-Imports torch only; usable without moetrain.
+Imports torch, and triton where its kernels run; usable without moetrain.
 """
 
 from moe_kernels.activation import ACTIVATIONS, activate

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_kernels.activation import activation_backward, activation_forward
+from moe_kernels.native.experts import native_expert_mlp
+from moe_kernels.native.library import native_obstacle
 
 TILE = 32
 
@@ -245,6 +247,8 @@ def cpu_expert_mlp(
 
     Then index_R must give each row's token, and every row must be named once.
     """
+    if x_ND.device.type == "cpu" and native_obstacle(x_ND.dtype) is None:
+        return native_expert_mlp(x_ND, counts, w13, w2, index_R, weight_R, b13, b2, activation, row_TK)
     b13 = None if b13 is None else b13.flatten(1, 2).to(x_ND.dtype)
     b2 = None if b2 is None else b2.to(x_ND.dtype)
     return _ExpertMLP.apply(x_ND, w13.flatten(1, 2), w2, weight_R, b13, b2, index_R, row_TK, counts, activation)

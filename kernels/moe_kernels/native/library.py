@@ -1,0 +1,109 @@
+"""Builds ``products.cpp`` once for each machine and torch, and loads it.
+
+The compiler is ``$CXX``, or g++, or c++; the result is kept under ``$XDG_CACHE_HOME``, or ~/.cache, in ``moe_kernels``.
+MOE_KERNELS_NATIVE=0 keeps the compiled path from being used.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger("moe_kernels")
+
+SOURCE = Path(__file__).with_name("products.cpp")
+# -fno-math-errno and -fno-trapping-math let loops with rounding and comparisons vectorise; results stay the same.
+FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-std=c++17", "-fPIC", "-shared", "-fopenmp",
+         "-fno-math-errno", "-fno-trapping-math")  # fmt: skip
+BUILD_SECONDS = 300
+
+
+def native_obstacle(dtype: torch.dtype) -> str | None:
+    """Why the compiled products cannot take rows of ``dtype``, or None where they can. The first call builds them."""
+    if os.environ.get("MOE_KERNELS_NATIVE") == "0":
+        return "MOE_KERNELS_NATIVE=0 forbids it"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"it has no {str(dtype).removeprefix('torch.')}"
+    loaded = _load()
+    if isinstance(loaded, str):
+        return loaded
+    if _refuses(loaded, dtype == torch.bfloat16):
+        return f"oneDNN has no kernel for {str(dtype).removeprefix('torch.')} on this processor"
+    return None
+
+
+def call(function: str, *arguments: torch.Tensor | int | None) -> None:
+    """Call a function of the library with pointers to tensors, and numbers.
+
+    Raises:
+        RuntimeError: it failed, or was not built; ask ``native_obstacle`` first.
+    """
+    loaded = _load()
+    if isinstance(loaded, str):
+        raise RuntimeError(f"the compiled CPU kernels are not there: {loaded}")
+    values = [
+        ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else None if a is None else ctypes.c_int64(a)
+        for a in arguments
+    ]
+    if getattr(loaded, function)(*values) != 0:
+        raise RuntimeError(f"{function} of the compiled CPU kernels failed")
+
+
+@functools.cache
+def _refuses(library: ctypes.CDLL, half: bool) -> bool:
+    return bool(library.moe_obstacle(ctypes.c_int64(half)) != 0)
+
+
+@functools.cache
+def _load() -> ctypes.CDLL | str:
+    """The library, or why there is none; that is logged, once."""
+    try:
+        return ctypes.CDLL(str(_built()))
+    except (OSError, subprocess.SubprocessError) as error:
+        detail = getattr(error, "stderr", None) or str(error)
+        reason = next((line for line in detail.splitlines() if "error" in line), detail.strip()[:200])
+        logger.warning("experts on CPU run without compiled kernels, up to twice slower: %s", reason)
+        return reason
+
+
+def _built() -> Path:
+    """The library's file, compiled if it is not there yet."""
+    compiler = next(
+        (found for name in (os.environ.get("CXX"), "g++", "c++") if name and (found := shutil.which(name))), None
+    )
+    if compiler is None:
+        raise OSError("no C++ compiler was found (g++, or the one that CXX names)")
+    libraries = Path(torch.__file__).parent / "lib"
+    # torch's own OpenMP, so that there is one pool of threads
+    threads = sorted(libraries.glob("libgomp*.so*"))[:1]
+    links = [str(libraries / "libtorch_cpu.so"), *map(str, threads)]
+    key = "\n".join([SOURCE.read_text(), compiler, *FLAGS, *links, torch.__version__, _processor()])
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe_kernels"
+    target = folder / f"products-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            out = Path(scratch) / target.name
+            command = [compiler, *FLAGS, str(SOURCE), *links, "-o", str(out)]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=BUILD_SECONDS)
+            out.replace(target)  # other processes may be building as well; any result will do
+    return target
+
+
+def _processor() -> str:
+    """What -march=native depends on: nodes that share a home folder may differ."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))

@@ -1,7 +1,7 @@
 """The experts on CPU through the compiled products: one autograd function, as in ``moe_kernels.cpu``.
 
-Backward keeps the layer's input, the pre-activation and the routing (SonicMoE, arXiv 2512.14080, section 4). No gathered
-row is written: rows are gathered into a thread's scratch, for 256 of them at a time.
+Backward keeps the layer's input, the pre-activation and the routing (SonicMoE, arXiv 2512.14080, section 4). No
+gathered copy of all rows is written: each thread gathers up to 512 at a time into its scratch.
 """
 
 from __future__ import annotations

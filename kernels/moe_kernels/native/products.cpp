@@ -75,20 +75,27 @@ T as(From x) {
     return narrow<T>(wide(x));
 }
 
+// to = from, rounded.
+template <class T, class From>
+void convert(const From* __restrict from, i64 n, T* __restrict to) {
+  i64 c = 0;
+#ifdef __AVX512BF16__
+  if constexpr (sizeof(T) < sizeof(From))
+    for (; c + 16 <= n; c += 16) {
+      const auto rounded = _mm512_cvtneps_pbh(_mm512_loadu_ps(from + c));
+      memcpy(to + c, &rounded, sizeof(rounded));
+    }
+#endif
+  for (; c < n; c++) to[c] = as<T>(from[c]);
+}
+
 // n values as T: where they are, or converted into ``room``.
 template <class T, class From>
 const T* converted(const From* from, i64 n, T* room) {
   if constexpr (sizeof(T) == sizeof(From)) {
     return from;
   } else {
-    i64 c = 0;
-#ifdef __AVX512BF16__
-    for (; c + 16 <= n; c += 16) {
-      const auto rounded = _mm512_cvtneps_pbh(_mm512_loadu_ps(from + c));
-      memcpy(room + c, &rounded, sizeof(rounded));
-    }
-#endif
-    for (; c < n; c++) room[c] = as<T>(from[c]);
+    convert(from, n, room);
     return room;
   }
 }
@@ -390,26 +397,26 @@ void with_activation(i64 name, Do run) {
 // h (R, n F) = rows W13^T + b13 and a (R, F) = s * act(h), of the rounded h, which backward will see.
 template <class T, class W, int ACT>
 void up_projection(Rows<T> x, Matrices<W> w13, const T* b13, const float* s, T* h, T* a, const i64* counts, i64 threads) {
-  const i64 F = w13.n, parts = w13.parts, UP = (parts - 1) * F;
+  const i64 F = w13.n, parts = w13.parts;
   rows_product(x, w13, counts, threads, [=](const Tile& t) {
+    float part[2][COLS], value[COLS];
+    const float* up = part[parts - 1];
     for (i64 r = 0; r < t.rows; r++) {
       T* row_h = h + (t.row + r) * parts * F + t.column;
-      T* row_a = a + (t.row + r) * F + t.column;
+      for (i64 p = 0; p < parts; p++) {
+        memcpy(part[p], t.part[p] + r * t.columns, t.columns * sizeof(float));
+        if (b13)
+          for (i64 c = 0; c < t.columns; c++) part[p][c] += wide(b13[(t.expert * parts + p) * F + t.column + c]);
+        convert(part[p], t.columns, row_h + p * F);
+        if (PAIR<T> == 2)
+          for (i64 c = 0; c < t.columns; c++) part[p][c] = wide(row_h[p * F + c]);
+      }
       const float weight = s ? s[t.row + r] : 1.0f;
-      float buffer[2][COLS];
-      for (i64 p = 0; p < parts; p++)
-        for (i64 c = 0; c < t.columns; c++) {
-          float value = t.part[p][r * t.columns + c];
-          if (b13) value += wide(b13[(t.expert * parts + p) * F + t.column + c]);
-          const T rounded = narrow<T>(value);
-          row_h[p * F + c] = rounded;
-          buffer[p][c] = wide(rounded);
-        }
-      const float* up = buffer[UP ? 1 : 0];
       for (i64 c = 0; c < t.columns; c++) {
         float in_gate, in_up;
-        row_a[c] = narrow<T>(weight * activation<ACT>(buffer[0][c], up[c], in_gate, in_up));
+        value[c] = weight * activation<ACT>(part[0][c], up[c], in_gate, in_up);
       }
+      convert(value, t.columns, a + (t.row + r) * F + t.column);
     }
   });
 }
@@ -422,11 +429,13 @@ void rows_times_weights(Rows<T> rows, Matrices<W> w, const T* bias, const float*
       const float* from = t.part[0] + r * t.columns;
       T* to = out + (t.row + r) * w.n + t.column;
       if (bias == nullptr) {
-        for (i64 c = 0; c < t.columns; c++) to[c] = narrow<T>(from[c]);
+        convert(from, t.columns, to);
       } else {
         const float weight = s ? s[t.row + r] : 1.0f;
         const T* b = bias + t.expert * w.n + t.column;
-        for (i64 c = 0; c < t.columns; c++) to[c] = narrow<T>(from[c] + weight * wide(b[c]));
+        float value[COLS];
+        for (i64 c = 0; c < t.columns; c++) value[c] = from[c] + weight * wide(b[c]);
+        convert(value, t.columns, to);
       }
     }
   });
@@ -439,23 +448,25 @@ void down_gradient(Rows<T> dy, Matrices<W> w2, const float* s, const T* h, T* a,
   constexpr bool gated = ACT != GELU && ACT != RELU2;
   const i64 F = w2.n, n_F = gated ? 2 * F : F, UP = n_F - F;
   rows_product(dy, w2, counts, threads, [=](const Tile& t) {
+    float gate[COLS], up[COLS], value[COLS], in_gate[COLS], in_up[COLS];
     for (i64 r = 0; r < t.rows; r++) {
       const float* da = t.part[0] + r * t.columns;
       const i64 row = t.row + r;
       const T* row_h = h + row * n_F + t.column;
-      T *row_dh = dh + row * n_F + t.column, *row_a = a + row * F + t.column;
+      T* row_dh = dh + row * n_F + t.column;
+      for (i64 c = 0; c < t.columns; c++) gate[c] = wide(row_h[c]), up[c] = wide(row_h[UP + c]);
       const float weight = s ? s[row] : 1.0f;
-      float weighted[COLS];
-      for (i64 c = 0; c < t.columns; c++) {
-        float in_gate, in_up;
-        const float value = activation<ACT>(wide(row_h[c]), wide(row_h[UP + c]), in_gate, in_up);
-        row_a[c] = narrow<T>(weight * value);
-        weighted[c] = da[c] * value;
-        if (gated) row_dh[c] = narrow<T>(weight * da[c] * in_gate);
-        row_dh[UP + c] = narrow<T>(weight * da[c] * in_up);
-      }
       float sums[16] = {};
-      for (i64 c = 0; c < t.columns; c++) sums[c % 16] += weighted[c];
+      for (i64 c = 0; c < t.columns; c++) value[c] = activation<ACT>(gate[c], up[c], in_gate[c], in_up[c]);
+      for (i64 c = 0; c < t.columns; c++) sums[c % 16] += da[c] * value[c];
+      for (i64 c = 0; c < t.columns; c++) {
+        value[c] *= weight;
+        in_gate[c] *= weight * da[c];
+        in_up[c] *= weight * da[c];
+      }
+      convert(value, t.columns, a + row * F + t.column);
+      if (gated) convert(in_gate, t.columns, row_dh);
+      convert(in_up, t.columns, row_dh + UP);
       float sum = 0;
       for (float part : sums) sum += part;
       ds[t.column / COLS * R + row] = sum;
@@ -497,9 +508,9 @@ void weight_gradient(Rows<T> left, Rows<T> right, W* out, const i64* counts, i64
           }
         }
       }
-      if (!direct)
+      if constexpr (sizeof(W) == 2)
         for (i64 m = 0; m < M; m++)
-          for (i64 c = task.column; c < task.end; c++) matrix[m * N + c] = narrow<W>(to[m * N + c]);
+          convert(to + m * N + task.column, task.end - task.column, matrix + m * N + task.column);
     }
     at::native::cpublas::brgemm_release(pair == 2);
   }

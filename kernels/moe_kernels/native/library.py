@@ -1,4 +1,4 @@
-"""Builds ``products.cpp`` once for each machine and torch, and loads it.
+"""Builds the C++ files of this folder once for each machine and torch, and loads it.
 
 The compiler is ``$CXX``, or g++, or c++; the result is kept under ``$XDG_CACHE_HOME``, or ~/.cache, in ``moe_kernels``.
 MOE_KERNELS_NATIVE=0 keeps the compiled path from being used.
@@ -16,12 +16,13 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
 logger = logging.getLogger("moe_kernels")
 
-SOURCE = Path(__file__).with_name("products.cpp")
+SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
 # -fno-math-errno and -fno-trapping-math let loops with rounding and comparisons vectorise; results stay the same.
 FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-std=c++17", "-fPIC", "-shared", "-fopenmp",
          "-fno-math-errno", "-fno-trapping-math")  # fmt: skip
@@ -37,31 +38,34 @@ def native_obstacle(dtype: torch.dtype) -> str | None:
     loaded = _load()
     if isinstance(loaded, str):
         return loaded
-    if _refuses(loaded, dtype == torch.bfloat16):
+    if not _works(loaded, dtype == torch.bfloat16):
         return f"oneDNN has no kernel for {str(dtype).removeprefix('torch.')} on this processor"
     return None
 
 
-def call(function: str, *arguments: torch.Tensor | int | None) -> None:
+def call(function: str, *arguments: torch.Tensor | int | float | None) -> None:
     """Call a function of the library with pointers to tensors, and numbers.
 
     Raises:
-        RuntimeError: it failed, or was not built; ask ``native_obstacle`` first.
+        RuntimeError: it was not built; ask ``native_obstacle`` first.
     """
     loaded = _load()
     if isinstance(loaded, str):
         raise RuntimeError(f"the compiled CPU kernels are not there: {loaded}")
-    values = [
-        ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else None if a is None else ctypes.c_int64(a)
-        for a in arguments
-    ]
-    if getattr(loaded, function)(*values) != 0:
-        raise RuntimeError(f"{function} of the compiled CPU kernels failed")
+    getattr(loaded, function)(*map(_argument, arguments))
+
+
+def _argument(value: torch.Tensor | int | float | None) -> Any:
+    if isinstance(value, torch.Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    if value is None:
+        return None
+    return ctypes.c_double(value) if isinstance(value, float) else ctypes.c_int64(value)
 
 
 @functools.cache
-def _refuses(library: ctypes.CDLL, half: bool) -> bool:
-    return bool(library.moe_obstacle(ctypes.c_int64(half)) != 0)
+def _works(library: ctypes.CDLL, half: bool) -> bool:
+    return bool(library.moe_works(ctypes.c_int64(half)))
 
 
 @functools.cache
@@ -87,14 +91,15 @@ def _built() -> Path:
     # torch's own OpenMP, so that there is one pool of threads
     threads = sorted(libraries.glob("libgomp*.so*"))[:1]
     links = [str(libraries / "libtorch_cpu.so"), *map(str, threads)]
-    key = "\n".join([SOURCE.read_text(), compiler, *FLAGS, *links, torch.__version__, _processor()])
+    texts = [path.read_text() for path in sorted(Path(__file__).parent.glob("*.[ch]*"))]
+    key = "\n".join([*texts, compiler, *FLAGS, *links, torch.__version__, _processor()])
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe_kernels"
-    target = folder / f"products-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    target = folder / f"native-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             out = Path(scratch) / target.name
-            command = [compiler, *FLAGS, str(SOURCE), *links, "-o", str(out)]
+            command = [compiler, *FLAGS, *map(str, SOURCES), *links, "-o", str(out)]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=BUILD_SECONDS)
             out.replace(target)  # other processes may be building as well; any result will do
     return target

@@ -15,7 +15,7 @@ from torch import Tensor
 FP8 = torch.float8_e4m3fn
 TILE = 128
 LARGEST = 448.0
-SMALLEST_SCALE = 2.0**-126  # the smallest normal float32: x / scale stays exact to the last bit
+SMALLEST_SCALE = 2.0**-126  # the smallest normal float32: one below would have fewer digits
 
 
 def quantize_rows(x: Tensor, tile: int = TILE, pow2: bool = False) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ products everything is in x's dtype.
 
 In a weight's gradient the summed dimension is the rows of an expert: both sides are quantised along these, 128 rows at
 a time from the expert's first. x and the output's gradient are quantised for the second time there, from the numbers
-that the other products take; so the scales of these are powers of two.
+that the other products take; so the scales of these are powers of two (section 3.3.3).
 
 Backward keeps x as these numbers: of a half-precision layer D + 4 ceil(D / 128) bytes per token instead of 2 D.
 """

@@ -43,10 +43,10 @@ PRODUCTS: dict[str, Kernel] = {
 }
 OTHERS: dict[str, Kernel] = {
     "rows": (fp8.quantize_rows_kernel, {"x": BF16, "R": "i32", **OUT}, {"C": D, "POW2": True, **ROWS_BY}),
-    "blocks": (fp8.quantize_blocks_kernel, {"w": FP32, **OUT}, {"A": F, "B": D, "TRANSPOSED": False, "TILE": fp8.TILE}),
+    "blocks": (fp8.quantize_blocks_kernel, {"w": BF16, **OUT}, {"A": F, "B": D, "TRANSPOSED": False, "TILE": fp8.TILE}),
     "transposed": (
         fp8.quantize_blocks_kernel,
-        {"w": FP32, **OUT},
+        {"w": BF16, **OUT},
         {"A": F, "B": D, "TRANSPOSED": True, "TILE": fp8.TILE},
     ),
     "columns": (
@@ -70,19 +70,19 @@ OTHERS: dict[str, Kernel] = {
 
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_products(name: str, tmp_path: Path) -> None:
-    binary = compiled(*with_chip(PRODUCTS[name]), warps=8, stages=3)
+    kernel, types, constants = PRODUCTS[name]
+    binary = compiled(kernel, 90, types, constants, warps=8, stages=3)
     usage, code = machine_code(binary, tmp_path)
     assert usage["STACK"] == usage["LOCAL"] == 0, f"spills: {usage}"
     assert binary.metadata.shared <= CHIPS[90][0], f"{binary.metadata.shared} bytes of shared memory"
     assert "QGMMA" in code
 
 
+@pytest.mark.parametrize("rows", [BF16, FP32])
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_kernels(name: str, tmp_path: Path) -> None:
-    warps = 8 if OTHERS[name][0] is fp8.quantize_blocks_kernel else 4
-    usage, _ = machine_code(compiled(*with_chip(OTHERS[name]), warps=warps), tmp_path)
+def test_other_kernels(name: str, rows: str, tmp_path: Path) -> None:
+    kernel, types, constants = OTHERS[name]
+    types = {argument: rows if kind == BF16 else kind for argument, kind in types.items()}
+    warps = 8 if kernel is fp8.quantize_blocks_kernel else 4
+    usage, _ = machine_code(compiled(kernel, 90, types, constants, warps), tmp_path)
     assert usage["STACK"] == usage["LOCAL"] == 0, f"spills: {usage}"
-
-
-def with_chip(kernel: Kernel) -> tuple[Any, int, dict[str, str], dict[str, Any]]:
-    return kernel[0], 90, kernel[1], kernel[2]

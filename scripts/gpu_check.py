@@ -128,6 +128,16 @@ def check_layer(device: str, shape: Shape) -> list[dict[str, Any]]:
     return rows
 
 
+def check_fp8(device: str, shape: Shape) -> dict[str, Any]:
+    """A layer in FP8 against its emulation on the CPU. Tensor cores keep about 14 bits of a sum, so some numbers become
+    the E4M3 number beside theirs; FP8 itself is about 6e-2 from float64."""
+    inputs, ids_TK = layer_inputs(device, shape)
+    got = run(inputs, torch.bfloat16, lambda **t: moe_mlp(ids_TK=ids_TK, backend="triton", fp8=True, **t))
+    host = {name: t.cpu() for name, t in inputs.items()}
+    want = run(host, torch.bfloat16, lambda **t: moe_mlp(ids_TK=ids_TK.cpu(), backend="cpu", fp8=True, **t))
+    return _row("layer in FP8", worst({name: t.cpu() for name, t in got.items()}, want), 3e-2)
+
+
 def _row(name: str, error: float, limit: float) -> dict[str, Any]:
     print(f"{'ok  ' if error <= limit else 'FAIL'} {name}: error {error:.1e}, limit {limit:.0e}", flush=True)
     return {"check": name, "error": error, "limit": limit, "ok": error <= limit}
@@ -236,6 +246,8 @@ def main() -> None:
             args.json.write_text(json.dumps(result, indent=1))
 
     result["checks"] = checks("cuda", 136, 72) + check_layer("cuda", Shape("check", 500, 256, 128, 9, 4))
+    if torch.cuda.get_device_capability() >= (9, 0):
+        result["checks"].append(check_fp8("cuda", Shape("check", 600, 272, 144, 5, 2)))
     save()
     if not args.checks_only:
         for shape in SHAPES:

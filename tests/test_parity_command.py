@@ -45,6 +45,12 @@ def test_a_mapping_that_changes_the_loss_is_found(capfd: pytest.CaptureFixture[s
     assert code == 1 and not result["within"] and result["loss_rel"] > 1e-6
 
 
+def test_fp8_is_left_out(capfd: pytest.CaptureFixture[str]) -> None:
+    """Rows that share a scale follow the mapping; all else is proved in float64."""
+    code, lines, err = parity(capfd, "world=2", "steps=2", "model=tiny", "experts.fp8=true", "parallel.ep=2")
+    assert code == 0 and json.loads(lines[-1])["tolerance"] == 1e-9, err
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

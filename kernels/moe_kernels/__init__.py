@@ -5,6 +5,7 @@ Imports torch, and triton where its kernels run; usable without moetrain.
 
 from moe_kernels.activation import ACTIVATIONS, activate
 from moe_kernels.api import BACKENDS, choose_backend, expert_mlp, moe_mlp
+from moe_kernels.fp8 import dequantize, quantize_blocks, quantize_rows
 from moe_kernels.loss import VocabularyPart, linear_cross_entropy, token_counts
 from moe_kernels.memory import keep_freed_memory
 from moe_kernels.ternary import absmean, ternary
@@ -18,10 +19,13 @@ __all__ = [
     "absmean",
     "activate",
     "choose_backend",
+    "dequantize",
     "expert_mlp",
     "keep_freed_memory",
     "linear_cross_entropy",
     "moe_mlp",
+    "quantize_blocks",
+    "quantize_rows",
     "round_tokens",
     "ternary",
     "token_counts",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moe_kernels.activation import ACTIVATIONS
 from moe_kernels.cpu import cpu_expert_mlp
+from moe_kernels.fp8_experts import fp8_expert_mlp
 from moe_kernels.gpu.available import triton_obstacle
 from moe_kernels.grouped import grouped_expert_mlp, grouped_mm_obstacle
 from moe_kernels.reference import loop_expert_mlp
@@ -21,20 +22,28 @@ def _triton(*inputs: Any) -> Tensor:
     return triton_expert_mlp(*inputs)
 
 
+def _triton_fp8(*inputs: Any) -> Tensor:
+    from moe_kernels.gpu.fp8_experts import triton_fp8_expert_mlp  # needs triton
+
+    return triton_fp8_expert_mlp(*inputs)
+
+
 _PATHS: dict[str, Callable[..., Tensor]] = {
     "loop": loop_expert_mlp,
     "grouped_mm": grouped_expert_mlp,
     "cpu": cpu_expert_mlp,
     "triton": _triton,
 }
+_FP8_PATHS: dict[str, Callable[..., Tensor]] = {"cpu": fp8_expert_mlp, "triton": _triton_fp8}
 BACKENDS = ("auto", *_PATHS)
 
 
 def choose_backend(
-    backend: str, device: torch.device | str, dtype: torch.dtype, dim: int, expert_dim: int
+    backend: str, device: torch.device | str, dtype: torch.dtype, dim: int, expert_dim: int, fp8: bool = False
 ) -> tuple[str, str]:
     """(name, why) of the expert kernels that run for ``backend`` ("auto" or a name) on experts of width ``expert_dim``
-    in a model of width ``dim``. "auto" does not take "triton" as long as nobody has timed it on a GPU.
+    in a model of width ``dim``. "auto" does not take "triton" as long as nobody has timed it on a GPU, unless for FP8,
+    which "triton" alone has there.
 
     Raises:
         ValueError: the backend is unknown, or was forced and cannot run here.
@@ -42,6 +51,8 @@ def choose_backend(
     device = torch.device(device)
     if backend not in BACKENDS:
         raise ValueError(f"no expert backend is called {backend!r}; known: {', '.join(BACKENDS)}")
+    if fp8:
+        return _choose_fp8(backend, device, dtype)
     obstacle = grouped_mm_obstacle(device, dtype, dim, expert_dim)
     if backend == "grouped_mm" and obstacle is not None:
         raise ValueError(f"expert backend 'grouped_mm' cannot run: {obstacle}; use 'auto' or 'loop'")
@@ -58,6 +69,22 @@ def choose_backend(
     return "loop", obstacle
 
 
+def _choose_fp8(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    name, why = backend, "asked for"
+    if backend == "auto":
+        on_cpu = device.type == "cpu"
+        name, why = ("cpu", "it emulates FP8 on the CPU") if on_cpu else ("triton", "it alone has FP8 on a GPU")
+    if name not in _FP8_PATHS:
+        raise ValueError(f"expert backend {name!r} has no FP8; use 'auto', 'cpu' or 'triton', or do without FP8")
+    if dtype == torch.float64:
+        raise ValueError("experts in FP8 take bfloat16, float16 or float32, not float64; use one of them")
+    if name == "cpu" and device.type not in ("cpu", "meta"):
+        raise ValueError(f"expert backend 'cpu' cannot run on {device.type}; use 'auto'")
+    if name == "triton" and (reason := triton_obstacle(device, dtype, fp8=True)) is not None:
+        raise ValueError(f"experts in FP8 cannot run in Triton: {reason}; do without FP8")
+    return name, why
+
+
 def expert_mlp(
     x_ND: Tensor,
     counts: list[int] | Tensor,
@@ -70,6 +97,7 @@ def expert_mlp(
     b2: Tensor | None = None,
     activation: str = "swiglu",
     backend: str = "auto",
+    fp8: bool = False,
 ) -> Tensor:
     """MLPs of e experts, each on its own rows: y_r = weight_r * (W2 act(W13 x_r + b13) + b2). y_RD (R, D).
 
@@ -84,13 +112,16 @@ def expert_mlp(
     index_R: int64 (R,) or None. weight_R: float (R,), any float dtype, or None for 1.
     activation: gated "swiglu", "geglu", "reglu", "gpt_oss"; plain "gelu", "relu2" (``activation.ACTIVATIONS``).
     backend: one of ``BACKENDS``.
+    fp8: all products in FP8 as DeepSeek-V3 makes them (``moe_kernels.fp8_experts``): "triton" on a GPU of compute
+        capability 9.0 or later, emulated by "cpu". Not float64.
 
-    Differentiable once in x, w13, w2, b13, b2 and weight_R. Deterministic. All paths agree up to rounding.
+    Differentiable once in x, w13, w2, b13, b2 and weight_R. Deterministic. All paths agree up to rounding; with fp8
+    numbers are rounded to 4 bits, and gradients are what these products give.
 
     Raises:
         ValueError: shapes, dtypes or counts do not fit; the backend is unknown or cannot run here.
     """
-    return _run(x_ND, counts, w13, w2, index_R, weight_R, b13, b2, activation, None, backend)
+    return _run(x_ND, counts, w13, w2, index_R, weight_R, b13, b2, activation, None, backend, fp8)
 
 
 def moe_mlp(
@@ -104,15 +135,17 @@ def moe_mlp(
     b2: Tensor | None = None,
     activation: str = "swiglu",
     backend: str = "auto",
+    fp8: bool = False,
 ) -> Tensor:
     """A layer of routed experts that are all here: out_t = sum over k of weights_tk * expert_{ids_tk}(x_t). (T, D).
 
     x_TD: (T, D). ids_TK: int64 (T, K), each token's experts, from 0 to e - 1; not checked on a GPU, to save a wait.
-    weights_TK: float (T, K), any float dtype. Parameters, activation, backend: as in ``expert_mlp``.
+    weights_TK: float (T, K), any float dtype. Parameters, activation, backend, fp8: as in ``expert_mlp``.
 
     Backward keeps x and the pre-activations: in half precision 2 T D + 4 T K F bytes for gated experts, beside the
     routing (SonicMoE, arXiv 2512.14080). In the paths "cpu" and "triton" no gathered copy of x or of a gradient is
-    written. Differentiable once in x, weights and parameters. Deterministic.
+    written. With fp8 x is kept as its E4M3 numbers and their scales: T (D + 4 ceil(D / 128)) bytes instead of 2 T D.
+    Differentiable once in x, weights and parameters. Deterministic.
 
     Raises:
         ValueError: as ``expert_mlp``; ids or weights do not fit.
@@ -132,7 +165,7 @@ def moe_mlp(
     row_TK = torch.empty_like(id_R).scatter_(0, assignment_R, steps[: len(id_R)]).view_as(ids_TK)
     weight_R = weights_TK.flatten().gather(0, assignment_R)
     token_R = assignment_R // ids_TK.shape[1]
-    return _run(x_TD, counts_e, w13, w2, token_R, weight_R, b13, b2, activation, row_TK, backend)
+    return _run(x_TD, counts_e, w13, w2, token_R, weight_R, b13, b2, activation, row_TK, backend, fp8)
 
 
 def _run(
@@ -147,14 +180,17 @@ def _run(
     activation: str,
     row_TK: Tensor | None,
     backend: str,
+    fp8: bool,
 ) -> Tensor:
     """Check, choose and call; with row_TK the sum of each token's rows."""
-    name, _ = choose_backend(backend, x_ND.device, x_ND.dtype, w13.shape[-1], w2.shape[-1])
+    name, _ = choose_backend(backend, x_ND.device, x_ND.dtype, w13.shape[-1], w2.shape[-1], fp8)
     if isinstance(counts, Tensor):
         if counts.dim() != 1 or counts.is_floating_point():
             raise ValueError(f"counts must be integers (e,), not {counts.dtype} of shape {tuple(counts.shape)}")
         counts = counts if name == "triton" else counts.tolist()
     _check(x_ND, counts, w13, w2, index_R, weight_R, b13, b2, activation)
+    if fp8:
+        return _FP8_PATHS[name](x_ND, counts, w13, w2, index_R, weight_R, b13, b2, activation, row_TK)
     if name != "cpu":  # which rounds wider parameters by itself
         w13, w2 = w13.to(x_ND.dtype), w2.to(x_ND.dtype)
         b13, b2 = (None if b is None else b.to(x_ND.dtype) for b in (b13, b2))

@@ -207,20 +207,22 @@ class _Backward:
 
     def results(self) -> tuple[Tensor | None, ...]:
         """Gradients in x, w13, w2, weight, b13 and b2."""
-        dx_ND = None if self.dx_RD is None else self._sum_rows(self.dx_RD[: len(self.h_RnF)])
+        dx_RD = None if self.dx_RD is None else self.dx_RD[: len(self.h_RnF)]
+        dx_ND = None if dx_RD is None else sum_rows(dx_RD, self.index_R, self.row_TK, self.tokens)
         dw13, dw2 = (None if dw is None else dw.grad for dw in (self.dw13, self.dw2))
         ds_R = None if self.ds_R is None else self.ds_R.to(self.weight_R.dtype)
         return dx_ND, dw13, dw2, ds_R, self.db13, self.db2
 
-    def _sum_rows(self, rows_RD: Tensor) -> Tensor:
-        """out_ND[i]: the sum of the rows r with index_R[r] = i, by gathers, in a fixed order."""
-        if self.index_R is None:
-            return rows_RD
-        if self.row_TK is not None:
-            return F.embedding_bag(self.row_TK, rows_RD, mode="sum")
-        order_R = self.index_R.argsort(stable=True)
-        start_N = torch.searchsorted(self.index_R[order_R], torch.arange(self.tokens))
-        return F.embedding_bag(order_R, rows_RD, start_N, mode="sum")
+
+def sum_rows(rows_RD: Tensor, index_R: Tensor | None, row_TK: Tensor | None, tokens: int) -> Tensor:
+    """out_ND[i]: the sum of the rows r with index_R[r] = i, by gathers, in a fixed order."""
+    if index_R is None:
+        return rows_RD
+    if row_TK is not None:
+        return F.embedding_bag(row_TK, rows_RD, mode="sum")
+    order_R = index_R.argsort(stable=True)
+    start_N = torch.searchsorted(index_R[order_R], torch.arange(tokens))
+    return F.embedding_bag(order_R, rows_RD, start_N, mode="sum")
 
 
 def _widest(blocks: list[_Block]) -> int:

@@ -16,6 +16,7 @@ GQA_ONLY = {
     **{"qkv_bias": False, "out_bias": False, "sinks": False, "qk_norm": "none", "clip_qkv": None, "scale": None},
     **{"num_experts": 1, "shared_kv": False},
 }
+FP8_BACKENDS = ("auto", "cpu", "triton")
 PER_LAYER = ("num_experts", "top_k", "expert_dim", "shared_dim", "capacity_factor")
 
 
@@ -25,6 +26,7 @@ def check_config(cfg: Config) -> None:
     _check_rope(cfg.model)
     _check_block(cfg.model)
     _check_moe(cfg.model)
+    _check_fp8(cfg)
     train, model, tokenizer = cfg.train, cfg.model, cfg.data.tokenizer
     if train.seq_len > model.max_seq_len:
         raise ConfigError(
@@ -109,6 +111,19 @@ def _check_block(model: ModelConfig) -> None:
     if model.parallel_block and model.norm_place == "post":
         raise ConfigError(
             "model.parallel_block=true needs model.norm_place=pre: attention and MLP read the same input through norms"
+        )
+
+
+def _check_fp8(cfg: Config) -> None:
+    if not cfg.experts.fp8:
+        return
+    if cfg.train.precision == "float64":
+        raise ConfigError(
+            "experts.fp8=true: float64 has no FP8; set train.precision=bf16 or float32, or experts.fp8=false"
+        )
+    if cfg.experts.backend not in FP8_BACKENDS:
+        raise ConfigError(
+            f"experts.backend={cfg.experts.backend} has no FP8; set experts.backend=auto, or experts.fp8=false"
         )
 
 

@@ -180,13 +180,17 @@ class ModelConfig:
 
 @dataclass(config=STRICT)
 class ExpertsConfig:
-    """How expert computation runs; never what it computes."""
+    """How expert computation runs; never what it computes, but for the precision of ``fp8``."""
 
     backend: Literal["auto", "loop", "grouped_mm", "cpu", "triton"] = Field(
         default="auto", description="expert kernels; loop is the oracle that the others are tested against"
     )
     overlap: bool = Field(
         default=False, description="compute the shared experts while the routed rows travel between ranks"
+    )
+    fp8: bool = Field(
+        default=False,
+        description="products of the routed experts in FP8 after DeepSeek-V3: on Hopper or later, emulated on CPU",
     )
 
 

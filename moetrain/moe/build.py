@@ -22,6 +22,6 @@ def build_moe_layer(cfg: ModelConfig, layer: int, balance: Mapping[str, Any], ex
     return MoELayer(
         router=router,
         dispatcher=build_dispatcher({"kind": "local"}, router.n_experts, None),
-        experts=Experts(cfg, layer, experts_cfg.backend),
+        experts=Experts(cfg, layer, experts_cfg.backend, experts_cfg.fp8),
         shared=SharedExperts(cfg, layer) if cfg.layer_value("shared_dim", layer) else None,
     )

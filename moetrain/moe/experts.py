@@ -23,15 +23,16 @@ class Experts(nn.Module):
     w13 (e, n, F, D): the gate's weights, then up's (n = 2); up's alone with a plain activation (n = 1). w2 (e, D, F).
     b13 (e, n, F), b2 (e, D): only with ``bias``.
     Parameters may be DTensors, of which the local part is used; they are not initialised here.
-    backend: the kernels (``moe_kernels``). recompute: backward computes the inner activations again. ternary: matrices
-    are rounded to a scale times -1, 0 or 1 where they are used (``moe_kernels.ternary``); what is trained is not.
+    backend: the kernels (``moe_kernels``). fp8: their products are made in FP8. recompute: backward computes the inner
+    activations again. ternary: matrices are rounded to a scale times -1, 0 or 1 where they are used
+    (``moe_kernels.ternary``); what is trained is not.
 
     Where F is split over the ranks of ``split_group``, outputs are parts of a sum over them. Each rank then holds the
     entries of b2 that ``output_slice`` tells, and adds them alone, so that no gradient is spread over ranks. None: all
     is here.
     """
 
-    def __init__(self, cfg: ModelConfig, layer: int, backend: str = "auto") -> None:
+    def __init__(self, cfg: ModelConfig, layer: int, backend: str = "auto", fp8: bool = False) -> None:
         super().__init__()
         E, F_, D = cfg.layer_value("num_experts", layer), cfg.layer_value("expert_dim", layer), cfg.dim
         n = ACTIVATIONS[cfg.moe.activation].matrices
@@ -40,7 +41,7 @@ class Experts(nn.Module):
         self.b13 = nn.Parameter(torch.empty(E, n, F_)) if cfg.moe.bias else None
         self.b2 = nn.Parameter(torch.empty(E, D)) if cfg.moe.bias else None
         self.activation, self.ternary = cfg.moe.activation, cfg.moe.ternary
-        self.backend = backend
+        self.backend, self.fp8 = backend, fp8
         self.recompute = False
         self.split_group: dist.ProcessGroup | None = None
         self.output_slice: slice | None = None
@@ -57,7 +58,7 @@ class Experts(nn.Module):
             w13, w2 = self._ternary(w13), self._ternary(w2)
         return expert_mlp(
             rows.x_ND, rows.counts, w13, w2, index_R=rows.index_R, weight_R=rows.weight_R, b13=b13, b2=b2,
-            activation=self.activation, backend=self.backend,
+            activation=self.activation, backend=self.backend, fp8=self.fp8,
         )  # fmt: skip
 
     def _ternary(self, w: Tensor) -> Tensor:

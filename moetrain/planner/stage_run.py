@@ -114,9 +114,10 @@ class Live(TorchDispatchMode):
 def _kernels(cfg: Config, device: str, experts: Experts) -> str:
     """The expert kernels of a run. Raises ConfigError where there are none."""
     (_, _, inner, dim), asked, dtype = experts.w13.shape, cfg.experts.backend, compute_dtype(cfg)
+    fp8 = cfg.experts.fp8
     try:
-        name, _ = choose_backend(asked, device, dtype, dim, inner)
-        return choose_backend(name, "meta", dtype, dim, inner)[0]
+        name, _ = choose_backend(asked, device, dtype, dim, inner, fp8)
+        return choose_backend(name, "meta", dtype, dim, inner, fp8)[0]
     except ValueError as error:
         raise ConfigError(f"experts.backend={asked}, in a dry run for device {device}: {error}") from None
 

@@ -44,7 +44,9 @@ def announce(trainer: Trainer) -> None:
         log.info("attention  %d experts of %d heads each, keys and values %s",
                  a.num_experts, a.n_heads // a.num_experts, "shared" if a.shared_kv else "their own")  # fmt: skip
     if cfg.model.moe_layers():
-        log.info("experts    kernels %s: %s", *kernels(cfg, trainer.device))
+        name, why = kernels(cfg, trainer.device)
+        in_fp8 = " in FP8" if cfg.experts.fp8 else ""
+        log.info("experts    kernels %s%s: %s", name, in_fp8, why)
     log.info("memory     per rank: weights, gradients and optimizer %.2f GiB, activations about %.2f GiB",
              state, activation_gib(cfg))  # fmt: skip
     log.info("data       %s: %s", cfg.data.name, ", ".join(trainer.data.describe()))
@@ -80,7 +82,7 @@ def kernels(cfg: Config, device: torch.device) -> tuple[str, str]:
     dtype = {"float64": torch.float64, "float32": torch.float32, "bf16": torch.bfloat16}[cfg.train.precision]
     width = cfg.model.layer_value("expert_dim", cfg.model.moe_layers()[0])
     try:
-        return choose_backend(cfg.experts.backend, device, dtype, cfg.model.dim, width)
+        return choose_backend(cfg.experts.backend, device, dtype, cfg.model.dim, width, cfg.experts.fp8)
     except ValueError as error:
         raise ConfigError(f"experts.backend={cfg.experts.backend}: {error}") from None
 

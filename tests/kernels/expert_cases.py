@@ -23,7 +23,9 @@ class Case:
     inputs: dict[str, Tensor]
     upstream_RD: Tensor = field(repr=False)
 
-    def run(self, backend: str, dtype: torch.dtype, parameters: torch.dtype | None = None) -> dict[str, Tensor]:
+    def run(
+        self, backend: str, dtype: torch.dtype, parameters: torch.dtype | None = None, fp8: bool = False
+    ) -> dict[str, Tensor]:
         """The output, and the gradient of <output, upstream> with respect to every input, in float64.
 
         parameters: dtype of the experts' weights and biases, where it is another.
@@ -31,7 +33,7 @@ class Case:
         wide = dict.fromkeys(("w13", "w2", "b13", "b2"), parameters or dtype)
         inputs = {name: t.to(wide.get(name, dtype)).requires_grad_() for name, t in self.inputs.items()}
         y_RD = expert_mlp(
-            **inputs, counts=self.counts, index_R=self.index_R, activation=self.activation, backend=backend
+            **inputs, counts=self.counts, index_R=self.index_R, activation=self.activation, backend=backend, fp8=fp8
         )
         assert y_RD.dtype == dtype
         grads = torch.autograd.grad(y_RD, list(inputs.values()), self.upstream_RD.to(dtype))

@@ -28,13 +28,18 @@ if INTERPRETED:
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_in_the_interpreter starts")
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
-def test_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", __file__]
+def run_interpreted(file: str) -> None:
+    """Run the tests of ``file`` in a process of their own."""
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", file]
     root = Path(__file__).parents[2]
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+def test_in_the_interpreter() -> None:
+    run_interpreted(__file__)
 
 
 @interpreted

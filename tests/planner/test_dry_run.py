@@ -43,6 +43,7 @@ def toy(folder: Path, world: int, words: str) -> Config:
     [
         (1, f"{FUSED} train.recompute=none"),
         (1, "train.recompute=selective experts.backend=loop"),
+        (1, "experts.fp8=true"),
         (1, "model.moe.activation=relu2 model.activation=geglu model.norm_offset=1"),
         (1, f"{MLA} {FUSED} train.recompute=none"),
         (1, f"{MLA} {FUSED} train.recompute=selective"),

@@ -10,8 +10,8 @@ import torch
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the Triton kernels cannot run on ``device`` in ``dtype``, or None where they can.
+def triton_obstacle(device: torch.device, dtype: torch.dtype, fp8: bool = False) -> str | None:
+    """Why the Triton kernels (fp8: those in FP8) cannot run on ``device`` in ``dtype``, or None where they can.
 
     On the CPU they run in Triton's interpreter, for tests, where TRITON_INTERPRET=1 was set before they were imported.
     """
@@ -24,8 +24,10 @@ def triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
         return None if interpreted else "the Triton kernels need a GPU, and this is the CPU"
     if device.type == "cuda" and torch.version.hip is not None:
         return "the Triton kernels need an NVIDIA GPU"
-    if device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
-        return "the Triton kernels need a GPU of compute capability 8.0 or later"
+    least = (9, 0) if fp8 else (8, 0)
+    if device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < least:
+        what = "FP8 needs" if fp8 else "the Triton kernels need"
+        return f"{what} a GPU of compute capability {least[0]}.{least[1]} or later"
     if device.type not in ("cuda", "meta"):  # on meta: its shapes, for a dry run
         return f"the Triton kernels do not run on {device.type}"
     return None

@@ -84,7 +84,7 @@ def _backward(
     )  # fmt: skip
     if need_x:
         dx_RD = _rows_times_weights(dh_RnF, w13, tiles, D, (1, D))
-        grads[0] = _sum_per_token(dx_RD, len(x_ND), index_R, row_TK)
+        grads[0] = sum_per_token(dx_RD, len(x_ND), index_R, row_TK)
     if need_w13:
         grads[1] = _weight_gradient(dh_RnF, None, x_ND, index_R, tiles, w13)
     if need_w2:
@@ -146,7 +146,7 @@ def _weight_gradient(
     return out
 
 
-def _sum_per_token(dx_RD: Tensor, N: int, index_R: Tensor | None, row_TK: Tensor | None) -> Tensor:
+def sum_per_token(dx_RD: Tensor, N: int, index_R: Tensor | None, row_TK: Tensor | None) -> Tensor:
     if index_R is None:
         return dx_RD
     if row_TK is not None:

@@ -90,7 +90,9 @@ def expert_sum(rows: Tensor, index_R: Tensor | None, s_R: Tensor | None, tiles: 
     return out
 
 
-def row_product(rows: Tensor, index_R: Tensor | None, vectors_eD: Tensor, tiles: Tiles, out_R: Tensor) -> None:
-    """out_R[r] = <rows[index[r]], the vector of r's expert>; zero for rows without expert."""
+def row_product(
+    rows: Tensor, index_R: Tensor | None, vectors_eD: Tensor, tiles: Tiles, out_R: Tensor, tile: int = TILE
+) -> None:
+    """out_R[r] = <rows[index[r]], the vector of r's expert>; zero for rows without expert. tile: rows of ``tiles``."""
     e, D = vectors_eD.shape
-    row_product_kernel[(len(tiles.row),)](rows, index_R, vectors_eD, out_R, *tiles[:3], E=e, D=D, TILE=TILE, COLS=64)
+    row_product_kernel[(len(tiles.row),)](rows, index_R, vectors_eD, out_R, *tiles[:3], E=e, D=D, TILE=tile, COLS=64)

@@ -79,13 +79,14 @@ def _place(counts, expert_out, row_out, start_out, R, n_tiles, E, E_POW2: tl.con
         tl.store(row_out + steps, rows, mask=steps < end)
 
 
-def place(counts_e: Tensor, R: int) -> Tiles:
-    """The tiles of R rows, of which expert i has ``counts_e[i]``: integers on the device, that sum to R or less."""
+def place(counts_e: Tensor, R: int, tile: int = TILE) -> Tiles:
+    """The tiles, of ``tile`` rows, of R rows, of which expert i has ``counts_e[i]``: integers on the device, that sum
+    to R or less."""
     e = len(counts_e)
-    n_tiles = R // TILE + e + 1
+    n_tiles = R // tile + e + 1
     expert, row = (counts_e.new_empty(n_tiles, dtype=torch.int32) for _ in range(2))
     start = counts_e.new_empty(e + 2, dtype=torch.int32)
-    _place[(e + 1,)](counts_e, expert, row, start, R, n_tiles, e, triton.next_power_of_2(e), TILE)
+    _place[(e + 1,)](counts_e, expert, row, start, R, n_tiles, e, triton.next_power_of_2(e), tile)
     return Tiles(expert, row, start, triton.next_power_of_2(max(1, R // e)))
 
 

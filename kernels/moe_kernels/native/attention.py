@@ -13,7 +13,7 @@ from moe_kernels.native.library import call
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_BSHd: Tensor, k_BSGd: Tensor, v_BSGw: Tensor, first_BS: Tensor, scale: float) -> Tensor:
-        B, S, H, d = q_BSHd.shape
+        B, S, H, _ = q_BSHd.shape
         out = v_BSGw.new_empty(B, S, H, v_BSGw.shape[3])
         lse_BHS = q_BSHd.new_empty(B, H, S, dtype=torch.float32)
         call(
@@ -52,8 +52,9 @@ def _sizes(q: Tensor, v: Tensor, scale: float) -> tuple[int | float, ...]:
 
 
 def native_attention(q_BSHd: Tensor, k_BSGd: Tensor, v_BSGw: Tensor, first_BS: Tensor, scale: float) -> Tensor:
-    """softmax(scale * q k^T) v -> (B, S, H, w): query i sees the keys from first[i] to itself; group g of G the H / G heads
-    from g H / G on. float32 or bfloat16; the weights are rounded to v's dtype, sums are float32.
+    """softmax(scale * q k^T) v -> (B, S, H, w), for float32 or bfloat16: query i sees the keys from first[i] to itself.
+
+    Keys of group g are those of the H / G heads from g H / G on. Weights are rounded to v's dtype, sums are float32.
 
     Backward keeps q, k, v, the output, and the logarithm of each query's sum.
     """

@@ -74,10 +74,20 @@ def _load() -> ctypes.CDLL | str:
     try:
         return ctypes.CDLL(str(_built()))
     except (OSError, subprocess.SubprocessError) as error:
-        detail = getattr(error, "stderr", None) or str(error)
-        reason = next((line for line in detail.splitlines() if "error" in line), detail.strip()[:200])
+        reason = _reason(error)
         logger.warning("experts on CPU run without compiled kernels, up to twice slower: %s", reason)
         return reason
+
+
+def _reason(error: OSError | subprocess.SubprocessError) -> str:
+    """One line."""
+    if isinstance(error, subprocess.CalledProcessError):
+        said = error.stderr.strip().splitlines()
+        first = next((line for line in said if "error" in line), said[0] if said else "it says nothing")
+        return f"{error.cmd[0]} ended with status {error.returncode}: {first}"
+    if isinstance(error, subprocess.TimeoutExpired):
+        return f"{error.cmd[0]} took longer than {error.timeout:.0f} s"
+    return str(error)
 
 
 def _built() -> Path:

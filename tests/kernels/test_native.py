@@ -1,0 +1,194 @@
+"""The compiled CPU path: used where there is a compiler; all else goes through torch's operations."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from moe_kernels import expert_mlp
+from moe_kernels.native import library
+from moe_kernels.native.attention import native_attention
+from torch import Tensor
+
+from tests.kernels.expert_cases import make_case
+
+needs_compiler = pytest.mark.skipif(
+    library.native_obstacle(torch.float32) is not None, reason="no compiler, or a processor without oneDNN's kernels"
+)
+HALF = library.native_obstacle(torch.bfloat16) is None
+DTYPES = [torch.float32, *([torch.bfloat16] if HALF else [])]
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+# ---- the build --------------------------------------------------------------------------------------------------------
+
+
+def in_fresh_process(tmp_path: Path, code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), **environment}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+
+
+RUN = """
+import logging, torch
+logging.basicConfig(format="%(message)s")
+from moe_kernels import expert_mlp
+g = torch.Generator().manual_seed(0)
+x, w13, w2 = (torch.randn(*shape, generator=g) for shape in ((9, 8), (2, 2, 6, 8), (2, 8, 6)))
+print([expert_mlp(x, [4, 5], w13, w2, backend=b).double().sum().item() for b in ("cpu", "cpu", "loop")])
+"""
+
+
+@needs_compiler
+def test_it_is_built_once_and_kept(tmp_path: Path) -> None:
+    first = in_fresh_process(tmp_path, RUN)
+    assert first.returncode == 0 and first.stderr == "", first.stderr
+    (built,) = (tmp_path / "moe_kernels").iterdir()
+    stamp = built.stat().st_mtime_ns
+    assert in_fresh_process(tmp_path, RUN).stdout == first.stdout
+    assert [p.stat().st_mtime_ns for p in (tmp_path / "moe_kernels").iterdir()] == [stamp]
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"PATH": "/nowhere", "CXX": ""}, "no C++ compiler was found"),
+        ({"CXX": "false"}, "/false ended with status 1: it says nothing"),  # a compiler that fails
+        ({"XDG_CACHE_HOME": "/proc/nowhere"}, "No such file or directory"),
+        ({"MOE_KERNELS_NATIVE": "0"}, ""),
+    ],
+    ids=["none", "broken", "no folder", "forbidden"],
+)
+def test_without_it_experts_run_all_the_same(tmp_path: Path, environment: dict[str, str], said: str) -> None:
+    done = in_fresh_process(tmp_path, RUN, **environment)
+    assert done.returncode == 0, done.stderr
+    cpu, again, loop = eval(done.stdout)
+    assert cpu == again == pytest.approx(loop, rel=1e-5)
+    lines = done.stderr.splitlines()
+    assert len(lines) == (1 if said else 0) and said in done.stderr, done.stderr
+
+
+def test_what_it_lacks_is_said() -> None:
+    assert library.native_obstacle(torch.float64) == "it has no float64"
+
+
+# ---- experts -------------------------------------------------------------------------------------------------------
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@settings(max_examples=20, deadline=None)
+@given(counts=st.lists(st.integers(0, 200), min_size=1, max_size=5), dim=st.integers(1, 90), width=st.integers(1, 90))
+def test_any_sizes(dtype: torch.dtype, counts: list[int], dim: int, width: int) -> None:
+    """Odd sizes, and none that fills a tile; against the loop in float64."""
+    case = make_case(counts, bias=True, dim=dim, expert_dim=width, dtype=dtype)
+    got, want = case.run("cpu", dtype), case.run("loop", torch.float64)
+    for name in want:
+        limit = 1e-5 if dtype == torch.float32 else 0.02
+        assert (got[name] - want[name]).norm() <= limit * want[name].norm().clamp(min=1e-3), name
+
+
+@needs_compiler
+@pytest.mark.parametrize("counts", [[700, 0, 30, 5], [0, 0, 900, 0]], ids=["uneven", "all to one"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("threads")
+def test_threads_change_no_bit(dtype: torch.dtype, counts: list[int]) -> None:
+    """Work is cut differently for one, two and five threads; every sum keeps its order."""
+    case = make_case(counts, bias=True, dim=160, expert_dim=200, tokens=400, dtype=dtype)
+    results = []
+    for n in (1, 2, 5):
+        torch.set_num_threads(n)
+        results.append(case.run("cpu", dtype))
+    for other in results[1:]:
+        assert all(torch.equal(results[0][name], other[name]) for name in other)
+
+
+@needs_compiler
+@pytest.mark.parametrize("index", [-1, 24])
+def test_rows_that_are_not_there_are_refused(index: int) -> None:
+    x, w13, w2 = torch.zeros(24, 8), torch.zeros(2, 2, 4, 8), torch.zeros(2, 8, 4)
+    with pytest.raises(IndexError, match="but x has 24 rows"):
+        expert_mlp(x, [2, 1], w13, w2, index_R=torch.tensor([0, 3, index]))
+
+
+# ---- attention -----------------------------------------------------------------------------------------------------
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, first_BS: Tensor, scale: float) -> Tensor:
+    at = torch.arange(q.shape[1])
+    mask = (at[None, None] <= at[None, :, None]) & (at[None, None] >= first_BS[:, :, None])
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], scale=scale, enable_gqa=True)
+    return out.transpose(1, 2)
+
+
+def first_keys(kind: str, B: int, S: int) -> Tensor:
+    at = torch.arange(S).expand(B, S)
+    if kind == "documents":  # of 1, 2, 3, ... tokens, other ones in every sequence
+        start = torch.arange(S).cumsum(0) - torch.arange(B)[:, None]
+        return ((at[:, :, None] >= start[:, None]) * start[:, None]).amax(-1).clamp(min=0)
+    return (at - 36).clamp(min=0) if kind == "window" else torch.zeros_like(at)
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ["causal", "documents", "window"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("B", "S", "H", "G", "d", "w"),
+    [
+        (2, 130, 4, 2, 16, 16),
+        (1, 64, 2, 2, 24, 16),
+        (2, 200, 4, 1, 40, 80),
+        (2, 37, 2, 1, 7, 5),
+        (1, 300, 2, 1, 192, 128),
+    ],
+)
+def test_attention(kind: str, dtype: torch.dtype, B: int, S: int, H: int, G: int, d: int, w: int) -> None:
+    """Values and gradients against torch's attention under the same mask, in float64; float32 within its rounding."""
+    g = torch.Generator().manual_seed(S)
+    shapes = ((H, d), (G, d), (G, w), (H, w))
+    q, k, v, above = (torch.randn(B, S, *shape, generator=g).to(dtype) for shape in shapes)
+    first_BS = first_keys(kind, B, S)
+    mine = [t.clone().requires_grad_() for t in (q, k, v)]
+    out = native_attention(*mine, first_BS, d**-0.5)
+    got = (out, *torch.autograd.grad(out, mine, above))
+    exact = [t.double().requires_grad_() for t in (q, k, v)]
+    want_out = reference(*exact, first_BS, d**-0.5)
+    want = (want_out, *torch.autograd.grad(want_out, exact, above.double()))
+    for name, a, b in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
+        assert (a.double() - b).norm() < (1e-6 if dtype == torch.float32 else 0.01) * b.norm(), name
+
+
+@needs_compiler
+@pytest.mark.usefixtures("threads")
+def test_attention_does_not_depend_on_threads() -> None:
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 500, n, 32, generator=g).requires_grad_() for n in (4, 2, 2))
+    results = []
+    for n in (1, 2, 7):
+        torch.set_num_threads(n)
+        out = native_attention(q, k, v, torch.zeros(1, 500, dtype=torch.int64), 0.2)
+        results.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@needs_compiler
+def test_nan_stays_with_the_queries_that_see_it() -> None:
+    q, k, v = (torch.zeros(1, 200, 1, 8) for _ in range(3))
+    k[0, 70] = float("nan")
+    out = native_attention(q, k, v, torch.zeros(1, 200, dtype=torch.int64), 1.0)
+    assert out[0, :70].isfinite().all() and out[0, 70:].isnan().all()

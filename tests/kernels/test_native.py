@@ -34,7 +34,7 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-# ---- the build --------------------------------------------------------------------------------------------------------
+# ---- the build ------------------------------------------------------------------------------------------------------
 
 
 def in_fresh_process(tmp_path: Path, code: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,27 @@
+"""The Triton kernels of all ops but the expert layer, in Triton's interpreter, in a process of their own."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.kernels.ops import INTERPRETED
+
+FILES = ("test_norm.py",)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_in_the_interpreter() -> None:
+    here = Path(__file__).parent
+    command = [sys.executable, "-m", "pytest", "-x", "-k", "triton", "-p", "no:cacheprovider"]
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [*command, *(str(here / file) for file in FILES)], env=env, cwd=here.parents[1], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-5000:] + done.stderr[-2000:]

@@ -9,6 +9,7 @@ from moe_kernels.choice import OP_BACKENDS
 from moe_kernels.loss import VocabularyPart, linear_cross_entropy, token_counts
 from moe_kernels.memory import keep_freed_memory
 from moe_kernels.norm import rms_norm
+from moe_kernels.permutation import permute, unpermute
 from moe_kernels.router import Choice, router_topk
 from moe_kernels.ternary import absmean, ternary
 from moe_kernels.token_rounding import ROUNDINGS, round_tokens
@@ -27,9 +28,11 @@ __all__ = [
     "keep_freed_memory",
     "linear_cross_entropy",
     "moe_mlp",
+    "permute",
     "rms_norm",
     "round_tokens",
     "router_topk",
     "ternary",
     "token_counts",
+    "unpermute",
 ]

@@ -11,7 +11,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 if triton.knobs.runtime.interpret:
     pytest.skip("kernels that run in the interpreter are not compiled", allow_module_level=True)
 
-from moe_kernels.gpu import norm, router  # noqa: E402
+from moe_kernels.gpu import norm, permute, router, sums  # noqa: E402
 
 from tests.kernels.test_triton_compiles import BF16, CHIPS, FP32, I64, compiled, machine_code  # noqa: E402
 
@@ -40,6 +40,18 @@ for name, sizes in ROUTERS.items():
     KERNELS[f"router of {name}"] = router.router_topk_kernel, types, router.launch(*sizes)
     constants = router.launch_backward(E, k, softmax, renormalize)
     KERNELS[f"router of {name}, backward"] = router.router_topk_backward_kernel, CHOICE_BACKWARD, constants
+COPY = {"x": BF16, "assignment": I64, "out": BF16, "R": "i32"}
+COPY_SIZES = {"D": 1536, "K": 8, "ROWS": permute.ROWS, "COLS": permute.COLUMNS}
+SUM_SIZES = {"D": 1536, "K": 8, "ROWS": sums.ROWS, "COLS": sums.COLUMNS}
+KERNELS |= {
+    "copies of rows": (permute.copy_rows_kernel, COPY, COPY_SIZES),
+    "weighted sum, backward": (
+        permute.copy_rows_kernel, COPY | {"weights": FP32, "y": BF16, "dots": FP32}, COPY_SIZES,
+    ),
+    "weighted sum": (
+        sums.gather_sum_kernel, {"rows": BF16, "order": I64, "weights": FP32, "out": BF16, "N": "i32"}, SUM_SIZES,
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("capability", CHIPS)

@@ -10,6 +10,7 @@ from moe_kernels.loss import VocabularyPart, linear_cross_entropy, token_counts
 from moe_kernels.memory import keep_freed_memory
 from moe_kernels.norm import rms_norm
 from moe_kernels.permutation import permute, unpermute
+from moe_kernels.rotary import rope
 from moe_kernels.router import Choice, router_topk
 from moe_kernels.ternary import absmean, ternary
 from moe_kernels.token_rounding import ROUNDINGS, round_tokens
@@ -30,6 +31,7 @@ __all__ = [
     "moe_mlp",
     "permute",
     "rms_norm",
+    "rope",
     "round_tokens",
     "router_topk",
     "ternary",

@@ -12,7 +12,7 @@ import pytest
 
 from tests.kernels.ops import INTERPRETED
 
-FILES = ("test_norm.py", "test_permute.py", "test_router.py")
+FILES = ("test_norm.py", "test_permute.py", "test_rotary.py", "test_router.py")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")

@@ -23,6 +23,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 
+from gpu_ops import op_checks, time_ops
 from moe_kernels import ACTIVATIONS, expert_mlp, moe_mlp
 
 
@@ -126,6 +127,11 @@ def check_layer(device: str, shape: Shape) -> list[dict[str, Any]]:
         again = moe_mlp(ids_TK=buffer, backend="triton", **half)
         rows.append(_row("layer in a CUDA graph", float(not torch.equal(out, again)), 0.0))
     return rows
+
+
+def check_ops(device: str) -> list[dict[str, Any]]:
+    """The ops beside the expert layer (``gpu_ops.py``)."""
+    return [_row(name, error(), limit) for name, limit, error in op_checks(device)]
 
 
 def _row(name: str, error: float, limit: float) -> dict[str, Any]:
@@ -236,8 +242,10 @@ def main() -> None:
             args.json.write_text(json.dumps(result, indent=1))
 
     result["checks"] = checks("cuda", 136, 72) + check_layer("cuda", Shape("check", 500, 256, 128, 9, 4))
+    result["checks"] += check_ops("cuda")
     save()
     if not args.checks_only:
+        result["ops"] = time_ops()
         for shape in SHAPES:
             if time.monotonic() > end - 60:
                 break

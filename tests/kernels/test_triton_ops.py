@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernels.ops import INTERPRETED
+from tests.kernels.ops import INTERPRETED, interpreted
 
-FILES = ("test_norm.py", "test_permute.py", "test_rotary.py", "test_router.py")
+FILES = ("test_triton_ops.py", "test_norm.py", "test_permute.py", "test_rotary.py", "test_router.py")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
@@ -25,3 +25,13 @@ def test_in_the_interpreter() -> None:
         [*command, *(str(here / file) for file in FILES)], env=env, cwd=here.parents[1], capture_output=True, text=True
     )
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+@interpreted
+def test_the_checks_for_a_gpu_pass_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``scripts/gpu_check.py`` runs them at full size on a GPU."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
+    from gpu_ops import op_checks
+
+    for name, limit, error in op_checks("cpu", tiny=True):
+        assert error() <= limit, name

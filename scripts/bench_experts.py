@@ -71,7 +71,9 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     for threads in dict.fromkeys(args.threads):
         torch.set_num_threads(threads)
         rate = copy_rate()
-        print(f"\n{threads} threads; a copy moves {rate / 1e9:.0f} GB/s. Shares of dense, forward / backward:", flush=True)
+        print(
+            f"\n{threads} threads; a copy moves {rate / 1e9:.0f} GB/s. Shares of dense, forward / backward:", flush=True
+        )
         for shape in (SHAPES[i] for i in args.shapes):
             for dtype in (getattr(torch, name) for name in args.dtypes):
                 for load in args.loads:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 
+from gpu_ops import op_checks, time_ops
 from moe_kernels import ACTIVATIONS, expert_mlp, moe_mlp
 
 
@@ -138,6 +139,11 @@ def check_fp8(device: str, shape: Shape) -> dict[str, Any]:
     return _row("layer in FP8", worst({name: t.cpu() for name, t in got.items()}, want), 3e-2)
 
 
+def check_ops(device: str) -> list[dict[str, Any]]:
+    """The ops beside the expert layer (``gpu_ops.py``)."""
+    return [_row(name, error(), limit) for name, limit, error in op_checks(device)]
+
+
 def _row(name: str, error: float, limit: float) -> dict[str, Any]:
     print(f"{'ok  ' if error <= limit else 'FAIL'} {name}: error {error:.1e}, limit {limit:.0e}", flush=True)
     return {"check": name, "error": error, "limit": limit, "ok": error <= limit}
@@ -248,8 +254,10 @@ def main() -> None:
     result["checks"] = checks("cuda", 136, 72) + check_layer("cuda", Shape("check", 500, 256, 128, 9, 4))
     if torch.cuda.get_device_capability() >= (9, 0):
         result["checks"].append(check_fp8("cuda", Shape("check", 600, 272, 144, 5, 2)))
+    result["checks"] += check_ops("cuda")
     save()
     if not args.checks_only:
+        result["ops"] = time_ops()
         for shape in SHAPES:
             if time.monotonic() > end - 60:
                 break

@@ -5,16 +5,23 @@ Imports torch, and triton where its kernels run; usable without moetrain.
 
 from moe_kernels.activation import ACTIVATIONS, activate
 from moe_kernels.api import BACKENDS, choose_backend, expert_mlp, moe_mlp
+from moe_kernels.choice import OP_BACKENDS
 from moe_kernels.fp8 import dequantize, quantize_blocks, quantize_rows
 from moe_kernels.loss import VocabularyPart, linear_cross_entropy, token_counts
 from moe_kernels.memory import keep_freed_memory
+from moe_kernels.norm import rms_norm
+from moe_kernels.permutation import permute, unpermute
+from moe_kernels.rotary import rope
+from moe_kernels.router import Choice, router_topk
 from moe_kernels.ternary import absmean, ternary
 from moe_kernels.token_rounding import ROUNDINGS, round_tokens
 
 __all__ = [
     "ACTIVATIONS",
     "BACKENDS",
+    "OP_BACKENDS",
     "ROUNDINGS",
+    "Choice",
     "VocabularyPart",
     "absmean",
     "activate",
@@ -24,9 +31,14 @@ __all__ = [
     "keep_freed_memory",
     "linear_cross_entropy",
     "moe_mlp",
+    "permute",
     "quantize_blocks",
     "quantize_rows",
+    "rms_norm",
+    "rope",
     "round_tokens",
+    "router_topk",
     "ternary",
     "token_counts",
+    "unpermute",
 ]

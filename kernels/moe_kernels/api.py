@@ -13,6 +13,7 @@ from moe_kernels.cpu import cpu_expert_mlp
 from moe_kernels.fp8_experts import fp8_expert_mlp
 from moe_kernels.gpu.available import triton_obstacle
 from moe_kernels.grouped import grouped_expert_mlp, grouped_mm_obstacle
+from moe_kernels.permutation import check_ids, order_by_expert, unpermute
 from moe_kernels.reference import loop_expert_mlp
 
 
@@ -153,16 +154,8 @@ def moe_mlp(
     if ids_TK.dim() != 2 or ids_TK.shape[1] == 0 or ids_TK.shape != weights_TK.shape or len(ids_TK) != len(x_TD):
         shapes = f"{tuple(ids_TK.shape)}, {tuple(weights_TK.shape)} and {tuple(x_TD.shape)}"
         raise ValueError(f"ids and weights are (T, K), K > 0, and x (T, D), not {shapes}")
-    if ids_TK.dtype != torch.int64:
-        raise ValueError(f"ids are int64, not {ids_TK.dtype}")
-    e = len(w13)
-    checked = ids_TK.device.type == "cpu" and ids_TK.numel() and not torch.compiler.is_compiling()
-    if checked and not 0 <= ids_TK.min() <= ids_TK.max() < e:
-        raise ValueError(f"ids go from {ids_TK.min()} to {ids_TK.max()}, but the experts are 0 to {e - 1}")
-    id_R, assignment_R = ids_TK.flatten().sort(stable=True)
-    steps = torch.arange(max(e, len(id_R)), device=id_R.device)
-    counts_e = torch.searchsorted(id_R, steps[:e], right=True).diff(prepend=steps.new_zeros(1))
-    row_TK = torch.empty_like(id_R).scatter_(0, assignment_R, steps[: len(id_R)]).view_as(ids_TK)
+    check_ids(ids_TK, len(w13))
+    counts_e, row_TK, assignment_R = order_by_expert(ids_TK, len(w13))
     weight_R = weights_TK.flatten().gather(0, assignment_R)
     token_R = assignment_R // ids_TK.shape[1]
     return _run(x_TD, counts_e, w13, w2, token_R, weight_R, b13, b2, activation, row_TK, backend, fp8)
@@ -198,7 +191,7 @@ def _run(
     if name in ("cpu", "triton"):
         return _PATHS[name](*inputs, row_TK)
     y_RD = _PATHS[name](*inputs)
-    return y_RD if row_TK is None else y_RD[row_TK.flatten()].view(*row_TK.shape, y_RD.shape[1]).sum(1)
+    return y_RD if row_TK is None else unpermute(y_RD, row_TK)
 
 
 def _check(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from moe_kernels import rope
 from torch import Tensor
 
 
@@ -97,9 +98,4 @@ def rotate(x: Tensor, places: Places, interleaved: bool) -> Tensor:
     Interleaved pairs come out as halves (all first elements, then all second ones): queries and keys are permuted
     alike, so their products are the same, and the writes are contiguous.
     """
-    cos, sin = places.cos, places.sin
-    r = 2 * cos.shape[-1]
-    if r < x.shape[-1]:
-        return torch.cat((rotate(x[..., :r], places, interleaved), x[..., r:]), dim=-1)
-    a, b = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return rope(x, places.cos, places.sin, interleaved=interleaved)

@@ -16,27 +16,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moetrain.model import norm as norms
+
 
 @contextmanager
 def fused_kernels(device: str) -> Iterator[None]:
-    """In the meantime torch's ``scaled_dot_product_attention`` and ``rms_norm`` are those of ``device`` ("cuda" or
-    "cpu") for meta tensors, also where backward computes a block again (no TorchFunctionMode reaches into backward)."""
-    attend, norm = F.scaled_dot_product_attention, F.rms_norm
+    """In the meantime torch's ``scaled_dot_product_attention`` and the model's ``rms_norm`` are those of ``device``
+    ("cuda" or "cpu") for meta tensors, also where backward computes a block again (no TorchFunctionMode reaches into
+    backward). ``moe_kernels.rms_norm`` on meta is what it is on the CPU."""
+    attend, norm = F.scaled_dot_product_attention, norms.rms_norm
 
     def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **more: Any) -> Tensor:
         return fused_attention(q, k, v, attn_mask, device) if q.is_meta else attend(q, k, v, attn_mask, **more)
 
-    def rms_norm(x: Tensor, shape: list[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
-        # With a weight of another dtype CUDA spells it out as well.
-        fuses = x.is_meta and device == "cuda" and weight is not None and weight.dtype == x.dtype
-        return _Norm.apply(x, weight) if fuses else norm(x, shape, weight, eps)
+    def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> Tensor:
+        if not x.is_meta or device != "cuda":
+            return norm(x, weight, eps, offset=offset)
+        plain = weight.dtype == x.dtype and offset == 0  # else both are float32 copies there
+        wide = x.dtype if plain else torch.promote_types(x.dtype, torch.float32)
+        return _Norm.apply(x.to(wide), weight.to(wide)).to(x.dtype)
 
     F.scaled_dot_product_attention = attention  # type: ignore[assignment]
-    F.rms_norm = rms_norm  # type: ignore[assignment]
+    norms.rms_norm = rms_norm  # type: ignore[assignment]
     try:
         yield
     finally:
-        F.scaled_dot_product_attention, F.rms_norm = attend, norm
+        F.scaled_dot_product_attention, norms.rms_norm = attend, norm
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, device: str) -> Tensor:

@@ -73,7 +73,7 @@ def check_float32(mapped: Sequence[Curve], one: Curve, tolerance: float = 1e-5) 
     """Everything within ``tolerance``, loads equal: to the end, or until a token changes its expert.
 
     In float32, rounding decides where two experts are as good as equal for a token; it then learns something else. Such
-    a step may differ in the place of few tokens; what follows it is not compared.
+    a step may differ in the place of few tokens; what follows it is not compared, and three steps must come before it.
     """
     equal = [all(rank.loads[step] == loads for rank in mapped) for step, loads in enumerate(one.loads)]
     steps = equal.index(False) if False in equal else len(equal)
@@ -84,7 +84,7 @@ def check_float32(mapped: Sequence[Curve], one: Curve, tolerance: float = 1e-5) 
                 for a, b in zip(got, want, strict=True)
             ]  # fmt: skip
             assert sum(moved) <= 8, f"loads differ at step {steps}: {moved}"
-        assert steps >= len(equal) // 4, f"loads differ at step {steps}"
+        assert steps >= 3, f"loads differ at step {steps}"
         mapped, one = [_first(rank, steps) for rank in mapped], _first(one, steps)
     found = parity.differences(mapped, one)
     assert found.within(tolerance), found

@@ -14,9 +14,10 @@ ROWS, COLUMNS = 8, 512
 
 @triton.jit
 def gather_sum_kernel(
-    rows, order, start, out, N, D: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+    rows, order, start, weights, out, N, D: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
-    """out_ND[i] = sum of rows[order[j]] over j from start[i] to start[i + 1], or without start i K to (i + 1) K."""
+    """out_ND[i] = sum of rows[order[j]], times weights[j] if given, over j from start[i] to start[i + 1], or without
+    start i K to (i + 1) K."""
     i = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * COLS + tl.arange(0, COLS)
     first = i * K if start is None else tl.load(start + i)
@@ -26,7 +27,10 @@ def gather_sum_kernel(
         j = at + tl.arange(0, ROWS)
         source = tl.load(order + j, mask=j < last, other=0).to(tl.int64)
         mask = (j < last)[:, None] & (d < D)[None, :]
-        sums += tl.sum(tl.load(rows + source[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32), 0)
+        tile = tl.load(rows + source[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        if weights is not None:
+            tile *= tl.load(weights + j, mask=j < last, other=0.0).to(tl.float32)[:, None]
+        sums += tl.sum(tile, 0)
     tl.store(out + i * D + d, sums.to(out.dtype.element_ty), mask=d < D)
 
 
@@ -70,14 +74,14 @@ def _columns(width: int) -> int:
     return min(COLUMNS, triton.next_power_of_2(width))
 
 
-def gather_sum(rows_RD: Tensor, order: Tensor, start: Tensor | None = None) -> Tensor:
+def gather_sum(rows_RD: Tensor, order: Tensor, start: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
     """out_ND[i]: the sum of the rows ``order[i]`` (order: (N, K)), or with start (N + 1,) of those that
-    ``order[start[i]:start[i + 1]]`` names."""
+    ``order[start[i]:start[i + 1]]`` names; each times its entry of weights, of order's shape, if given."""
     D = rows_RD.shape[1]
     N, K = order.shape if start is None else (len(start) - 1, 0)
     out = rows_RD.new_empty(N, D)
     cols = _columns(D)
-    gather_sum_kernel[(N, triton.cdiv(D, cols))](rows_RD, order, start, out, N, D, K, ROWS, cols)
+    gather_sum_kernel[(N, triton.cdiv(D, cols))](rows_RD, order, start, weights, out, N, D, K, ROWS, cols)
     return out
 
 

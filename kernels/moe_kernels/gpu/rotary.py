@@ -1,0 +1,66 @@
+"""Rotary position embedding in Triton: some heads of one token at a time, in float32, each number read once."""
+# mypy: allow-untyped-defs
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Pairs that a program turns.
+TILE = 1024
+
+
+@triton.jit(do_not_specialize=["ROWS"])
+def turn_kernel(
+    x, cos, sin, out, ROWS,
+    H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, HALF_POW2: tl.constexpr, REST_POW2: tl.constexpr,
+    HEADS: tl.constexpr, IN_PAIRS: tl.constexpr, OUT_PAIRS: tl.constexpr, BACK: tl.constexpr,
+):  # fmt: skip
+    """Of token n, whose row in the tables is n % ROWS. IN_PAIRS, OUT_PAIRS: the pairs are neighbours, not halves."""
+    n = tl.program_id(0).to(tl.int64)
+    heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    i = tl.arange(0, HALF_POW2)
+    live = (heads < H)[:, None]
+    mask = live & (i < HALF)[None, :]
+    row = n * (H * D) + heads[:, None] * D
+    table = (n % ROWS) * HALF + i
+    c = tl.load(cos + table, mask=i < HALF, other=0.0).to(tl.float32)[None, :]
+    s = tl.load(sin + table, mask=i < HALF, other=0.0).to(tl.float32)[None, :]
+    if BACK:
+        s = -s
+    first, second = (2 * i, 2 * i + 1) if IN_PAIRS else (i, HALF + i)
+    a = tl.load(x + row + first[None, :], mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(x + row + second[None, :], mask=mask, other=0.0).to(tl.float32)
+    first, second = (2 * i, 2 * i + 1) if OUT_PAIRS else (i, HALF + i)
+    tl.store(out + row + first[None, :], (a * c - b * s).to(out.dtype.element_ty), mask=mask)
+    tl.store(out + row + second[None, :], (b * c + a * s).to(out.dtype.element_ty), mask=mask)
+    if REST_POW2 > 0:
+        rest = 2 * HALF + tl.arange(0, REST_POW2)
+        mask = live & (rest < D)[None, :]
+        tl.store(out + row + rest[None, :], tl.load(x + row + rest[None, :], mask=mask), mask=mask)
+
+
+def launch(H: int, D: int, half: int, interleaved: bool, back: bool) -> dict[str, int]:
+    """The constants of the kernel for H heads of width D."""
+    rest = D - 2 * half
+    wide = triton.next_power_of_2(half)
+    sizes = {"H": H, "D": D, "HALF": half, "HALF_POW2": wide, "REST_POW2": triton.next_power_of_2(rest) if rest else 0}
+    sizes["HEADS"] = min(triton.next_power_of_2(H), max(1, TILE // wide))
+    return sizes | {"IN_PAIRS": interleaved and not back, "OUT_PAIRS": interleaved and back, "BACK": back}
+
+
+@torch.library.custom_op("moe_kernels::rope", mutates_args=())
+def turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool) -> Tensor:
+    """x (B, S, H, d) turned by the angles of cos and sin, or with ``back`` what ``rope`` made of one turned back."""
+    B, S, H, D = x.shape
+    out, half = torch.empty_like(x), cos.shape[-1]
+    constants = launch(H, D, half, interleaved, back)
+    if x.numel():
+        grid = (B * S, triton.cdiv(H, constants["HEADS"]))
+        turn_kernel[grid](x, cos, sin, out, cos.numel() // half, **constants)
+    return out
+
+
+@turn.register_fake
+def _(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool) -> Tensor:
+    return torch.empty_like(x)

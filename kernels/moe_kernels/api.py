@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe_kernels.activation import ACTIVATIONS
 from moe_kernels.cpu import cpu_expert_mlp
 from moe_kernels.gpu.available import triton_obstacle
 from moe_kernels.grouped import grouped_expert_mlp, grouped_mm_obstacle
+from moe_kernels.operands import Operands
 from moe_kernels.reference import loop_expert_mlp
 
 
-def _triton(*inputs: Any) -> Tensor:
+def _triton(operands: Operands) -> Tensor:
     from moe_kernels.gpu.experts import triton_expert_mlp  # needs triton
 
-    return triton_expert_mlp(*inputs)
+    return triton_expert_mlp(operands)
 
 
-_PATHS: dict[str, Callable[..., Tensor]] = {
+_PATHS: dict[str, Callable[[Operands], Tensor]] = {
     "loop": loop_expert_mlp,
     "grouped_mm": grouped_expert_mlp,
     "cpu": cpu_expert_mlp,
@@ -90,7 +89,7 @@ def expert_mlp(
     Raises:
         ValueError: shapes, dtypes or counts do not fit; the backend is unknown or cannot run here.
     """
-    return _run(x_ND, counts, w13, w2, index_R, weight_R, b13, b2, activation, None, backend)
+    return _run(Operands(x_ND, counts, w13, w2, index_R, weight_R, b13, b2, activation), backend)
 
 
 def moe_mlp(
@@ -132,77 +131,15 @@ def moe_mlp(
     row_TK = torch.empty_like(id_R).scatter_(0, assignment_R, steps[: len(id_R)]).view_as(ids_TK)
     weight_R = weights_TK.flatten().gather(0, assignment_R)
     token_R = assignment_R // ids_TK.shape[1]
-    return _run(x_TD, counts_e, w13, w2, token_R, weight_R, b13, b2, activation, row_TK, backend)
+    return _run(Operands(x_TD, counts_e, w13, w2, token_R, weight_R, b13, b2, activation, row_TK), backend)
 
 
-def _run(
-    x_ND: Tensor,
-    counts: list[int] | Tensor,
-    w13: Tensor,
-    w2: Tensor,
-    index_R: Tensor | None,
-    weight_R: Tensor | None,
-    b13: Tensor | None,
-    b2: Tensor | None,
-    activation: str,
-    row_TK: Tensor | None,
-    backend: str,
-) -> Tensor:
-    """Check, choose and call; with row_TK the sum of each token's rows."""
-    name, _ = choose_backend(backend, x_ND.device, x_ND.dtype, w13.shape[-1], w2.shape[-1])
-    if isinstance(counts, Tensor):
-        if counts.dim() != 1 or counts.is_floating_point():
-            raise ValueError(f"counts must be integers (e,), not {counts.dtype} of shape {tuple(counts.shape)}")
-        counts = counts if name == "triton" else counts.tolist()
-    _check(x_ND, counts, w13, w2, index_R, weight_R, b13, b2, activation)
-    if name != "cpu":  # which rounds wider parameters by itself
-        w13, w2 = w13.to(x_ND.dtype), w2.to(x_ND.dtype)
-        b13, b2 = (None if b is None else b.to(x_ND.dtype) for b in (b13, b2))
-    inputs = (x_ND, counts, w13, w2, index_R, weight_R, b13, b2, activation)
-    if name in ("cpu", "triton"):
-        return _PATHS[name](*inputs, row_TK)
-    y_RD = _PATHS[name](*inputs)
-    return y_RD if row_TK is None else y_RD[row_TK.flatten()].view(*row_TK.shape, y_RD.shape[1]).sum(1)
-
-
-def _check(
-    x_ND: Tensor,
-    counts: list[int] | Tensor,
-    w13: Tensor,
-    w2: Tensor,
-    index_R: Tensor | None,
-    weight_R: Tensor | None,
-    b13: Tensor | None,
-    b2: Tensor | None,
-    activation: str,
-) -> None:
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"no activation is called {activation!r}; known: {', '.join(ACTIVATIONS)}")
-    n = ACTIVATIONS[activation].matrices
-    if x_ND.dim() != 2 or w13.dim() != 4 or w13.shape[1] != n:
-        shapes = f"{tuple(x_ND.shape)} and {tuple(w13.shape)}"
-        raise ValueError(f"with {activation} x is (N, D) and w13 (e, {n}, F, D), not {shapes}")
-    R = x_ND.shape[0] if index_R is None else index_R.shape[0]
-    e, _, F, D = w13.shape
-    expected = (
-        ("x", x_ND, (x_ND.shape[0], D)),
-        ("w2", w2, (e, D, F)),
-        ("index_R", index_R, (R,)),
-        ("weight_R", weight_R, (R,)),
-        ("b13", b13, (e, n, F)),
-        ("b2", b2, (e, D)),
-    )
-    for name, tensor, shape in expected:
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)} where w13 {tuple(w13.shape)} needs {shape}")
-    half = x_ND.dtype in (torch.bfloat16, torch.float16)
-    if w13.dtype != x_ND.dtype and not (half and w13.dtype == torch.float32):
-        raise ValueError(f"w13 is {w13.dtype} but x is {x_ND.dtype}; the experts need one dtype, or float32 parameters")
-    for name, tensor in (("w2", w2), ("b13", b13), ("b2", b2)):
-        if tensor is not None and tensor.dtype != w13.dtype:
-            raise ValueError(f"{name} is {tensor.dtype} but w13 is {w13.dtype}; parameters need one dtype")
-    if isinstance(counts, Tensor):
-        if len(counts) != e:
-            raise ValueError(f"counts must be {e} row numbers, not {len(counts)}")
-    elif len(counts) != e or any(count < 0 for count in counts) or sum(counts) != R:
-        raise ValueError(f"counts must be {e} row numbers that sum to {R}, not {len(counts)} that sum to {sum(counts)}")
+def _run(o: Operands, backend: str) -> Tensor:
+    """Check, choose and call."""
+    name, _ = choose_backend(backend, o.x_ND.device, o.x_ND.dtype, o.w13.shape[-1], o.w2.shape[-1])
+    if isinstance(o.counts, Tensor):
+        if o.counts.dim() != 1 or o.counts.is_floating_point():
+            raise ValueError(f"counts must be integers (e,), not {o.counts.dtype} of shape {tuple(o.counts.shape)}")
+        o = o if name == "triton" else o._replace(counts=o.row_counts)
+    o.check()
+    return _PATHS[name](o if name == "cpu" else o.in_one_dtype())  # the CPU's rounds wider parameters by itself

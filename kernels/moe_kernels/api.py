@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,8 +11,14 @@ from torch import Tensor
 from moe_kernels.cpu import cpu_expert_mlp
 from moe_kernels.gpu.available import triton_obstacle
 from moe_kernels.grouped import grouped_expert_mlp, grouped_mm_obstacle
-from moe_kernels.operands import Operands
+from moe_kernels.operands import Operands, Setting
+from moe_kernels.packages import PACKAGES
 from moe_kernels.reference import loop_expert_mlp
+
+
+def _cpu_obstacle(s: Setting) -> str | None:
+    # on meta: its shapes, for a dry run
+    return None if s.device.type in ("cpu", "meta") else f"it is for the CPU, and this is {s.device.type}"
 
 
 def _triton(operands: Operands) -> Tensor:
@@ -20,41 +27,53 @@ def _triton(operands: Operands) -> Tensor:
     return triton_expert_mlp(operands)
 
 
-_PATHS: dict[str, Callable[[Operands], Tensor]] = {
-    "loop": loop_expert_mlp,
-    "grouped_mm": grouped_expert_mlp,
-    "cpu": cpu_expert_mlp,
-    "triton": _triton,
+class _Path(NamedTuple):
+    """obstacle: why it cannot run, or None where it can."""
+
+    obstacle: Callable[[Setting], str | None]
+    run: Callable[[Operands], Tensor]
+
+
+_PATHS = {
+    "loop": _Path(lambda s: None, loop_expert_mlp),
+    "grouped_mm": _Path(lambda s: grouped_mm_obstacle(s.device, s.dtype, s.dim, s.expert_dim), grouped_expert_mlp),
+    "cpu": _Path(_cpu_obstacle, cpu_expert_mlp),
+    "triton": _Path(lambda s: triton_obstacle(s.device, s.dtype), _triton),
+    **{name: _Path(package.obstacle, package.expert_mlp) for name, package in PACKAGES.items()},
 }
 BACKENDS = ("auto", *_PATHS)
 
 
 def choose_backend(
-    backend: str, device: torch.device | str, dtype: torch.dtype, dim: int, expert_dim: int
+    backend: str,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    dim: int,
+    expert_dim: int,
+    activation: str = "swiglu",
+    bias: bool = False,
 ) -> tuple[str, str]:
     """(name, why) of the expert kernels that run for ``backend`` ("auto" or a name) on experts of width ``expert_dim``
-    in a model of width ``dim``. "auto" does not take "triton" as long as nobody has timed it on a GPU.
+    in a model of width ``dim``. "auto" takes neither "triton" nor a package's as long as nobody has timed it on a GPU.
 
     Raises:
         ValueError: the backend is unknown, or was forced and cannot run here.
     """
-    device = torch.device(device)
+    return _choose(backend, Setting(torch.device(device), dtype, dim, expert_dim, activation, bias))
+
+
+def _choose(backend: str, s: Setting) -> tuple[str, str]:
     if backend not in BACKENDS:
         raise ValueError(f"no expert backend is called {backend!r}; known: {', '.join(BACKENDS)}")
-    obstacle = grouped_mm_obstacle(device, dtype, dim, expert_dim)
-    if backend == "grouped_mm" and obstacle is not None:
-        raise ValueError(f"expert backend 'grouped_mm' cannot run: {obstacle}; use 'auto' or 'loop'")
-    if backend == "cpu" and device.type not in ("cpu", "meta"):  # on meta: its shapes, for a dry run
-        raise ValueError(f"expert backend 'cpu' cannot run on {device.type}; use 'auto' or 'loop'")
-    if backend == "triton" and (reason := triton_obstacle(device, dtype)) is not None:
-        raise ValueError(f"expert backend 'triton' cannot run: {reason}; use 'auto' or 'loop'")
     if backend != "auto":
+        if (reason := _PATHS[backend].obstacle(s)) is not None:
+            raise ValueError(f"expert backend {backend!r} cannot run: {reason}; use 'auto' or 'loop'")
         return backend, "asked for"
-    if device.type == "cpu":
+    if s.device.type == "cpu":
         return "cpu", "the experts are on the CPU"
-    if obstacle is None:
-        return "grouped_mm", f"torch's grouped_mm runs on {device.type} in {str(dtype).removeprefix('torch.')}"
-    return "loop", obstacle
+    if (reason := _PATHS["grouped_mm"].obstacle(s)) is not None:
+        return "loop", reason
+    return "grouped_mm", f"torch's grouped_mm runs on {s.device.type} in {str(s.dtype).removeprefix('torch.')}"
 
 
 def expert_mlp(
@@ -136,10 +155,10 @@ def moe_mlp(
 
 def _run(o: Operands, backend: str) -> Tensor:
     """Check, choose and call."""
-    name, _ = choose_backend(backend, o.x_ND.device, o.x_ND.dtype, o.w13.shape[-1], o.w2.shape[-1])
+    name, _ = _choose(backend, o.setting)
     if isinstance(o.counts, Tensor):
         if o.counts.dim() != 1 or o.counts.is_floating_point():
             raise ValueError(f"counts must be integers (e,), not {o.counts.dtype} of shape {tuple(o.counts.shape)}")
         o = o if name == "triton" else o._replace(counts=o.row_counts)
     o.check()
-    return _PATHS[name](o if name == "cpu" else o.in_one_dtype())  # the CPU's rounds wider parameters by itself
+    return _PATHS[name].run(o if name == "cpu" else o.in_one_dtype())  # the CPU's rounds wider parameters by itself

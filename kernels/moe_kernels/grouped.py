@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,17 +33,26 @@ def grouped_mm_obstacle(device: torch.device, dtype: torch.dtype, dim: int, expe
 
 def grouped_expert_mlp(o: Operands) -> Tensor:
     """``moe_kernels.expert_mlp`` through ``torch.nn.functional.grouped_mm``. y_RD (R, D), or with row_TK out_TD."""
+    offsets_e = torch.tensor(o.row_counts, device=o.x_ND.device).cumsum(0).to(torch.int32)
+    product = F.grouped_mm if hasattr(F, "grouped_mm") else torch._grouped_mm
+    return mlp_of_products(o, lambda a, w: product(a, w.transpose(-2, -1), offs=offsets_e))
+
+
+def mlp_of_products(o: Operands, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """``moe_kernels.expert_mlp`` through a differentiable grouped product. y_RD (R, D), or with row_TK out_TD.
+
+    product(a_RX, w_eYX) -> (R, Y): each expert's rows of a times its matrix, transposed. There is at least one row, and
+    rows are contiguous.
+    """
     rows_RD = o.rows().contiguous()
     if len(rows_RD) == 0:  # torch's backward refuses operands without rows
         return loop_expert_mlp(o)
     counts_e = torch.tensor(o.row_counts, device=rows_RD.device)
-    offsets_e = counts_e.cumsum(0).to(torch.int32)
-    product = F.grouped_mm if hasattr(F, "grouped_mm") else torch._grouped_mm
-    h = product(rows_RD, o.w13.flatten(1, 2).transpose(-2, -1), offs=offsets_e)
+    h = product(rows_RD, o.w13.flatten(1, 2))
     if o.b13 is not None:
         h = h + _per_row(o.b13.flatten(1, 2), counts_e, len(rows_RD))
     a_RF = activate(h.chunk(o.w13.shape[1], dim=-1), o.activation)
-    y_RD = product(a_RF.contiguous(), o.w2.transpose(-2, -1), offs=offsets_e)
+    y_RD = product(a_RF.contiguous(), o.w2)
     if y_RD.requires_grad:
         # grouped_mm's backward refuses expanded gradients, such as that of y.sum().
         y_RD.register_hook(Tensor.contiguous)

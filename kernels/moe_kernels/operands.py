@@ -10,6 +10,18 @@ from torch import Tensor
 from moe_kernels.activation import ACTIVATIONS
 
 
+class Setting(NamedTuple):
+    """What decides whether a path can run: experts of width ``expert_dim`` in a model of width ``dim``; dtype is that
+    of x, bias whether there are b13 and b2."""
+
+    device: torch.device
+    dtype: torch.dtype
+    dim: int
+    expert_dim: int
+    activation: str = "swiglu"
+    bias: bool = False
+
+
 class Operands(NamedTuple):
     """See ``moe_kernels.expert_mlp``. counts: a list, but a tensor of integers where the path takes one.
 
@@ -76,6 +88,12 @@ class Operands(NamedTuple):
         b13, b2 = (None if b is None else b.to(self.x_ND.dtype) for b in (self.b13, self.b2))
         w13, w2 = self.w13.to(self.x_ND.dtype), self.w2.to(self.x_ND.dtype)
         return self._replace(w13=w13, w2=w2, b13=b13, b2=b2)
+
+    @property
+    def setting(self) -> Setting:
+        """Where and as what these are."""
+        x, bias = self.x_ND, self.b13 is not None or self.b2 is not None
+        return Setting(x.device, x.dtype, self.w13.shape[-1], self.w2.shape[-1], self.activation, bias)
 
     @property
     def row_counts(self) -> list[int]:

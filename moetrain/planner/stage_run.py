@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from moe_kernels import choose_backend
+from moe_kernels import PACKAGES, choose_backend
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -112,11 +112,12 @@ class Live(TorchDispatchMode):
 
 
 def _kernels(cfg: Config, device: str, experts: Experts) -> str:
-    """The expert kernels of a run. Raises ConfigError where there are none."""
+    """The expert kernels of a run, which have shapes without data; those of a package do not, and grouped_mm's stand
+    for them. Raises ConfigError where there are none."""
     (_, _, inner, dim), asked, dtype = experts.w13.shape, cfg.experts.backend, compute_dtype(cfg)
     try:
-        name, _ = choose_backend(asked, device, dtype, dim, inner)
-        return choose_backend(name, "meta", dtype, dim, inner)[0]
+        name, _ = choose_backend(asked, device, dtype, dim, inner, experts.activation, experts.b13 is not None)
+        return choose_backend("grouped_mm" if name in PACKAGES else name, "meta", dtype, dim, inner)[0]
     except ValueError as error:
         raise ConfigError(f"experts.backend={asked}, in a dry run for device {device}: {error}") from None
 

@@ -80,7 +80,8 @@ def kernels(cfg: Config, device: torch.device) -> tuple[str, str]:
     dtype = {"float64": torch.float64, "float32": torch.float32, "bf16": torch.bfloat16}[cfg.train.precision]
     width = cfg.model.layer_value("expert_dim", cfg.model.moe_layers()[0])
     try:
-        return choose_backend(cfg.experts.backend, device, dtype, cfg.model.dim, width)
+        moe = cfg.model.moe
+        return choose_backend(cfg.experts.backend, device, dtype, cfg.model.dim, width, moe.activation, moe.bias)
     except ValueError as error:
         raise ConfigError(f"experts.backend={cfg.experts.backend}: {error}") from None
 

@@ -8,9 +8,9 @@ from typing import get_args
 
 import pytest
 import torch
-from moe_kernels import ACTIVATIONS, choose_backend, expert_mlp
+from moe_kernels import ACTIVATIONS, BACKENDS, choose_backend, expert_mlp
 
-from moetrain.config.schema import Activation
+from moetrain.config.schema import Activation, ExpertBackend
 from tests.kernels.expert_cases import Case, make_case
 
 
@@ -30,7 +30,7 @@ def test_auto_says_what_it_took_and_why() -> None:
         ("grouped_mm", "cpu", torch.float64, 8, "does not take float64 on cpu"),
         ("grouped_mm", "cpu", torch.float32, 7, "D to be a multiple of 4"),
         ("grouped_mm", "cpu", torch.bfloat16, 12, "D to be a multiple of 8"),
-        ("cpu", "cuda", torch.bfloat16, 8, "cannot run on cuda"),
+        ("cpu", "cuda", torch.bfloat16, 8, "cannot run: it is for the CPU, and this is cuda; use 'auto' or 'loop'"),
         ("triton", "cpu", torch.float32, 8, "cannot run: (triton is not installed|.* this is the CPU); use"),
         ("triton", "cuda", torch.float64, 8, "cannot run: (triton is not installed|.* do not take float64); use"),
         ("triton", "mps", torch.float32, 8, "cannot run: (triton is not installed|.* do not run on mps); use"),
@@ -86,8 +86,9 @@ def test_inputs_that_do_not_fit(change: str, complaint: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_a_config_can_ask_for_every_activation() -> None:
+def test_a_config_can_ask_for_every_activation_and_backend() -> None:
     assert get_args(Activation) == tuple(ACTIVATIONS)
+    assert get_args(ExpertBackend) == BACKENDS
 
 
 def test_freed_memory_is_reused_not_mapped_again() -> None:

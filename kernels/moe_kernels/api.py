@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_kernels.cpu import cpu_expert_mlp
+from moe_kernels.fastest import fastest
 from moe_kernels.gpu.available import triton_obstacle
 from moe_kernels.grouped import grouped_expert_mlp, grouped_mm_obstacle
 from moe_kernels.operands import Operands, Setting
@@ -41,7 +43,7 @@ _PATHS = {
     "triton": _Path(lambda s: triton_obstacle(s.device, s.dtype), _triton),
     **{name: _Path(package.obstacle, package.expert_mlp) for name, package in PACKAGES.items()},
 }
-BACKENDS = ("auto", *_PATHS)
+BACKENDS = ("auto", "fastest", *_PATHS)
 
 
 def choose_backend(
@@ -54,7 +56,8 @@ def choose_backend(
     bias: bool = False,
 ) -> tuple[str, str]:
     """(name, why) of the expert kernels that run for ``backend`` ("auto" or a name) on experts of width ``expert_dim``
-    in a model of width ``dim``. "auto" takes neither "triton" nor a package's as long as nobody has timed it on a GPU.
+    in a model of width ``dim``. "auto" takes neither "triton" nor a package's as long as nobody has timed it on a GPU;
+    "fastest" stays "fastest", which tries all that can run on the first rows of a kind (``moe_kernels.fastest``).
 
     Raises:
         ValueError: the backend is unknown, or was forced and cannot run here.
@@ -65,6 +68,8 @@ def choose_backend(
 def _choose(backend: str, s: Setting) -> tuple[str, str]:
     if backend not in BACKENDS:
         raise ValueError(f"no expert backend is called {backend!r}; known: {', '.join(BACKENDS)}")
+    if backend == "fastest":
+        return backend, "the backends are timed at the first rows of a kind"
     if backend != "auto":
         if (reason := _PATHS[backend].obstacle(s)) is not None:
             raise ValueError(f"expert backend {backend!r} cannot run: {reason}; use 'auto' or 'loop'")
@@ -161,4 +166,11 @@ def _run(o: Operands, backend: str) -> Tensor:
             raise ValueError(f"counts must be integers (e,), not {o.counts.dtype} of shape {tuple(o.counts.shape)}")
         o = o if name == "triton" else o._replace(counts=o.row_counts)
     o.check()
+    if name == "fastest":
+        able = [name for name, path in _PATHS.items() if path.obstacle(o.setting) is None]
+        name = fastest(o, {name: functools.partial(_call, name) for name in able})
+    return _call(name, o)
+
+
+def _call(name: str, o: Operands) -> Tensor:
     return _PATHS[name].run(o if name == "cpu" else o.in_one_dtype())  # the CPU's rounds wider parameters by itself

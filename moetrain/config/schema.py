@@ -18,7 +18,16 @@ from moetrain.config.schema_data import DataConfig
 # Those of ``moe_kernels``. The first four are gated, with two input matrices; gelu and relu2 are plain, with one.
 Activation: TypeAlias = Literal["swiglu", "geglu", "reglu", "gpt_oss", "gelu", "relu2"]
 ExpertBackend: TypeAlias = Literal[
-    "auto", "loop", "grouped_mm", "cpu", "triton", "sonicmoe", "scattermoe", "grouped_gemm", "transformer_engine"
+    "auto",
+    "fastest",
+    "loop",
+    "grouped_mm",
+    "cpu",
+    "triton",
+    "sonicmoe",
+    "scattermoe",
+    "grouped_gemm",
+    "transformer_engine",
 ]
 
 
@@ -187,8 +196,8 @@ class ExpertsConfig:
 
     backend: ExpertBackend = Field(
         default="auto",
-        description="expert kernels; loop is the oracle that the others are tested against, and the last four are "
-        "packages to install",
+        description="expert kernels; fastest times them at first use, so that runs agree up to rounding only; loop is "
+        "the oracle that the others are tested against; the last four are packages to install",
     )
     overlap: bool = Field(
         default=False, description="compute the shared experts while the routed rows travel between ranks"

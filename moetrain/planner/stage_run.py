@@ -113,13 +113,14 @@ class Live(TorchDispatchMode):
 
 def _kernels(cfg: Config, device: str, experts: Experts) -> str:
     """The expert kernels of a run, which have shapes without data; those of a package do not, and grouped_mm's stand
-    for them. Raises ConfigError where there are none."""
+    for them, as auto's do where the fastest are asked for. Raises ConfigError where there are none."""
     (_, _, inner, dim), asked, dtype = experts.w13.shape, cfg.experts.backend, compute_dtype(cfg)
+    asked = "auto" if asked == "fastest" else asked
     try:
         name, _ = choose_backend(asked, device, dtype, dim, inner, experts.activation, experts.b13 is not None)
         return choose_backend("grouped_mm" if name in PACKAGES else name, "meta", dtype, dim, inner)[0]
     except ValueError as error:
-        raise ConfigError(f"experts.backend={asked}, in a dry run for device {device}: {error}") from None
+        raise ConfigError(f"experts.backend={cfg.experts.backend}, in a dry run for device {device}: {error}") from None
 
 
 def _in_compute_dtype(part: StagePart, cfg: Config, dims: ParallelDims) -> None:

@@ -28,6 +28,7 @@ ExpertBackend: TypeAlias = Literal[
     "scattermoe",
     "grouped_gemm",
     "transformer_engine",
+    "deep_gemm",
 ]
 
 
@@ -201,7 +202,7 @@ class ExpertsConfig:
     backend: ExpertBackend = Field(
         default="auto",
         description="expert kernels; fastest times them at first use, so that runs agree up to rounding only; loop is "
-        "the oracle that the others are tested against; the last four are packages to install",
+        "the oracle that the others are tested against; the last five are packages to install",
     )
     overlap: bool = Field(
         default=False, description="compute the shared experts while the routed rows travel between ranks"

@@ -159,6 +159,51 @@ class GroupedLinear(nn.Module):
         return torch.cat([x @ w.t() for x, w in zip(pieces, weights, strict=True)])
 
 
+TILE = 4  # the real one's is 128
+
+
+def m_grouped_nt(a: Tensor, b: Tensor, d: Tensor, grouped_layout: Tensor, compiled_dims: str = "nk") -> None:
+    """m_grouped_bf16_gemm_nt_contiguous of deepseek-ai/DeepGEMM 2.1 to 2.8, csrc/apis/gemm.hpp: a (M, K), b (G, N, K),
+    d (M, N). grouped_layout: int32 (M,), each row's group, -1 for padding, whose rows of d are not written."""
+    assert grouped_layout.dtype == torch.int32 and len(grouped_layout) == len(a) == len(d) and len(a) % TILE == 0
+    assert a.is_contiguous() and d.shape[1] == b.shape[1] and a.shape[1] == b.shape[2]
+    for tile in grouped_layout.view(-1, TILE):
+        assert len(set(tile.tolist()) - {-1}) == 1, "an expert's rows begin at a tile"
+    real = grouped_layout >= 0
+    d.fill_(float("nan"))
+    d[real] = products(a[real], grouped_layout[real].long(), b.transpose(1, 2))
+
+
+def m_grouped_nn(a: Tensor, b: Tensor, d: Tensor, grouped_layout: Tensor, compiled_dims: str = "nk") -> None:
+    """m_grouped_bf16_gemm_nn_contiguous: b (G, K, N)."""
+    m_grouped_nt(a, b.transpose(1, 2), d, grouped_layout)
+
+
+def k_grouped_tn(
+    a: Tensor,
+    b: Tensor,
+    d: Tensor,
+    ks: list[int],
+    ks_tensor: Tensor,
+    c: Tensor | None = None,
+    compiled_dims: str = "mn",
+) -> None:
+    """k_grouped_bf16_gemm_tn_contiguous: a (sum of ks, M), b (sum of ks, N), d (G, M, N); d = c + a^T b of each group,
+    on Hopper with a c in float32 alone, which is d itself."""
+    assert ks == ks_tensor.tolist() and ks_tensor.dtype == torch.int32 and all(k % TILE == 0 for k in ks)
+    assert d.dtype == torch.float32 and c is d and sum(ks) == len(a) == len(b)
+    d += torch.stack([x.t() @ y for x, y in zip(a.split(ks), b.split(ks), strict=True)])
+
+
+DEEP_GEMM = {
+    "__version__": "2.1.1+c9f8b34",
+    "get_mk_alignment_for_contiguous_layout": lambda: TILE,
+    "m_grouped_bf16_gemm_nt_contiguous": m_grouped_nt,
+    "m_grouped_bf16_gemm_nn_contiguous": m_grouped_nn,
+    "k_grouped_bf16_gemm_tn_contiguous": k_grouped_tn,
+}
+
+
 def install_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """All of them."""
     install(monkeypatch, "scattermoe.parallel_experts", parallel_linear=parallel_linear)
@@ -166,3 +211,4 @@ def install_all(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, "sonicmoe.enums", ActivationType=ActivationType)
     install(monkeypatch, "grouped_gemm.ops", gmm=gmm)
     install(monkeypatch, "transformer_engine.pytorch", GroupedLinear=GroupedLinear)
+    install(monkeypatch, "deep_gemm", **DEEP_GEMM)

@@ -17,8 +17,8 @@ from tests.kernels.fake_packages import install, install_all
 from tests.kernels.layer_cases import by_definition, make_layer, run
 from tests.kernels.test_experts import compare
 
-# sonicmoe takes routing weights in float32
-TOLERANCE = dict.fromkeys(PACKAGES, 1e-12) | {"sonicmoe": 1e-6}
+# sonicmoe takes routing weights in float32, deep_gemm makes weight gradients in it
+TOLERANCE = dict.fromkeys(PACKAGES, 1e-12) | {"sonicmoe": 1e-6, "deep_gemm": 1e-6}
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_a_layer_is_its_definition(backend: str, bias: bool) -> None:
 @pytest.mark.parametrize("activation", ["gpt_oss", "relu2", "gelu", "reglu"])
 def test_other_activations(backend: str, activation: str) -> None:
     case = make_case([5, 0, 9], activation, bias=True)
-    compare(case.run(backend, torch.float64), case.run("loop", torch.float64), 1e-12)
+    compare(case.run(backend, torch.float64), case.run("loop", torch.float64), TOLERANCE[backend])
 
 
 @pytest.mark.usefixtures("packages")
@@ -84,6 +84,7 @@ def test_expanded_gradients_and_one_missing_bias(backend: str) -> None:
         ("scattermoe", "cuda", {}, r"scattermoe is not installed \(pip install git\+https://github.com/shawntan/sc"),
         ("grouped_gemm", "cuda", {}, r"not installed \(pip install --no-build-isolation grouped_gemm\)"),
         ("transformer_engine", "cuda", {}, r"not installed \(pip install transformer-engine\[pytorch\]\)"),
+        ("deep_gemm", "cuda", {}, r"deep_gemm is not installed \(clone github.com/deepseek-ai/DeepGEMM"),
         *((name, "cuda", {"dtype": torch.float64}, f"{name} does not take float64") for name in PACKAGES),
         ("scattermoe", "cuda", {"dtype": torch.float32}, "scattermoe does not take float32"),
         ("grouped_gemm", "cuda", {"dtype": torch.float16}, "grouped_gemm does not take float16"),
@@ -109,7 +110,8 @@ def test_an_installed_package_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_backend("auto", "cuda", torch.bfloat16, 64, 32)[0] == "grouped_mm"
 
 
-def test_versions_that_are_too_old_or_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_versions_that_do_not_fit_or_are_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, "deep_gemm", __version__="2.9.0")
     install(monkeypatch, "scattermoe.parallel_experts", parallel_linear=lambda inputs, w, k, s, r, padded_block_idxs: 0)
     install(monkeypatch, "sonicmoe", moe_general_routing_inputs=lambda x, router_scores, stream_id: 0)
 
@@ -122,6 +124,7 @@ def test_versions_that_are_too_old_or_broken(monkeypatch: pytest.MonkeyPatch) ->
     for name, complaint in (
         ("scattermoe", "is too old: its parallel_linear wants padded blocks"),
         ("sonicmoe", "is older than 0.1.2"),
+        ("deep_gemm", "deep_gemm is 2.9.0, and 2.1 to 2.8 are known"),
         ("grouped_gemm", "cannot be imported: OSError: libc10.so: undefined symbol; use"),
     ):
         with pytest.raises(ValueError, match=complaint):

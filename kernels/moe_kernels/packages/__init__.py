@@ -3,11 +3,12 @@
 A package is imported when its backend is asked for by name, never for being there. None of them is needed.
 """
 
-from moe_kernels.packages import grouped_gemm, scattermoe, sonicmoe, transformer_engine
+from moe_kernels.packages import deep_gemm, grouped_gemm, scattermoe, sonicmoe, transformer_engine
 
 PACKAGES = {
     "sonicmoe": sonicmoe,
     "scattermoe": scattermoe,
     "grouped_gemm": grouped_gemm,
     "transformer_engine": transformer_engine,
+    "deep_gemm": deep_gemm,
 }

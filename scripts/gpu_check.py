@@ -1,10 +1,10 @@
 """Checks the Triton kernels on a GPU, times every backend of the experts, and trains: ``python scripts/gpu_check.py``.
 
-Needs torch, triton and the folder kernels/ beside this one's; to train also moetrain/, configs/ and what moetrain
-imports, which --wheels may bring. First come checks against the loop in float64, then times (``gpu_times.py``) and
-training (``gpu_train.py``). Much of the time goes into compiling and tuning, which triton keeps on disk. Nothing is
-begun that would end past --minutes. With --device cpu --tiny all of it runs on the CPU; the Triton kernels only with
-TRITON_INTERPRET=1.
+Needs torch, triton and the folder kernels/ beside this one's; for attention and training also moetrain/, configs/ and
+what moetrain imports, which --wheels may bring. First come checks against float64, then times (``gpu_times.py``,
+``gpu_attention.py``) and training (``gpu_train.py``). Much of the time goes into compiling and tuning, which triton
+keeps on disk. Nothing is begun that would end past --minutes. With --device cpu --tiny all of it runs on the CPU; the
+Triton kernels only with TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 
+from gpu_attention import check_attention, time_attention
 from gpu_times import (
     ROUNDED,
     SHAPES,
@@ -37,7 +38,7 @@ from gpu_times import (
     runnable,
     weights,
 )
-from gpu_train import train
+from gpu_train import missing, train
 from moe_kernels import ACTIVATIONS, expert_mlp, moe_mlp
 from moe_kernels.gpu.available import triton_obstacle
 
@@ -164,16 +165,23 @@ class Parts:
     def run(self) -> list[str]:
         """The names of what failed."""
         device, tiny = self.args.device, self.args.tiny
+        absent = missing(self.args.wheels)
+        if absent is not None:
+            print(f"no attention, no training: {absent}", flush=True)
         if self.wanted("checks"):
             self.attempt("checks", lambda: checks(device, tiny))
+            if absent is None:
+                self.attempt("checks", lambda: check_attention(device, check, worst))
             self.failed += [row["check"] for row in self.result.get("checks", []) if not row["ok"]]
         if self.wanted("times"):
             for name, why in obstacles(device, SHAPES[0].D, SHAPES[0].F).items():
                 print(f"{name}: {why or 'runs'}", flush=True)
         shapes = [TINY] if tiny else SHAPES
         self.shapes(shapes[:4], keep=20 if tiny else 240)
-        if self.wanted("train") and self.left() > (20 if tiny else 100):
-            self.attempt("train", lambda: train(device, tiny, self.args.wheels, self.left))
+        if absent is None and self.wanted("train") and self.left() > (20 if tiny else 100):
+            self.attempt("train", lambda: train(device, tiny, self.left))
+        if absent is None and self.wanted("times") and self.left() > (20 if tiny else 60):
+            self.attempt("attention", lambda: time_attention(device, tiny))
         for shape in [TINY] if tiny else ROUNDED:
             if self.wanted("times") and self.left() > (20 if tiny else 60):
                 tile = 16 if tiny else 128

@@ -26,11 +26,8 @@ SEQ_LEN, MICRO_BATCH, GLOBAL_BATCH = 4096, 2, 8
 TINY_MODEL = ["model=tiny", "model.dim=32", "model.n_layers=2", "model.moe.expert_dim=32", "model.vocab_size=300"]
 
 
-def train(device: str, tiny: bool, wheels: Path | None, left: Callable[[], float]) -> list[dict[str, Any]]:
-    """A row for each backend. left: the seconds that there still are."""
-    if (why := _missing(wheels)) is not None:
-        print(f"\nno training: {why}", flush=True)
-        return []
+def train(device: str, tiny: bool, left: Callable[[], float]) -> list[dict[str, Any]]:
+    """A row for each backend. left: the seconds that there still are. moetrain can be imported (``missing``)."""
     from moetrain.train.runtime import process_group, set_up_torch
 
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -44,11 +41,11 @@ def train(device: str, tiny: bool, wheels: Path | None, left: Callable[[], float
             torch.use_deterministic_algorithms(deterministic)
 
 
-def _missing(wheels: Path | None) -> str | None:
+def missing(wheels: Path | None) -> str | None:
     """Why moetrain's trainer cannot be imported, wheels unpacked where given; None when it is."""
     if not (ROOT / "moetrain").is_dir():
         return "there is no moetrain/ beside this script's folder"
-    sys.path.append(str(ROOT))
+    sys.path.insert(0, str(ROOT))  # this moetrain, not an installed one
     if wheels is not None:
         files = [str(file) for file in sorted(wheels.glob("*.whl"))]
         if not files:

@@ -34,7 +34,9 @@ def run(root: Path, *arguments: str) -> str:
 def test_all_parts_on_the_cpu(tmp_path: Path) -> None:
     run(ROOT, "--json", str(tmp_path / "result.json"))
     result = json.loads((tmp_path / "result.json").read_text())
-    assert {"layer, cpu", "layer, grouped_mm"} <= {row["check"] for row in result["checks"] if row["ok"]}
+    passed = {row["check"] for row in result["checks"] if row["ok"]}
+    assert {"layer, cpu", "layer, grouped_mm", "attention latent, sdpa"} <= passed
+    assert [row["backend"] for row in result["attention"]] == ["sdpa"]
 
     timed = {(row["backend"], row["pass"]): row["seconds"] for row in result["shapes"]}
     assert {(b, p) for b in ("cpu", "grouped_mm") for p in ("forward", "backward")} <= timed.keys()
@@ -69,4 +71,4 @@ def test_kernels_alone(tmp_path: Path) -> None:
     """Without moetrain beside it the script times kernels, and says why it does not train."""
     for folder in ("kernels", "scripts"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    assert "no training: there is no moetrain/" in run(tmp_path, "--only", "train")
+    assert "no attention, no training: there is no moetrain/" in run(tmp_path, "--only", "train")

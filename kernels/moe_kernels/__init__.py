@@ -10,6 +10,7 @@ from moe_kernels.fp8 import dequantize, quantize_blocks, quantize_rows
 from moe_kernels.loss import VocabularyPart, linear_cross_entropy, token_counts
 from moe_kernels.memory import keep_freed_memory
 from moe_kernels.norm import rms_norm
+from moe_kernels.packages import PACKAGES
 from moe_kernels.permutation import permute, unpermute
 from moe_kernels.rotary import rope
 from moe_kernels.router import Choice, router_topk
@@ -20,6 +21,7 @@ __all__ = [
     "ACTIVATIONS",
     "BACKENDS",
     "OP_BACKENDS",
+    "PACKAGES",
     "ROUNDINGS",
     "Choice",
     "VocabularyPart",

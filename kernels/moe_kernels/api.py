@@ -2,75 +2,100 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from moe_kernels.activation import ACTIVATIONS
 from moe_kernels.cpu import cpu_expert_mlp
+from moe_kernels.fastest import fastest
 from moe_kernels.fp8_experts import fp8_expert_mlp
 from moe_kernels.gpu.available import triton_obstacle
 from moe_kernels.grouped import grouped_expert_mlp, grouped_mm_obstacle
-from moe_kernels.permutation import check_ids, order_by_expert, unpermute
+from moe_kernels.operands import Operands, Setting
+from moe_kernels.packages import PACKAGES
+from moe_kernels.permutation import check_ids, order_by_expert
 from moe_kernels.reference import loop_expert_mlp
 
 
-def _triton(*inputs: Any) -> Tensor:
+def _cpu_obstacle(s: Setting) -> str | None:
+    # on meta: its shapes, for a dry run
+    return None if s.device.type in ("cpu", "meta") else f"it is for the CPU, and this is {s.device.type}"
+
+
+def _triton(operands: Operands) -> Tensor:
     from moe_kernels.gpu.experts import triton_expert_mlp  # needs triton
 
-    return triton_expert_mlp(*inputs)
+    return triton_expert_mlp(operands)
 
 
-def _triton_fp8(*inputs: Any) -> Tensor:
+def _triton_fp8(operands: Operands) -> Tensor:
     from moe_kernels.gpu.fp8_experts import triton_fp8_expert_mlp  # needs triton
 
-    return triton_fp8_expert_mlp(*inputs)
+    return triton_fp8_expert_mlp(operands)
 
 
-_PATHS: dict[str, Callable[..., Tensor]] = {
-    "loop": loop_expert_mlp,
-    "grouped_mm": grouped_expert_mlp,
-    "cpu": cpu_expert_mlp,
-    "triton": _triton,
+class _Path(NamedTuple):
+    """obstacle: why it cannot run, or None where it can."""
+
+    obstacle: Callable[[Setting], str | None]
+    run: Callable[[Operands], Tensor]
+
+
+_PATHS = {
+    "loop": _Path(lambda s: None, loop_expert_mlp),
+    "grouped_mm": _Path(lambda s: grouped_mm_obstacle(s.device, s.dtype, s.dim, s.expert_dim), grouped_expert_mlp),
+    "cpu": _Path(_cpu_obstacle, cpu_expert_mlp),
+    "triton": _Path(lambda s: triton_obstacle(s.device, s.dtype), _triton),
+    **{name: _Path(package.obstacle, package.expert_mlp) for name, package in PACKAGES.items()},
 }
-_FP8_PATHS: dict[str, Callable[..., Tensor]] = {"cpu": fp8_expert_mlp, "triton": _triton_fp8}
-BACKENDS = ("auto", *_PATHS)
+_FP8_PATHS: dict[str, Callable[[Operands], Tensor]] = {"cpu": fp8_expert_mlp, "triton": _triton_fp8}
+BACKENDS = ("auto", "fastest", *_PATHS)
 
 
 def choose_backend(
-    backend: str, device: torch.device | str, dtype: torch.dtype, dim: int, expert_dim: int, fp8: bool = False
+    backend: str,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    dim: int,
+    expert_dim: int,
+    activation: str = "swiglu",
+    bias: bool = False,
+    fp8: bool = False,
 ) -> tuple[str, str]:
     """(name, why) of the expert kernels that run for ``backend`` ("auto" or a name) on experts of width ``expert_dim``
-    in a model of width ``dim``. "auto" does not take "triton" as long as nobody has timed it on a GPU, unless for FP8,
-    which "triton" alone has there.
+    in a model of width ``dim``. "auto" takes neither "triton" nor a package's as long as nobody has timed it on a GPU
+    (but for FP8, which "triton" alone has there);
+    "fastest" stays "fastest", which tries all that can run on the first rows of a kind (``moe_kernels.fastest``).
 
     Raises:
         ValueError: the backend is unknown, or was forced and cannot run here.
     """
-    device = torch.device(device)
+    return _choose(backend, Setting(torch.device(device), dtype, dim, expert_dim, activation, bias, fp8))
+
+
+def _choose(backend: str, s: Setting) -> tuple[str, str]:
     if backend not in BACKENDS:
         raise ValueError(f"no expert backend is called {backend!r}; known: {', '.join(BACKENDS)}")
-    if fp8:
-        return _choose_fp8(backend, device, dtype)
-    obstacle = grouped_mm_obstacle(device, dtype, dim, expert_dim)
-    if backend == "grouped_mm" and obstacle is not None:
-        raise ValueError(f"expert backend 'grouped_mm' cannot run: {obstacle}; use 'auto' or 'loop'")
-    if backend == "cpu" and device.type not in ("cpu", "meta"):  # on meta: its shapes, for a dry run
-        raise ValueError(f"expert backend 'cpu' cannot run on {device.type}; use 'auto' or 'loop'")
-    if backend == "triton" and (reason := triton_obstacle(device, dtype)) is not None:
-        raise ValueError(f"expert backend 'triton' cannot run: {reason}; use 'auto' or 'loop'")
+    if s.fp8:
+        return _choose_fp8(backend, s)
+    if backend == "fastest":
+        return backend, "the backends are timed at the first rows of a kind"
     if backend != "auto":
+        if (reason := _PATHS[backend].obstacle(s)) is not None:
+            raise ValueError(f"expert backend {backend!r} cannot run: {reason}; use 'auto' or 'loop'")
         return backend, "asked for"
-    if device.type == "cpu":
+    if s.device.type == "cpu":
         return "cpu", "the experts are on the CPU"
-    if obstacle is None:
-        return "grouped_mm", f"torch's grouped_mm runs on {device.type} in {str(dtype).removeprefix('torch.')}"
-    return "loop", obstacle
+    if (reason := _PATHS["grouped_mm"].obstacle(s)) is not None:
+        return "loop", reason
+    return "grouped_mm", f"torch's grouped_mm runs on {s.device.type} in {str(s.dtype).removeprefix('torch.')}"
 
 
-def _choose_fp8(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+def _choose_fp8(backend: str, s: Setting) -> tuple[str, str]:
+    device, dtype = s.device, s.dtype
     name, why = backend, "asked for"
     if backend == "auto":
         on_cpu = device.type == "cpu"
@@ -122,7 +147,7 @@ def expert_mlp(
     Raises:
         ValueError: shapes, dtypes or counts do not fit; the backend is unknown or cannot run here.
     """
-    return _run(x_ND, counts, w13, w2, index_R, weight_R, b13, b2, activation, None, backend, fp8)
+    return _run(Operands(x_ND, counts, w13, w2, index_R, weight_R, b13, b2, activation), backend, fp8)
 
 
 def moe_mlp(
@@ -158,80 +183,24 @@ def moe_mlp(
     counts_e, row_TK, assignment_R = order_by_expert(ids_TK, len(w13))
     weight_R = weights_TK.flatten().gather(0, assignment_R)
     token_R = assignment_R // ids_TK.shape[1]
-    return _run(x_TD, counts_e, w13, w2, token_R, weight_R, b13, b2, activation, row_TK, backend, fp8)
+    return _run(Operands(x_TD, counts_e, w13, w2, token_R, weight_R, b13, b2, activation, row_TK), backend, fp8)
 
 
-def _run(
-    x_ND: Tensor,
-    counts: list[int] | Tensor,
-    w13: Tensor,
-    w2: Tensor,
-    index_R: Tensor | None,
-    weight_R: Tensor | None,
-    b13: Tensor | None,
-    b2: Tensor | None,
-    activation: str,
-    row_TK: Tensor | None,
-    backend: str,
-    fp8: bool,
-) -> Tensor:
-    """Check, choose and call; with row_TK the sum of each token's rows."""
-    name, _ = choose_backend(backend, x_ND.device, x_ND.dtype, w13.shape[-1], w2.shape[-1], fp8)
-    if isinstance(counts, Tensor):
-        if counts.dim() != 1 or counts.is_floating_point():
-            raise ValueError(f"counts must be integers (e,), not {counts.dtype} of shape {tuple(counts.shape)}")
-        counts = counts if name == "triton" else counts.tolist()
-    _check(x_ND, counts, w13, w2, index_R, weight_R, b13, b2, activation)
+def _run(o: Operands, backend: str, fp8: bool) -> Tensor:
+    """Check, choose and call."""
+    name, _ = _choose(backend, o.setting._replace(fp8=fp8))
+    if isinstance(o.counts, Tensor):
+        if o.counts.dim() != 1 or o.counts.is_floating_point():
+            raise ValueError(f"counts must be integers (e,), not {o.counts.dtype} of shape {tuple(o.counts.shape)}")
+        o = o if name == "triton" else o._replace(counts=o.row_counts)
+    o.check()
     if fp8:
-        return _FP8_PATHS[name](x_ND, counts, w13, w2, index_R, weight_R, b13, b2, activation, row_TK)
-    if name != "cpu":  # which rounds wider parameters by itself
-        w13, w2 = w13.to(x_ND.dtype), w2.to(x_ND.dtype)
-        b13, b2 = (None if b is None else b.to(x_ND.dtype) for b in (b13, b2))
-    inputs = (x_ND, counts, w13, w2, index_R, weight_R, b13, b2, activation)
-    if name in ("cpu", "triton"):
-        return _PATHS[name](*inputs, row_TK)
-    y_RD = _PATHS[name](*inputs)
-    return y_RD if row_TK is None else unpermute(y_RD, row_TK)
+        return _FP8_PATHS[name](o)
+    if name == "fastest":
+        able = [name for name, path in _PATHS.items() if path.obstacle(o.setting) is None]
+        name = fastest(o, {name: functools.partial(_call, name) for name in able})
+    return _call(name, o)
 
 
-def _check(
-    x_ND: Tensor,
-    counts: list[int] | Tensor,
-    w13: Tensor,
-    w2: Tensor,
-    index_R: Tensor | None,
-    weight_R: Tensor | None,
-    b13: Tensor | None,
-    b2: Tensor | None,
-    activation: str,
-) -> None:
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"no activation is called {activation!r}; known: {', '.join(ACTIVATIONS)}")
-    n = ACTIVATIONS[activation].matrices
-    if x_ND.dim() != 2 or w13.dim() != 4 or w13.shape[1] != n:
-        shapes = f"{tuple(x_ND.shape)} and {tuple(w13.shape)}"
-        raise ValueError(f"with {activation} x is (N, D) and w13 (e, {n}, F, D), not {shapes}")
-    R = x_ND.shape[0] if index_R is None else index_R.shape[0]
-    e, _, F, D = w13.shape
-    expected = (
-        ("x", x_ND, (x_ND.shape[0], D)),
-        ("w2", w2, (e, D, F)),
-        ("index_R", index_R, (R,)),
-        ("weight_R", weight_R, (R,)),
-        ("b13", b13, (e, n, F)),
-        ("b2", b2, (e, D)),
-    )
-    for name, tensor, shape in expected:
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)} where w13 {tuple(w13.shape)} needs {shape}")
-    half = x_ND.dtype in (torch.bfloat16, torch.float16)
-    if w13.dtype != x_ND.dtype and not (half and w13.dtype == torch.float32):
-        raise ValueError(f"w13 is {w13.dtype} but x is {x_ND.dtype}; the experts need one dtype, or float32 parameters")
-    for name, tensor in (("w2", w2), ("b13", b13), ("b2", b2)):
-        if tensor is not None and tensor.dtype != w13.dtype:
-            raise ValueError(f"{name} is {tensor.dtype} but w13 is {w13.dtype}; parameters need one dtype")
-    if isinstance(counts, Tensor):
-        if len(counts) != e:
-            raise ValueError(f"counts must be {e} row numbers, not {len(counts)}")
-    elif len(counts) != e or any(count < 0 for count in counts) or sum(counts) != R:
-        raise ValueError(f"counts must be {e} row numbers that sum to {R}, not {len(counts)} that sum to {sum(counts)}")
+def _call(name: str, o: Operands) -> Tensor:
+    return _PATHS[name].run(o if name == "cpu" else o.in_one_dtype())  # the CPU's rounds wider parameters by itself

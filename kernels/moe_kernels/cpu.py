@@ -22,6 +22,7 @@ from torch import Tensor
 from moe_kernels.activation import activation_backward, activation_forward
 from moe_kernels.native.experts import native_expert_mlp
 from moe_kernels.native.library import native_obstacle
+from moe_kernels.operands import Operands
 
 TILE = 32
 
@@ -233,24 +234,11 @@ def _column(weight_R: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if weight_R is None else weight_R.to(dtype)[:, None]
 
 
-def cpu_expert_mlp(
-    x_ND: Tensor,
-    counts: list[int],
-    w13: Tensor,
-    w2: Tensor,
-    index_R: Tensor | None,
-    weight_R: Tensor | None,
-    b13: Tensor | None,
-    b2: Tensor | None,
-    activation: str,
-    row_TK: Tensor | None = None,
-) -> Tensor:
-    """``moe_kernels.expert_mlp`` on CPU. y_RD (R, D), or with row_TK (T, K) the sum of the rows that it names: out_TD.
-
-    Then index_R must give each row's token, and every row must be named once.
-    """
-    if x_ND.device.type == "cpu" and native_obstacle(x_ND.dtype) is None:
-        return native_expert_mlp(x_ND, counts, w13, w2, index_R, weight_R, b13, b2, activation, row_TK)
-    b13 = None if b13 is None else b13.flatten(1, 2).to(x_ND.dtype)
-    b2 = None if b2 is None else b2.to(x_ND.dtype)
-    return _ExpertMLP.apply(x_ND, w13.flatten(1, 2), w2, weight_R, b13, b2, index_R, row_TK, counts, activation)
+def cpu_expert_mlp(o: Operands) -> Tensor:
+    """``moe_kernels.expert_mlp`` on CPU, compiled where that can be. y_RD (R, D), or with row_TK out_TD."""
+    if o.x_ND.device.type == "cpu" and native_obstacle(o.x_ND.dtype) is None:
+        return native_expert_mlp(o)
+    b13 = None if o.b13 is None else o.b13.flatten(1, 2).to(o.x_ND.dtype)
+    b2 = None if o.b2 is None else o.b2.to(o.x_ND.dtype)
+    parameters = o.w13.flatten(1, 2), o.w2, o.weight_R, b13, b2
+    return _ExpertMLP.apply(o.x_ND, *parameters, o.index_R, o.row_TK, o.row_counts, o.activation)

@@ -24,6 +24,7 @@ from torch import Tensor
 from moe_kernels.activation import activation_backward, activation_forward
 from moe_kernels.cpu import sum_rows
 from moe_kernels.fp8 import TILE, dequantize, quantize_blocks, quantize_rows
+from moe_kernels.operands import Operands
 
 
 class _Matrix(NamedTuple):
@@ -176,18 +177,7 @@ def _column(weight_R: Tensor | None, rows: slice) -> Tensor | None:
     return None if weight_R is None else weight_R[rows, None].float()
 
 
-def fp8_expert_mlp(
-    x_ND: Tensor,
-    counts: list[int],
-    w13: Tensor,
-    w2: Tensor,
-    index_R: Tensor | None,
-    weight_R: Tensor | None,
-    b13: Tensor | None,
-    b2: Tensor | None,
-    activation: str,
-    row_TK: Tensor | None = None,
-) -> Tensor:
-    """``moe_kernels.expert_mlp`` in FP8, emulated. y_RD (R, D), or with row_TK (T, K) the sum of the rows that it
-    names: out_TD. Then index_R must give each row's token, and every row must be named once."""
-    return _ExpertMLP.apply(x_ND, w13, w2, weight_R, b13, b2, index_R, row_TK, counts, activation)
+def fp8_expert_mlp(o: Operands) -> Tensor:
+    """``moe_kernels.expert_mlp`` in FP8, emulated. y_RD (R, D), or with row_TK out_TD."""
+    parameters = o.w13, o.w2, o.weight_R, o.b13, o.b2
+    return _ExpertMLP.apply(o.x_ND, *parameters, o.index_R, o.row_TK, o.row_counts, o.activation)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moe_kernels.activation import activate
+from moe_kernels.operands import Operands
 from moe_kernels.reference import loop_expert_mlp
 
 
@@ -28,35 +31,34 @@ def grouped_mm_obstacle(device: torch.device, dtype: torch.dtype, dim: int, expe
     return None
 
 
-def grouped_expert_mlp(
-    x_ND: Tensor,
-    counts: list[int],
-    w13: Tensor,
-    w2: Tensor,
-    index_R: Tensor | None,
-    weight_R: Tensor | None,
-    b13: Tensor | None,
-    b2: Tensor | None,
-    activation: str,
-) -> Tensor:
-    """``moe_kernels.expert_mlp`` through ``torch.nn.functional.grouped_mm``. y_RD (R, D)."""
-    if sum(counts) == 0:  # torch's backward refuses operands without rows
-        return loop_expert_mlp(x_ND, counts, w13, w2, index_R, weight_R, b13, b2, activation)
-    rows_RD = x_ND.contiguous() if index_R is None else x_ND.index_select(0, index_R)
-    counts_e = torch.tensor(counts, device=x_ND.device)
-    offsets_e = counts_e.cumsum(0).to(torch.int32)
+def grouped_expert_mlp(o: Operands) -> Tensor:
+    """``moe_kernels.expert_mlp`` through ``torch.nn.functional.grouped_mm``. y_RD (R, D), or with row_TK out_TD."""
+    offsets_e = torch.tensor(o.row_counts, device=o.x_ND.device).cumsum(0).to(torch.int32)
     product = F.grouped_mm if hasattr(F, "grouped_mm") else torch._grouped_mm
-    h = product(rows_RD, w13.flatten(1, 2).transpose(-2, -1), offs=offsets_e)
-    if b13 is not None:
-        h = h + _per_row(b13.flatten(1, 2), counts_e, len(rows_RD))
-    a_RF = activate(h.chunk(w13.shape[1], dim=-1), activation)
-    y_RD = product(a_RF.contiguous(), w2.transpose(-2, -1), offs=offsets_e)
+    return mlp_of_products(o, lambda a, w: product(a, w.transpose(-2, -1), offs=offsets_e))
+
+
+def mlp_of_products(o: Operands, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """``moe_kernels.expert_mlp`` through a differentiable grouped product. y_RD (R, D), or with row_TK out_TD.
+
+    product(a_RX, w_eYX) -> (R, Y): each expert's rows of a times its matrix, transposed. There is at least one row, and
+    rows are contiguous.
+    """
+    rows_RD = o.rows().contiguous()
+    if len(rows_RD) == 0:  # torch's backward refuses operands without rows
+        return loop_expert_mlp(o)
+    counts_e = torch.tensor(o.row_counts, device=rows_RD.device)
+    h = product(rows_RD, o.w13.flatten(1, 2))
+    if o.b13 is not None:
+        h = h + _per_row(o.b13.flatten(1, 2), counts_e, len(rows_RD))
+    a_RF = activate(h.chunk(o.w13.shape[1], dim=-1), o.activation)
+    y_RD = product(a_RF.contiguous(), o.w2)
     if y_RD.requires_grad:
         # grouped_mm's backward refuses expanded gradients, such as that of y.sum().
         y_RD.register_hook(Tensor.contiguous)
-    if b2 is not None:
-        y_RD = y_RD + _per_row(b2, counts_e, len(rows_RD))
-    return y_RD if weight_R is None else (y_RD * weight_R[:, None]).to(y_RD.dtype)
+    if o.b2 is not None:
+        y_RD = y_RD + _per_row(o.b2, counts_e, len(rows_RD))
+    return o.weighted(y_RD)
 
 
 def _per_row(bias: Tensor, counts_e: Tensor, rows: int) -> Tensor:

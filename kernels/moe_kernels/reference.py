@@ -10,29 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_kernels.activation import activate
+from moe_kernels.operands import Operands
 
 
-def loop_expert_mlp(
-    x_ND: Tensor,
-    counts: list[int],
-    w13: Tensor,
-    w2: Tensor,
-    index_R: Tensor | None,
-    weight_R: Tensor | None,
-    b13: Tensor | None,
-    b2: Tensor | None,
-    activation: str,
-) -> Tensor:
-    """``moe_kernels.expert_mlp`` by its definition. y_RD (R, D)."""
-    rows_RD = x_ND if index_R is None else x_ND.index_select(0, index_R)
+def loop_expert_mlp(o: Operands) -> Tensor:
+    """``moe_kernels.expert_mlp`` by its definition. y_RD (R, D), or with row_TK out_TD."""
+    counts = o.row_counts
     # unbind, not w[i]: the backward of each w[i] would build a zero gradient as large as w.
-    b13s = [None] * len(counts) if b13 is None else b13.unbind(0)
-    b2s = [None] * len(counts) if b2 is None else b2.unbind(0)
+    b13s = [None] * len(counts) if o.b13 is None else o.b13.unbind(0)
+    b2s = [None] * len(counts) if o.b2 is None else o.b2.unbind(0)
     parts = []
     for x_rD, w13_nFD, w2_DF, b13_nF, b2_D in zip(
-        rows_RD.split(counts), w13.unbind(0), w2.unbind(0), b13s, b2s, strict=True
+        o.rows().split(counts), o.w13.unbind(0), o.w2.unbind(0), b13s, b2s, strict=True
     ):
         h_rnF = F.linear(x_rD, w13_nFD.flatten(0, 1), None if b13_nF is None else b13_nF.flatten())
-        parts.append(F.linear(activate(h_rnF.chunk(len(w13_nFD), dim=-1), activation), w2_DF, b2_D))
-    y_RD = torch.cat(parts)
-    return y_RD if weight_R is None else (y_RD * weight_R[:, None]).to(y_RD.dtype)
+        parts.append(F.linear(activate(h_rnF.chunk(len(w13_nFD), dim=-1), o.activation), w2_DF, b2_D))
+    return o.weighted(torch.cat(parts))

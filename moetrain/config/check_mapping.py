@@ -152,6 +152,17 @@ def traded_heads(cfg: Config, sizes: Sizes) -> Iterator[Broken]:
         )
 
 
+def whole_sequences(cfg: Config, sizes: Sizes) -> Iterator[Broken]:
+    """Attention kernels that take documents one after the other want all of their tokens."""
+    asked, context = cfg.model.attention.backend, cfg.parallel.context
+    if sizes.cp > 1 and asked in ("flash", "flex") and context != "all_to_all":
+        yield Broken(
+            f"model.attention.backend={asked} needs whole sequences, of which each rank has a part under "
+            f"parallel.cp={sizes.cp} and parallel.context={context}",
+            {"parallel.context": ["all_to_all"], "model.attention.backend": ["auto", "sdpa"], "parallel.cp": [1]},
+        )
+
+
 def split_widths(cfg: Config, sizes: Sizes) -> Iterator[Broken]:
     """What else tensor parallelism splits."""
     model, tp = cfg.model, sizes.tp
@@ -278,6 +289,7 @@ RULES: list[Rule] = [
     layout,
     attention_heads,
     traded_heads,
+    whole_sequences,
     split_widths,
     sequence,
     experts_over_ranks,

@@ -17,6 +17,19 @@ from moetrain.config.schema_data import DataConfig
 
 # Those of ``moe_kernels``. The first four are gated, with two input matrices; gelu and relu2 are plain, with one.
 Activation: TypeAlias = Literal["swiglu", "geglu", "reglu", "gpt_oss", "gelu", "relu2"]
+ExpertBackend: TypeAlias = Literal[
+    "auto",
+    "fastest",
+    "loop",
+    "grouped_mm",
+    "cpu",
+    "triton",
+    "sonicmoe",
+    "scattermoe",
+    "grouped_gemm",
+    "transformer_engine",
+    "deep_gemm",
+]
 
 
 @dataclass(config=STRICT)
@@ -87,7 +100,11 @@ class AttentionConfig:
         default=0, description="mla: per-head width with rotation (key shared by heads)"
     )
     v_head_dim: NonNegative = Field(default=0, description="mla: per-head width of values")
-    backend: Literal["auto", "sdpa", "math"] = Field(default="auto", description="attention kernel; math is the oracle")
+    backend: Literal["auto", "flash", "flex", "sdpa", "math"] = Field(
+        default="auto",
+        description="attention kernel; auto: on CUDA in bf16, with documents or a window, the first of flash "
+        "(flash-attn, or torch's varlen_attn) and flex that can run, else sdpa; math is the oracle",
+    )
 
     def score_scale(self) -> float:
         """Factor on the products of queries and keys, for ``kind=gqa``."""
@@ -182,8 +199,10 @@ class ModelConfig:
 class ExpertsConfig:
     """How expert computation runs; never what it computes, but for the precision of ``fp8``."""
 
-    backend: Literal["auto", "loop", "grouped_mm", "cpu", "triton"] = Field(
-        default="auto", description="expert kernels; loop is the oracle that the others are tested against"
+    backend: ExpertBackend = Field(
+        default="auto",
+        description="expert kernels; fastest times them at first use, so that runs agree up to rounding only; loop is "
+        "the oracle that the others are tested against; the last five are packages to install",
     )
     overlap: bool = Field(
         default=False, description="compute the shared experts while the routed rows travel between ranks"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moetrain.config.schema import ExpertsConfig, ModelConfig
 from moetrain.model.attention import build_attention, window_of
-from moetrain.model.attention.kernels import attend
+from moetrain.model.attention.kernels import attend, chooses
 from moetrain.model.norm import RMSNorm
 from moetrain.model.places import Places
 from moetrain.moe.build import build_moe_layer
@@ -97,7 +97,8 @@ class Block(nn.Module):
         compiled = torch.compile(self.attend)
 
         def attend_compiled(x: Tensor, places: Places) -> tuple[Tensor, Tensor]:
-            if self.attention.core is attend:
+            attention: Any = self.attention
+            if attention.core is attend and not chooses(attention.backend, x.device, places, self.window):
                 places.mask(self.window)  # made here once for all blocks: compiled code must not change ``places``
             return compiled(x, places)
 

@@ -57,11 +57,14 @@ class Places:
         None: plain causal attention in order."""
         window = self.effective(window)
         if ("mask", window) not in self.kept:
-            masked = self.document_BN is not None or self.prefix_BN is not None
-            plain = window is None and not masked and self.index_S is None
-            own = None if plain else self.own_index()
+            own = None if self.plain(window) else self.own_index()
             self.kept["mask", window] = None if own is None else self.sees(own, own, window)
         return self.kept["mask", window]
+
+    def plain(self, window: int | None) -> bool:
+        """Whether every token sees all before it and itself, and all tokens are here in order."""
+        masked = self.document_BN is not None or self.prefix_BN is not None
+        return self.effective(window) is None and not masked and self.index_S is None
 
     def effective(self, window: int | None) -> int | None:
         """``window``; None where it is no shorter than the sequence."""

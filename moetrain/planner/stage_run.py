@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from moe_kernels import choose_backend
+from moe_kernels import PACKAGES, choose_backend
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -112,14 +112,16 @@ class Live(TorchDispatchMode):
 
 
 def _kernels(cfg: Config, device: str, experts: Experts) -> str:
-    """The expert kernels of a run. Raises ConfigError where there are none."""
+    """The expert kernels of a run, which have shapes without data; those of a package do not, and grouped_mm's stand
+    for them, as auto's do where the fastest are asked for. Raises ConfigError where there are none."""
     (_, _, inner, dim), asked, dtype = experts.w13.shape, cfg.experts.backend, compute_dtype(cfg)
-    fp8 = cfg.experts.fp8
+    asked = "auto" if asked == "fastest" else asked
     try:
-        name, _ = choose_backend(asked, device, dtype, dim, inner, fp8)
-        return choose_backend(name, "meta", dtype, dim, inner, fp8)[0]
+        biased, fp8 = experts.b13 is not None, cfg.experts.fp8
+        name, _ = choose_backend(asked, device, dtype, dim, inner, experts.activation, biased, fp8)
+        return choose_backend("grouped_mm" if name in PACKAGES else name, "meta", dtype, dim, inner, fp8=fp8)[0]
     except ValueError as error:
-        raise ConfigError(f"experts.backend={asked}, in a dry run for device {device}: {error}") from None
+        raise ConfigError(f"experts.backend={cfg.experts.backend}, in a dry run for device {device}: {error}") from None
 
 
 def _in_compute_dtype(part: StagePart, cfg: Config, dims: ParallelDims) -> None:

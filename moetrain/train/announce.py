@@ -12,6 +12,8 @@ from moetrain.config.errors import ConfigError
 from moetrain.config.schema import Config
 from moetrain.data.forecast import describe, warnings
 from moetrain.data.packing import padding
+from moetrain.model.attention.kernels import PACKED, choose
+from moetrain.model.attention.packed import Setting
 from moetrain.parallel.freeze import frozen_sizes
 from moetrain.parallel.stages import all_stages
 from moetrain.train.trainer import Trainer
@@ -19,6 +21,7 @@ from moetrain.train.trainer import Trainer
 log = logging.getLogger("moetrain")
 
 MUCH_PADDING = 0.1
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bf16": torch.bfloat16}
 
 
 def announce(trainer: Trainer) -> None:
@@ -43,6 +46,8 @@ def announce(trainer: Trainer) -> None:
     if a.num_experts > 1:
         log.info("attention  %d experts of %d heads each, keys and values %s",
                  a.num_experts, a.n_heads // a.num_experts, "shared" if a.shared_kv else "their own")  # fmt: skip
+    if (found := attention_kernel(cfg, trainer.device)) is not None:
+        log.info("attention  kernel %s: %s", *found)
     if cfg.model.moe_layers():
         name, why = kernels(cfg, trainer.device)
         in_fp8 = " in FP8" if cfg.experts.fp8 else ""
@@ -77,12 +82,26 @@ def packing(trainer: Trainer) -> list[tuple[int, str]]:
     return lines
 
 
+def attention_kernel(cfg: Config, device: torch.device) -> tuple[str, str] | None:
+    """(name, why) of the attention kernel, where there is a choice: on CUDA with documents or a window, or asked for.
+    Raises ConfigError when it was asked for and cannot run."""
+    a, split = cfg.model.attention, cfg.parallel.cp != 1 and cfg.parallel.context != "all_to_all"
+    masked = cfg.data.document_mask or a.sliding_window is not None or cfg.data.objective == "ul2"
+    if split or not (a.backend in PACKED or (a.backend == "auto" and device.type == "cuda" and masked)):
+        return None
+    mla = a.kind == "mla"
+    widths = (a.qk_nope_head_dim + a.qk_rope_head_dim, a.v_head_dim) if mla else (a.head_dim, a.head_dim)
+    prefix = cfg.data.objective == "ul2"
+    return choose(a.backend, Setting(device, DTYPES[cfg.train.precision], *widths, a.sinks, prefix, split))
+
+
 def kernels(cfg: Config, device: torch.device) -> tuple[str, str]:
     """(name, why) of the expert kernels that the run uses. Raises ConfigError when the ones asked for cannot run."""
-    dtype = {"float64": torch.float64, "float32": torch.float32, "bf16": torch.bfloat16}[cfg.train.precision]
+    dtype = DTYPES[cfg.train.precision]
     width = cfg.model.layer_value("expert_dim", cfg.model.moe_layers()[0])
     try:
-        return choose_backend(cfg.experts.backend, device, dtype, cfg.model.dim, width, cfg.experts.fp8)
+        moe, e = cfg.model.moe, cfg.experts
+        return choose_backend(e.backend, device, dtype, cfg.model.dim, width, moe.activation, moe.bias, e.fp8)
     except ValueError as error:
         raise ConfigError(f"experts.backend={cfg.experts.backend}: {error}") from None
 

@@ -110,18 +110,20 @@ class _LogFile(logging.FileHandler):
 
 
 def set_up_log(run_dir: Path, rank: int) -> None:
-    """Send log lines to the terminal and to ``run_dir/log.txt``. Ranks other than 0 only show errors."""
-    log.handlers.clear()
-    log.propagate = False
-    log.setLevel(logging.INFO)
+    """Send log lines, also those of moe_kernels, to the terminal and to ``run_dir/log.txt``. Ranks other than 0 only
+    show errors."""
     terminal = _AboveBar()
     terminal.setLevel(logging.INFO if rank == 0 else logging.ERROR)
     terminal.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
-    log.addHandler(terminal)
+    handlers: list[logging.Handler] = [terminal]
     if rank == 0:
         file = _LogFile(run_dir / "log.txt")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        log.addHandler(file)
+        handlers.append(file)
+    for logger in (log, logging.getLogger("moe_kernels")):
+        logger.handlers[:] = handlers
+        logger.propagate = False
+        logger.setLevel(logging.INFO)
 
 
 def peak_tflops(device: torch.device, asked: float | None) -> float | None:

@@ -40,7 +40,8 @@ def mappings(draw: st.DrawFn) -> tuple[Config, int]:
         bias=pick(False, False, True),
     )
     attention = AttentionConfig(kind=pick("gqa", "mla"), n_heads=kv_heads * group, n_kv_heads=kv_heads,
-                                kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)  # fmt: skip
+                                kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
+                                backend=pick("auto", "auto", "auto", "flash"))  # fmt: skip
     layout = pick(*[None] * 12, [2, 2], [1, 3], [1, 1, 1, 1], [2, 1, 1, 2], [4], [0, 4], [1, -1, 4])
     pp, etp = draw(few), pick(1, 1, 1, 2, 3)
     dense = {name: draw(few) for name in ("dp_replicate", "cp", "tp")}
@@ -101,6 +102,7 @@ def holds(cfg: Config, world: int) -> bool:
         p.cp == 1 or t.seq_len % (2 * p.cp) == 0,
         t.seq_len % (p.cp * p.tp) == 0,
         p.context != "all_to_all" or a.n_heads % (p.tp * p.cp) == 0,
+        p.cp == 1 or p.context == "all_to_all" or a.backend == "auto",
         cfg.dispatch["kind"] != "local" or ep == p.etp == 1,
     ]
     for width in widths if edp > 1 else []:

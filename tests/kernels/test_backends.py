@@ -8,9 +8,9 @@ from typing import get_args
 
 import pytest
 import torch
-from moe_kernels import ACTIVATIONS, choose_backend, expert_mlp
+from moe_kernels import ACTIVATIONS, BACKENDS, choose_backend, expert_mlp
 
-from moetrain.config.schema import Activation
+from moetrain.config.schema import Activation, ExpertBackend
 from tests.kernels.expert_cases import Case, make_case
 
 
@@ -26,11 +26,11 @@ def test_auto_says_what_it_took_and_why() -> None:
 @pytest.mark.parametrize(
     ("backend", "device", "dtype", "dim", "complaint"),
     [
-        ("grouped_mn", "cpu", torch.float32, 8, "no expert backend is called 'grouped_mn'; known: auto, loop"),
+        ("grouped_mn", "cpu", torch.float32, 8, "no expert backend is called 'grouped_mn'; known: auto, fastest, loop"),
         ("grouped_mm", "cpu", torch.float64, 8, "does not take float64 on cpu"),
         ("grouped_mm", "cpu", torch.float32, 7, "D to be a multiple of 4"),
         ("grouped_mm", "cpu", torch.bfloat16, 12, "D to be a multiple of 8"),
-        ("cpu", "cuda", torch.bfloat16, 8, "cannot run on cuda"),
+        ("cpu", "cuda", torch.bfloat16, 8, "cannot run: it is for the CPU, and this is cuda; use 'auto' or 'loop'"),
         ("triton", "cpu", torch.float32, 8, "cannot run: (triton is not installed|.* this is the CPU); use"),
         ("triton", "cuda", torch.float64, 8, "cannot run: (triton is not installed|.* do not take float64); use"),
         ("triton", "mps", torch.float32, 8, "cannot run: (triton is not installed|.* do not run on mps); use"),
@@ -42,6 +42,32 @@ def test_a_forced_backend_that_cannot_run(
     with pytest.raises(ValueError, match=complaint) as error:
         choose_backend(backend, device, dtype, dim, 8)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name not in ("fastest", "loop")])
+def test_a_dtype_is_computed_or_refused(backend: str, dtype: torch.dtype) -> None:
+    """Every path either matches the loop in it, or says in one line why not; "auto" always finds one."""
+    case = make_case([5, 0, 9], dtype=dtype, dim=16, expert_dim=8)
+    try:
+        name, _ = choose_backend(backend, "cpu", dtype, 16, 8)
+    except ValueError as error:
+        assert backend not in ("auto", "cpu") and "\n" not in str(error)
+        assert "float64" in str(error) or backend != "grouped_mm"
+        with pytest.raises(ValueError, match="cannot run"):
+            case.run(backend, dtype)
+        return
+    assert (name, dtype) != ("grouped_mm", torch.float64)
+    got, want = case.run(backend, dtype), case.run("loop", torch.float64)
+    for key in want:
+        assert (got[key] - want[key]).norm() <= (4e-3 if dtype == torch.float16 else 1e-12) * want[key].norm(), key
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_auto_without_a_grouped_product_says_so(dtype: torch.dtype) -> None:
+    """CUDA's takes bfloat16. The reason is the line that a run logs."""
+    name, why = choose_backend("auto", "cuda", dtype, 16, 8)
+    assert name == "loop" and why == f"torch's grouped_mm does not take {str(dtype)[6:]} on cuda"
 
 
 def _change(case: Case, name: str) -> dict[str, object]:
@@ -86,8 +112,9 @@ def test_inputs_that_do_not_fit(change: str, complaint: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_a_config_can_ask_for_every_activation() -> None:
+def test_a_config_can_ask_for_every_activation_and_backend() -> None:
     assert get_args(Activation) == tuple(ACTIVATIONS)
+    assert get_args(ExpertBackend) == BACKENDS
 
 
 def test_freed_memory_is_reused_not_mapped_again() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from moe_kernels import BACKENDS, absmean, expert_mlp, ternary
+from moe_kernels import absmean, expert_mlp, ternary
 
 
 def by_hand(matrix: torch.Tensor) -> list[list[float]]:
@@ -35,7 +35,7 @@ def test_a_part_of_a_matrix_with_the_scale_of_the_whole_is_a_part_of_the_result(
     assert torch.equal(ternary(w[:, :, 2:5], absmean(w)), ternary(w)[:, :, 2:5])
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name not in ("auto", "triton")])
+@pytest.mark.parametrize("backend", ["loop", "grouped_mm", "cpu"])
 def test_gradients_are_those_of_the_rounded_weights(backend: str) -> None:
     """Through every backend that needs no GPU: masters get what autograd gives to the rounded weights."""
     generator = torch.Generator().manual_seed(0)

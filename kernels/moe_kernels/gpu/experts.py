@@ -16,6 +16,7 @@ from torch import Tensor
 from moe_kernels.gpu.products import down_gradient, rows_times_weights, up_projection, weight_gradient
 from moe_kernels.gpu.sums import expert_sum, gather_sum, row_product
 from moe_kernels.gpu.tiles import COLUMNS, TILE, Tiles, place
+from moe_kernels.operands import Operands
 
 
 @torch.library.custom_op("moe_kernels::experts_forward", mutates_args=())
@@ -172,25 +173,8 @@ class _Experts(torch.autograd.Function):
         return *(grad if need else None for grad, need in zip(found, needs, strict=True)), None, None, None, None
 
 
-def triton_expert_mlp(
-    x_ND: Tensor,
-    counts: list[int] | Tensor,
-    w13: Tensor,
-    w2: Tensor,
-    index_R: Tensor | None,
-    weight_R: Tensor | None,
-    b13: Tensor | None,
-    b2: Tensor | None,
-    activation: str,
-    row_TK: Tensor | None = None,
-) -> Tensor:
-    """``moe_kernels.expert_mlp`` in Triton; with row_TK (T, K) the sums out_TD of the rows that it names of each token.
-
-    Then index_R must give each row's token, and every row must be named once.
-    """
-    counts_e = torch.as_tensor(counts, device=x_ND.device)
-    x_ND, w13, w2 = x_ND.contiguous(), w13.contiguous(), w2.contiguous()
-    s_R, b13, b2, index_R, row_TK = (
-        None if t is None else t.contiguous() for t in (weight_R, b13, b2, index_R, row_TK)
-    )
-    return _Experts.apply(x_ND, w13, w2, s_R, b13, b2, index_R, row_TK, counts_e, activation)
+def triton_expert_mlp(o: Operands) -> Tensor:
+    """``moe_kernels.expert_mlp`` in Triton. y_RD (R, D), or with row_TK out_TD."""
+    counts_e = torch.as_tensor(o.counts, device=o.x_ND.device)
+    tensors = (o.x_ND, o.w13, o.w2, o.weight_R, o.b13, o.b2, o.index_R, o.row_TK)
+    return _Experts.apply(*(None if t is None else t.contiguous() for t in tensors), counts_e, o.activation)

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_kernels.activation import ACTIVATIONS
 from moe_kernels.native.library import call
+from moe_kernels.operands import Operands
 
 ORDER = ("swiglu", "geglu", "reglu", "gpt_oss", "gelu", "relu2")  # as in products.cpp
 COLUMNS = 64  # of a tile, likewise
@@ -132,30 +132,17 @@ def _sum_per_token(dx_RD: Tensor, N: int, index_R: Tensor | None, row_TK: Tensor
     return F.embedding_bag(order_R, dx_RD, start_N, mode="sum")
 
 
-def native_expert_mlp(
-    x_ND: Tensor,
-    counts: list[int],
-    w13: Tensor,
-    w2: Tensor,
-    index_R: Tensor | None,
-    weight_R: Tensor | None,
-    b13: Tensor | None,
-    b2: Tensor | None,
-    activation: str,
-    row_TK: Tensor | None = None,
-) -> Tensor:
-    """``moe_kernels.expert_mlp`` in the compiled products; as ``cpu_expert_mlp``, for float32 and bfloat16.
+def native_expert_mlp(o: Operands) -> Tensor:
+    """``moe_kernels.expert_mlp`` in compiled products, for float32 and bfloat16. y_RD (R, D), or with row_TK out_TD.
 
     Raises:
         IndexError: index_R names a row that x does not have.
     """
-    if index_R is not None and len(index_R) and not 0 <= index_R.min() <= index_R.max() < len(x_ND):
-        raise IndexError(f"index_R goes from {index_R.min()} to {index_R.max()}, but x has {len(x_ND)} rows")
-    assert tuple(ACTIVATIONS) == ORDER
-    b13 = None if b13 is None else b13.to(x_ND.dtype)
-    b2 = None if b2 is None else b2.to(x_ND.dtype)
-    x_ND, w13, w2 = x_ND.contiguous(), w13.contiguous(), w2.contiguous()
-    b13, b2, index_R, row_TK = (None if t is None else t.contiguous() for t in (b13, b2, index_R, row_TK))
-    return _Experts.apply(
-        x_ND, w13, w2, weight_R, b13, b2, index_R, row_TK, torch.tensor(counts, dtype=torch.int64), activation
-    )
+    index_R = o.index_R
+    if index_R is not None and len(index_R) and not 0 <= index_R.min() <= index_R.max() < len(o.x_ND):
+        raise IndexError(f"index_R goes from {index_R.min()} to {index_R.max()}, but x has {len(o.x_ND)} rows")
+    biases = (None if b is None else b.to(o.x_ND.dtype) for b in (o.b13, o.b2))
+    rows = (None if t is None else t.contiguous() for t in (*biases, index_R, o.row_TK))
+    counts_e = torch.tensor(o.row_counts, dtype=torch.int64)
+    parameters = o.w13.contiguous(), o.w2.contiguous(), o.weight_R
+    return _Experts.apply(o.x_ND.contiguous(), *parameters, *rows, counts_e, o.activation)

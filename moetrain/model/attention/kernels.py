@@ -1,16 +1,19 @@
-"""Softmax attention over whole sequences: one signature, two backends. ``math`` spells it out and is the oracle.
+"""Softmax attention over whole sequences: one signature, four backends. ``math`` spells it out and is the oracle.
 
 Shapes: B batch, S sequence, H query heads, G key/value heads (G divides H), d head width, v value width.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moetrain.config.errors import ConfigError
+from moetrain.model.attention import packed
 from moetrain.model.places import Places
 
 
@@ -46,9 +49,61 @@ def attend(
 
     Causal, within documents (``places``), and within ``window`` tokens, the query's own included; None: all before it.
     sinks_H: a logit per head that joins the softmax and has no value (GPT-OSS, arXiv 2508.10925).
-    backend: ``sdpa`` (also ``auto``) or ``math``.
+    backend: see ``choose``. ``auto`` counts what else it could be only where there are documents, prefixes or a window.
     """
-    return attend_masked(q_BSHd, k_BSGd, v_BSGv, places.mask(window), scale=scale, sinks_H=sinks_H, backend=backend)
+    if chooses(backend, q_BSHd.device, places, window):
+        setting = packed.Setting(
+            q_BSHd.device, q_BSHd.dtype, q_BSHd.shape[-1], v_BSGv.shape[-1],
+            sinks_H is not None, places.prefix_BN is not None, places.index_S is not None,
+        )  # fmt: skip
+        name, _ = choose(backend, setting)
+        if name in PACKED:
+            return PACKED[name].run(q_BSHd, k_BSGd, v_BSGv, places, window, scale)
+        mask = torch.compiler.disable(places.mask)(window)
+    else:
+        mask = places.mask(window)
+    return attend_masked(q_BSHd, k_BSGd, v_BSGv, mask, scale=scale, sinks_H=sinks_H, backend=backend)
+
+
+class _Packed(NamedTuple):
+    """obstacle: why it cannot run, or None where it can."""
+
+    obstacle: Callable[[packed.Setting], str | None]
+    run: Callable[..., Tensor]
+
+
+PACKED = {
+    "flash": _Packed(packed.flash_obstacle, packed.flash),
+    "flex": _Packed(packed.flex_obstacle, packed.flex),
+}
+
+
+def chooses(backend: str, device: torch.device, places: Places, window: int | None) -> bool:
+    """Whether ``attend`` asks ``choose``, and may need no mask. In a dry run (meta) SDPA stands for every fused one."""
+    if backend == "auto":
+        return device.type == "cuda" and not places.plain(window)
+    return backend in PACKED and device.type != "meta"
+
+
+@torch.compiler.disable
+def choose(backend: str, setting: packed.Setting) -> tuple[str, str]:
+    """(name, why) of the kernel that runs for ``backend`` where not every token sees all before it: of "auto" the first
+    of flash, flex and sdpa that can.
+
+    Raises ConfigError: it was asked for by name and cannot run.
+    """
+    reasons = {name: kernel.obstacle(setting) for name, kernel in PACKED.items() if backend in ("auto", name)}
+    able = next((name for name, reason in reasons.items() if reason is None), None)
+    if backend in PACKED:
+        if able is None:
+            raise ConfigError(f"model.attention.backend={backend} cannot run: {reasons[backend]}; use auto or sdpa")
+        return backend, "asked for"
+    if backend != "auto":
+        return backend, "asked for"
+    found = packed.flash_function() if able == "flash" else None
+    if able is None:
+        return "sdpa", "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    return able, "documents and windows without a mask of all pairs" if found is None else f"by {found[0]}"
 
 
 def attend_masked(

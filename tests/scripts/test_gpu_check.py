@@ -1,0 +1,74 @@
+"""The script for GPUs, on the CPU with a tiny shape and model: all of its parts run, and say what they are for.
+
+No GPU has run it; this keeps it from breaking unseen.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+from gpu_train import by_part  # noqa: E402
+
+PARTS = {"attention", "router", "experts", "dispatch", "loss", "clipping", "optimizer", "rest"}
+
+
+def run(root: Path, *arguments: str) -> str:
+    command = [sys.executable, str(root / "scripts" / "gpu_check.py"), "--device", "cpu", "--tiny", *arguments]
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=root)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_all_parts_on_the_cpu(tmp_path: Path) -> None:
+    run(ROOT, "--json", str(tmp_path / "result.json"))
+    result = json.loads((tmp_path / "result.json").read_text())
+    passed = {row["check"] for row in result["checks"] if row["ok"]}
+    assert {"layer, cpu", "layer, grouped_mm", "attention latent, sdpa"} <= passed
+    assert [row["backend"] for row in result["attention"]] == ["sdpa"]
+
+    timed = {(row["backend"], row["pass"]): row["seconds"] for row in result["shapes"]}
+    assert {(b, p) for b in ("cpu", "grouped_mm") for p in ("forward", "backward")} <= timed.keys()
+    assert all(seconds > 0 for seconds in timed.values())
+
+    rounded = [row for row in result["rounding"] if row["rows"] == "rounded"]
+    assert rounded and all(row["count"] % 16 == 0 for row in rounded)
+
+    *trained, parts = result["train"]
+    assert {"auto", "cpu", "grouped_mm"} <= {row["backend"] for row in trained}
+    # the loss of an untrained model on random tokens of 300: log(300), whatever the backend
+    assert all(loss == pytest.approx(math.log(300), abs=0.1) for row in trained for loss in row["losses"])
+    assert parts["parts"].keys() == PARTS
+
+
+def test_backward_counts_for_the_part_whose_forward_it_is() -> None:
+    """One product in the first part, three equal ones in the second: three times as many operations, both ways."""
+    w = [torch.randn(4, 4, requires_grad=True) for _ in range(4)]
+    x = torch.randn(3, 4, requires_grad=True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        with torch.profiler.record_function("part:one"):
+            y = x @ w[0]
+        with torch.profiler.record_function("part:three"):
+            y = y @ w[1] @ w[2] @ w[3]
+        y.sum().backward()
+    events = list(profile.events())
+    count = {name: round(1e3 * n) - 1 for name, n in by_part(events, "count").items()}  # without the range itself
+    assert count["three"] == 3 * count["one"] and count["one"] > 2  # forward: aten::matmul, aten::mm
+
+
+def test_kernels_alone(tmp_path: Path) -> None:
+    """Without moetrain beside it the script times kernels, and says why it does not train."""
+    for folder in ("kernels", "scripts"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    assert "no attention, no training: there is no moetrain/" in run(tmp_path, "--only", "train")

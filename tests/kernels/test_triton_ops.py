@@ -12,18 +12,17 @@ import pytest
 
 from tests.kernels.ops import INTERPRETED, interpreted
 
-FILES = ("test_triton_ops.py", "test_norm.py", "test_permute.py", "test_rotary.py", "test_router.py")
+FILES = ("triton_ops", "norm", "op_strides", "permute", "rotary", "router")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_in_the_interpreter() -> None:
     here = Path(__file__).parent
-    command = [sys.executable, "-m", "pytest", "-x", "-k", "triton", "-p", "no:cacheprovider"]
+    files = [str(here / f"test_{name}.py") for name in FILES]
+    command = [sys.executable, "-m", "pytest", "-x", "-k", "triton", "-p", "no:cacheprovider", *files]
     env = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [*command, *(str(here / file) for file in FILES)], env=env, cwd=here.parents[1], capture_output=True, text=True
-    )
+    done = subprocess.run(command, env=env, cwd=here.parents[1], capture_output=True, text=True)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-5000:] + done.stderr[-2000:]
 
 

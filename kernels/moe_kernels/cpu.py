@@ -236,7 +236,7 @@ def _column(weight_R: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def cpu_expert_mlp(o: Operands) -> Tensor:
     """``moe_kernels.expert_mlp`` on CPU, compiled where that can be. y_RD (R, D), or with row_TK out_TD."""
-    if o.x_ND.device.type == "cpu" and native_obstacle(o.x_ND.dtype) is None:
+    if native_obstacle(o.x_ND.dtype) is None:
         return native_expert_mlp(o)
     b13 = None if o.b13 is None else o.b13.flatten(1, 2).to(o.x_ND.dtype)
     b2 = None if o.b2 is None else o.b2.to(o.x_ND.dtype)

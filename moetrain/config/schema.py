@@ -100,10 +100,11 @@ class AttentionConfig:
         default=0, description="mla: per-head width with rotation (key shared by heads)"
     )
     v_head_dim: NonNegative = Field(default=0, description="mla: per-head width of values")
-    backend: Literal["auto", "flash", "flex", "sdpa", "math"] = Field(
+    backend: Literal["auto", "flash", "flex", "native", "sdpa", "math"] = Field(
         default="auto",
         description="attention kernel; auto: on CUDA in bf16, with documents or a window, the first of flash "
-        "(flash-attn, or torch's varlen_attn) and flex that can run, else sdpa; math is the oracle",
+        "(flash-attn, or torch's varlen_attn) and flex that can run; on the CPU in float32 or bf16 native (compiled "
+        "once, where there is a compiler); else sdpa; math is the oracle",
     )
 
     def score_scale(self) -> float:

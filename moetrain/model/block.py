@@ -98,7 +98,8 @@ class Block(nn.Module):
 
         def attend_compiled(x: Tensor, places: Places) -> tuple[Tensor, Tensor]:
             attention: Any = self.attention
-            if attention.core is attend and not chooses(attention.backend, x.device, places, self.window):
+            asks = chooses(attention.backend, x.device, places, self.window, compiled=True)
+            if attention.core is attend and not asks:
                 places.mask(self.window)  # made here once for all blocks: compiled code must not change ``places``
             return compiled(x, places)
 

@@ -17,14 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moetrain.model import norm as norms
+from moetrain.model.attention import packed
 
 
 @contextmanager
 def fused_kernels(device: str) -> Iterator[None]:
     """In the meantime torch's ``scaled_dot_product_attention`` and the model's ``rms_norm`` are those of ``device``
     ("cuda" or "cpu") for meta tensors, also where backward computes a block again (no TorchFunctionMode reaches into
-    backward). ``moe_kernels.rms_norm`` on meta is what it is on the CPU."""
-    attend, norm = F.scaled_dot_product_attention, norms.rms_norm
+    backward). ``moe_kernels.rms_norm`` and its attention for the CPU are on meta what they are there."""
+    attend, norm, runs_native = F.scaled_dot_product_attention, norms.rms_norm, packed.runs_native
 
     def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **more: Any) -> Tensor:
         return fused_attention(q, k, v, attn_mask, device) if q.is_meta else attend(q, k, v, attn_mask, **more)
@@ -38,10 +39,11 @@ def fused_kernels(device: str) -> Iterator[None]:
 
     F.scaled_dot_product_attention = attention  # type: ignore[assignment]
     norms.rms_norm = rms_norm  # type: ignore[assignment]
+    packed.runs_native = lambda place: device == "cpu" and place.type in ("cpu", "meta")
     try:
         yield
     finally:
-        F.scaled_dot_product_attention, norms.rms_norm = attend, norm
+        F.scaled_dot_product_attention, norms.rms_norm, packed.runs_native = attend, norm, runs_native
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, device: str) -> Tensor:

@@ -87,6 +87,7 @@ def test_a_model_is_the_same_model(name: str, monkeypatch: pytest.MonkeyPatch) -
     """Loss and all gradients, with documents. What the blocks share is made once."""
     install(monkeypatch, "flash-attn 2")
     cfg = tiny(name)
+    cfg.attention.backend = "sdpa"
     plain = build(cfg, {})
     cfg.attention.backend = "flash"
     model, tokens = build(cfg, {}), ids(cfg, len(LENGTHS), N)
@@ -172,10 +173,24 @@ def test_what_was_asked_for_and_cannot_run(backend: str, setting: packed.Setting
     assert "\n" not in str(error.value)
 
 
-def test_on_the_cpu_nothing_is_asked() -> None:
-    """So that compiled blocks have one graph there, and a dry run one kernel for all."""
-    places = Places(N, None, documents())
-    assert not kernels.chooses("auto", torch.device("cpu"), places, None)
-    assert not kernels.chooses("flash", torch.device("meta"), places, None)
-    assert kernels.chooses("auto", torch.device("cuda"), places, None)
-    assert not kernels.chooses("auto", torch.device("cuda"), Places(N), N)
+def test_who_is_asked() -> None:
+    """Compiled blocks have one graph on the CPU, and a dry run for CUDA one kernel for all."""
+    places, cpu, cuda = Places(N, None, documents()), torch.device("cpu"), torch.device("cuda")
+    assert not kernels.chooses("auto", cpu, places, None, compiled=True)
+    assert not kernels.chooses("flash", torch.device("meta"), places, None, compiled=False)
+    assert kernels.chooses("auto", cuda, places, None, compiled=True)
+    assert not kernels.chooses("auto", cuda, Places(N), N, compiled=False)
+
+
+@pytest.mark.skipif(packed.compiled_obstacle(torch.float32) is not None, reason="no compiler here")
+@pytest.mark.parametrize(("H", "G", "d", "v"), [(4, 4, 8, 8), (6, 2, 16, 16), (4, 4, 24, 16)], ids=str)
+@pytest.mark.parametrize("window", [None, 5, N])
+@pytest.mark.parametrize("with_documents", [True, False])
+def test_what_the_cpu_takes(H: int, G: int, d: int, v: int, window: int | None, with_documents: bool) -> None:
+    """float32 on the CPU is compiled: values and gradients against masks in float64, and no mask is made."""
+    places = Places(N, None, documents() if with_documents else None)
+    exact = heads(H, G, d, v)
+    got = gradients([t.detach().float().requires_grad_() for t in exact], places, window, "auto")
+    assert set(places.kept) == {("native", places.effective(window))}
+    for mine, want in zip(got, gradients(exact, places, window, "math"), strict=True):
+        torch.testing.assert_close(mine.double(), want, rtol=1e-5, atol=1e-5)

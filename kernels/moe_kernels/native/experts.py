@@ -139,7 +139,8 @@ def native_expert_mlp(o: Operands) -> Tensor:
         IndexError: index_R names a row that x does not have.
     """
     index_R = o.index_R
-    if index_R is not None and len(index_R) and not 0 <= index_R.min() <= index_R.max() < len(o.x_ND):
+    real = index_R is not None and len(index_R) > 0 and not index_R.is_meta
+    if index_R is not None and real and not 0 <= index_R.min() <= index_R.max() < len(o.x_ND):
         raise IndexError(f"index_R goes from {index_R.min()} to {index_R.max()}, but x has {len(o.x_ND)} rows")
     biases = (None if b is None else b.to(o.x_ND.dtype) for b in (o.b13, o.b2))
     rows = (None if t is None else t.contiguous() for t in (*biases, index_R, o.row_TK))

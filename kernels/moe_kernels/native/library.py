@@ -44,7 +44,8 @@ def native_obstacle(dtype: torch.dtype) -> str | None:
 
 
 def call(function: str, *arguments: torch.Tensor | int | float | None) -> None:
-    """Call a function of the library with pointers to tensors, and numbers.
+    """Call a function of the library with pointers to tensors, and numbers. Meta tensors (a dry run) have none: nothing
+    is done.
 
     Raises:
         RuntimeError: it was not built; ask ``native_obstacle`` first.
@@ -52,6 +53,8 @@ def call(function: str, *arguments: torch.Tensor | int | float | None) -> None:
     loaded = _load()
     if isinstance(loaded, str):
         raise RuntimeError(f"the compiled CPU kernels are not there: {loaded}")
+    if any(isinstance(a, torch.Tensor) and a.is_meta for a in arguments):
+        return
     getattr(loaded, function)(*map(_argument, arguments))
 
 

@@ -1,4 +1,4 @@
-"""Softmax attention over whole sequences: one signature, four backends. ``math`` spells it out and is the oracle.
+"""Softmax attention over whole sequences: one signature, five backends. ``math`` spells it out and is the oracle.
 
 Shapes: B batch, S sequence, H query heads, G key/value heads (G divides H), d head width, v value width.
 """
@@ -51,7 +51,7 @@ def attend(
     sinks_H: a logit per head that joins the softmax and has no value (GPT-OSS, arXiv 2508.10925).
     backend: see ``choose``. ``auto`` counts what else it could be only where there are documents, prefixes or a window.
     """
-    if chooses(backend, q_BSHd.device, places, window):
+    if chooses(backend, q_BSHd.device, places, window, compiled=torch.compiler.is_compiling()):
         setting = packed.Setting(
             q_BSHd.device, q_BSHd.dtype, q_BSHd.shape[-1], v_BSGv.shape[-1],
             sinks_H is not None, places.prefix_BN is not None, places.index_S is not None,
@@ -75,31 +75,34 @@ class _Packed(NamedTuple):
 PACKED = {
     "flash": _Packed(packed.flash_obstacle, packed.flash),
     "flex": _Packed(packed.flex_obstacle, packed.flex),
+    "native": _Packed(packed.native_obstacle, packed.native),
 }
 
 
-def chooses(backend: str, device: torch.device, places: Places, window: int | None) -> bool:
-    """Whether ``attend`` asks ``choose``, and may need no mask. In a dry run (meta) SDPA stands for every fused one."""
+def chooses(backend: str, device: torch.device, places: Places, window: int | None, compiled: bool) -> bool:
+    """Whether ``attend`` asks ``choose``, and may need no mask. torch.compile does not see into ``native``; in dry runs
+    for CUDA (on meta) SDPA stands for every fused kernel."""
     if backend == "auto":
-        return device.type == "cuda" and not places.plain(window)
+        here = packed.runs_native(device) and not compiled
+        return here or (device.type == "cuda" and not places.plain(window))
     return backend in PACKED and device.type != "meta"
 
 
 @torch.compiler.disable
 def choose(backend: str, setting: packed.Setting) -> tuple[str, str]:
-    """(name, why) of the kernel that runs for ``backend`` where not every token sees all before it: of "auto" the first
-    of flash, flex and sdpa that can.
+    """(name, why) of the kernel that runs for ``backend``: of "auto" the first of flash, flex, native, sdpa that can.
 
     Raises ConfigError: it was asked for by name and cannot run.
     """
-    reasons = {name: kernel.obstacle(setting) for name, kernel in PACKED.items() if backend in ("auto", name)}
-    able = next((name for name, reason in reasons.items() if reason is None), None)
+    asked = ["native"] if packed.runs_native(setting.device) else ["flash", "flex"]
+    reasons = {name: PACKED[name].obstacle(setting) for name in PACKED if name == backend or name in asked}
     if backend in PACKED:
-        if able is None:
+        if reasons[backend] is not None:
             raise ConfigError(f"model.attention.backend={backend} cannot run: {reasons[backend]}; use auto or sdpa")
         return backend, "asked for"
     if backend != "auto":
         return backend, "asked for"
+    able = next((name for name, reason in reasons.items() if reason is None), None)
     found = packed.flash_function() if able == "flash" else None
     if able is None:
         return "sdpa", "; ".join(f"{name}: {reason}" for name, reason in reasons.items())

@@ -1,5 +1,6 @@
-"""Attention within documents without a mask of all pairs, on CUDA: flash-attn or torch's ``varlen_attn``, which take
-documents one after the other, and ``flex_attention``, which skips blocks of pairs that do not see each other.
+"""Attention within documents without a mask of all pairs. On CUDA: flash-attn or torch's ``varlen_attn``, which take
+documents one after the other, and ``flex_attention``, which skips blocks of pairs that do not see each other. On the
+CPU: moe_kernels' compiled attention, which does so too.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from moe_kernels.native.attention import native_attention
+from moe_kernels.native.library import native_obstacle as compiled_obstacle
 from torch import Tensor
 
 from moetrain.model.places import Places
@@ -59,6 +62,20 @@ def flex_obstacle(s: Setting) -> str | None:
     if s.sinks or s.split:
         return f"it has no {'sinks' if s.sinks else 'sequences split over ranks'}"
     return None if importlib.util.find_spec("triton") is not None else "triton is not installed"
+
+
+def runs_native(place: torch.device) -> bool:
+    """Whether ``native`` may be for this device. A dry run for the CPU has another answer (``planner.fused``)."""
+    return place.type == "cpu"
+
+
+def native_obstacle(s: Setting) -> str | None:
+    """Why the compiled kernel for the CPU cannot run, or None where it can."""
+    if not runs_native(s.device):
+        return f"it is for the CPU, and this is {s.device.type}"
+    if s.sinks or s.prefix or s.split:
+        return f"it has no {'sinks' if s.sinks else 'prefix masks' if s.prefix else 'sequences split over ranks'}"
+    return compiled_obstacle(s.dtype)
 
 
 @functools.cache
@@ -115,6 +132,18 @@ def document_ends(places: Places, batch: int) -> tuple[Tensor, int]:
             longest = int(ends.diff().max())
         places.kept["ends"] = ends.to(torch.int32), longest
     return places.kept["ends"]
+
+
+def native(q_BSHd: Tensor, k_BSGd: Tensor, v_BSGv: Tensor, places: Places, window: int | None, scale: float) -> Tensor:
+    """See ``kernels.attend``."""
+    window = places.effective(window)
+    if ("native", window) not in places.kept:
+        own_S = torch.arange(places.seq_len, device=places.device)
+        first_BS = own_S - (own_S if places.document_BN is None else places.position_in_document())
+        if window is not None:
+            first_BS = first_BS.maximum(own_S - (window - 1))
+        places.kept["native", window] = first_BS.expand(len(q_BSHd), -1).contiguous()
+    return native_attention(q_BSHd, k_BSGd, v_BSGv, places.kept["native", window], scale)
 
 
 @torch.compiler.disable

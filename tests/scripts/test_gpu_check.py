@@ -5,12 +5,14 @@ No GPU has run it; this keeps it from breaking unseen.
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
-from gpu_train import by_part  # noqa: E402
+from gpu_train import by_part, missing  # noqa: E402
 
 PARTS = {"attention", "router", "experts", "dispatch", "loss", "clipping", "optimizer", "rest"}
 
@@ -72,3 +74,20 @@ def test_kernels_alone(tmp_path: Path) -> None:
     for folder in ("kernels", "scripts"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     assert "no attention, no training: there is no moetrain/" in run(tmp_path, "--only", "train")
+
+
+def test_wheels_bring_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an index; behind what is installed."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert missing(tmp_path) == f"there are no wheels in {tmp_path}"
+    about = "brought-1.dist-info"
+    with zipfile.ZipFile(tmp_path / "brought-1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("brought_by_a_wheel.py", "here = True")
+        wheel.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: brought\nVersion: 1\n")
+        wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{about}/RECORD", "")
+    assert missing(tmp_path) is None
+    assert importlib.import_module("brought_by_a_wheel").here
+    assert sys.path[-1] == str(Path(sys.modules["brought_by_a_wheel"].__file__ or "").parent)
+    (tmp_path / "brought-2-py3-none-any.whl").write_text("no archive")
+    assert "cannot be installed" in (missing(tmp_path) or "")

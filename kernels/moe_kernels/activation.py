@@ -16,6 +16,8 @@ from torch import Tensor
 # GPT-OSS (arXiv 2508.10925): gate and up are clamped, the gate's sigmoid is sharpened, up is shifted by one.
 GPT_OSS_ALPHA = 1.702
 GPT_OSS_LIMIT = 7.0
+# SwiGLU with gate and up clamped: DeepSeek-V4's swiglu_limit, and that of GLM and Hunyuan models after it.
+SWIGLU_LIMIT = 10.0
 
 aten = torch.ops.aten
 
@@ -99,36 +101,37 @@ def _plain(f: Function) -> Activation:
     return Activation(1, f.value, f.write, pull)
 
 
-def _gpt_oss(gate: Tensor, up: Tensor) -> Tensor:
-    """With gate capped at 7 and up held to [-7, 7]: gate * sigmoid(1.702 * gate) * (up + 1)."""
-    gate = gate.clamp(max=GPT_OSS_LIMIT)
-    up = up.clamp(min=-GPT_OSS_LIMIT, max=GPT_OSS_LIMIT)
-    return gate * torch.sigmoid(GPT_OSS_ALPHA * gate) * (up + 1)
+def _clamped(limit: float, alpha: float, shift: float) -> Activation:
+    """With gate capped at ``limit`` and up held within it: gate * sigmoid(alpha * gate) * (up + shift)."""
 
+    def value(gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
+        return gate * torch.sigmoid(alpha * gate) * (up + shift)
 
-def _gpt_oss_write(h: Tensor, out: Tensor) -> None:
-    out.copy_(_gpt_oss(*h.chunk(2, dim=-1)))
+    def write(h: Tensor, out: Tensor) -> None:
+        out.copy_(value(*h.chunk(2, dim=-1)))
 
+    def pull(h: Tensor, da: Tensor, a: Tensor, dh: Tensor, weigh: Callable[[], None]) -> None:
+        (gate, up), (dgate, dup) = h.chunk(2, dim=-1), dh.chunk(2, dim=-1)
+        capped, shifted = gate.clamp(max=limit), up.clamp(min=-limit, max=limit) + shift
+        sigmoid = torch.sigmoid(alpha * capped)
+        glu = capped * sigmoid
+        torch.mul(glu, shifted, out=a)
+        weigh()
+        # A clamped value passes no gradient; at the limit itself it does, as torch.clamp has it.
+        torch.mul(da * glu, up.abs() <= limit, out=dup)
+        slope = sigmoid * (1 + alpha * capped * (1 - sigmoid))
+        torch.mul(da * shifted, slope * (gate <= limit), out=dgate)
 
-def _gpt_oss_pull(h: Tensor, da: Tensor, a: Tensor, dh: Tensor, weigh: Callable[[], None]) -> None:
-    (gate, up), (dgate, dup) = h.chunk(2, dim=-1), dh.chunk(2, dim=-1)
-    capped = gate.clamp(max=GPT_OSS_LIMIT)
-    shifted = up.clamp(min=-GPT_OSS_LIMIT, max=GPT_OSS_LIMIT) + 1
-    sigmoid = torch.sigmoid(GPT_OSS_ALPHA * capped)
-    glu = capped * sigmoid
-    torch.mul(glu, shifted, out=a)
-    weigh()
-    # A clamped value passes no gradient; at the limit itself it does, as torch.clamp has it.
-    torch.mul(da * glu, up.abs() <= GPT_OSS_LIMIT, out=dup)
-    slope = sigmoid * (1 + GPT_OSS_ALPHA * capped * (1 - sigmoid))
-    torch.mul(da * shifted, slope * (gate <= GPT_OSS_LIMIT), out=dgate)
+    return Activation(2, value, write, pull)
 
 
 ACTIVATIONS: dict[str, Activation] = {
     "swiglu": _gated(SILU),
     "geglu": _gated(GELU),
     "reglu": _gated(RELU),
-    "gpt_oss": Activation(2, _gpt_oss, _gpt_oss_write, _gpt_oss_pull),
+    "gpt_oss": _clamped(GPT_OSS_LIMIT, GPT_OSS_ALPHA, 1.0),
+    "swiglu_clamped": _clamped(SWIGLU_LIMIT, 1.0, 0.0),
     "gelu": _plain(GELU),
     "relu2": _plain(SQUARED_RELU),
 }

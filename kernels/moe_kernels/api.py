@@ -136,7 +136,8 @@ def expert_mlp(
     Parameters share one dtype: that of x, or float32 under a half-precision x. Then they are rounded to x's where they
         are used, without a copy of all of them, and their gradients are float32.
     index_R: int64 (R,) or None. weight_R: float (R,), any float dtype, or None for 1.
-    activation: gated "swiglu", "geglu", "reglu", "gpt_oss"; plain "gelu", "relu2" (``activation.ACTIVATIONS``).
+    activation: gated "swiglu", "geglu", "reglu", "gpt_oss", "swiglu_clamped"; plain "gelu", "relu2"
+        (``activation.ACTIVATIONS``).
     backend: one of ``BACKENDS``.
     fp8: all products in FP8 as DeepSeek-V3 makes them (``moe_kernels.fp8_experts``): "triton" on a GPU of compute
         capability 9.0 or later, emulated by "cpu". Not float64.

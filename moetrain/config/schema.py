@@ -15,8 +15,8 @@ from pydantic.dataclasses import dataclass
 from moetrain.config.fields import STRICT, Kind, NonNegative, PerLayerFloat, PerLayerInt, Positive
 from moetrain.config.schema_data import DataConfig
 
-# Those of ``moe_kernels``. The first four are gated, with two input matrices; gelu and relu2 are plain, with one.
-Activation: TypeAlias = Literal["swiglu", "geglu", "reglu", "gpt_oss", "gelu", "relu2"]
+# Those of ``moe_kernels``. The first five are gated, with two input matrices; gelu and relu2 are plain, with one.
+Activation: TypeAlias = Literal["swiglu", "geglu", "reglu", "gpt_oss", "swiglu_clamped", "gelu", "relu2"]
 ExpertBackend: TypeAlias = Literal[
     "auto",
     "fastest",

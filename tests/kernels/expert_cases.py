@@ -55,7 +55,7 @@ def make_case(
 ) -> Case:
     """Random inputs, rounded to ``dtype`` so that all backends start from the same numbers.
 
-    Pre-activations are about 1 in size in half precision; in float64 they also pass 7, where gpt_oss clamps (rounding
+    Pre-activations are about 1 in size in half precision; in float64 they also pass 10, where clamps are (rounding
     would decide on which side of the step in its derivative a number falls).
     """
     g = torch.Generator().manual_seed(sum(counts) + len(counts))

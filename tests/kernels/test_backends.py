@@ -95,7 +95,10 @@ def _change(case: Case, name: str) -> dict[str, object]:
         ("sum", "counts must be 2 row numbers that sum to 5, not 2 that sum to 6"),
         ("negative", "counts must be"),
         ("length", "counts must be"),
-        ("activation", "no activation is called 'swish'; known: swiglu, geglu, reglu, gpt_oss, gelu, relu2"),
+        (
+            "activation",
+            "no activation is called 'swish'; known: swiglu, geglu, .*, swiglu_clamped, gelu, relu2",
+        ),
         ("dtype", "w2 is torch.float32 but w13 is torch.float64"),
         ("wider", "w13 is torch.float32 but x is torch.float64"),
         ("width", "w2 has shape"),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moe_kernels import ACTIVATIONS, expert_mlp
+from moe_kernels import ACTIVATIONS, activate, expert_mlp
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -31,6 +32,11 @@ def gpt_oss(gate: Tensor, up: Tensor) -> Tensor:
     return gate / (1 + torch.exp(-1.702 * gate)) * (up + 1)
 
 
+def swiglu_clamped(gate: Tensor, up: Tensor) -> Tensor:
+    gate, up = torch.minimum(gate, torch.tensor(10.0)), torch.clip(up, -10, 10)
+    return gate / (1 + torch.exp(-gate)) * up
+
+
 def gelu(x: Tensor) -> Tensor:
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
@@ -41,6 +47,7 @@ FORMULAS = {
     "geglu": lambda gate, up: gelu(gate) * up,
     "reglu": lambda gate, up: torch.where(gate > 0, gate, 0.0) * up,
     "gpt_oss": gpt_oss,
+    "swiglu_clamped": swiglu_clamped,
     "gelu": gelu,
     "relu2": lambda up: torch.where(up > 0, up, 0.0) ** 2,
 }
@@ -56,6 +63,16 @@ def by_definition(x_ND, counts, w13, w2, index_R, weight_R, b13, b2, activation)
             rows.append(weight_R[r] * (w2[expert] @ a + b2[expert]))
             r += 1
     return torch.stack(rows)
+
+
+def test_swiglu_clamped_is_deepseek_v4s() -> None:
+    theirs = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4", reason="an older transformers")
+    sizes = SimpleNamespace(hidden_size=8, intermediate_size=6, mlp_bias=False, hidden_act="silu", swiglu_limit=10.0)
+    torch.manual_seed(0)
+    mlp, x = theirs.DeepseekV4MLP(sizes), 20 * torch.randn(50, 8)
+    gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+    assert gate.max() > 10 and up.min() < -10
+    torch.testing.assert_close(mlp.down_proj(activate([gate, up], "swiglu_clamped")), mlp(x))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

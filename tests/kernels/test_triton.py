@@ -48,6 +48,7 @@ def test_in_the_interpreter() -> None:
     [
         ([37, 0, 5, 20], "swiglu", {"bias": True}),  # uneven, one empty; gathered, weighted
         ([0, 0, 33, 0], "gpt_oss", {"bias": True}),  # one expert takes all
+        ([12, 7], "swiglu_clamped", {}),
         ([3, 16, 1], "relu2", {"gather": False, "bias": True}),  # one input matrix; rows in order
         ([17, 0], "geglu", {"weights": False, "bias": True}),
         ([4, 9], "gelu", {}),

@@ -54,6 +54,7 @@ PRODUCTS: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
     "down": (products.rows_times_weights, ROWS, WEIGHTS | {"N": D, "K": F, "W_N": F, "W_K": 1}),
     "input gradient": (products.rows_times_weights, ROWS, WEIGHTS | {"N": D, "K": 2 * F, "W_N": 1, "W_K": D}),
     "down gradient": (products.down_gradient, DOWN, LAYER),
+    "down gradient, swiglu_clamped": (products.down_gradient, DOWN, LAYER | {"ACT": "swiglu_clamped"}),
     "down gradient, gpt_oss": (products.down_gradient, DOWN, LAYER | {"ACT": "gpt_oss"}),
     "w13 gradient": (products.weight_gradient, GRADIENT | {"right_index": I64}, EXACT | {"M": 2 * F, "N": D}),
     "w2 gradient": (products.weight_gradient, GRADIENT | {"left_index": I64}, EXACT | {"M": D, "N": F}),

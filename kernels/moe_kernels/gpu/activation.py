@@ -8,6 +8,7 @@ from moe_kernels import activation
 
 _ALPHA: tl.constexpr = tl.constexpr(activation.GPT_OSS_ALPHA)
 _LIMIT: tl.constexpr = tl.constexpr(activation.GPT_OSS_LIMIT)
+_SWIGLU_LIMIT: tl.constexpr = tl.constexpr(activation.SWIGLU_LIMIT)
 
 
 @triton.jit
@@ -31,8 +32,9 @@ def _function(x, ACT: tl.constexpr):
 def act(gate, up, ACT: tl.constexpr, GATED: tl.constexpr):
     """The activation; plain ones take ``up`` alone."""
     if ACT == "gpt_oss":
-        capped, shifted = tl.where(gate > _LIMIT, _LIMIT, gate), _clamp(up) + 1
-        return capped * tl.sigmoid(_ALPHA * capped) * shifted
+        return _clamped(gate, up, _LIMIT, _ALPHA, 1.0)
+    elif ACT == "swiglu_clamped":
+        return _clamped(gate, up, _SWIGLU_LIMIT, 1.0, 0.0)
     elif GATED:
         return _function(gate, ACT)[0] * up
     else:
@@ -43,10 +45,9 @@ def act(gate, up, ACT: tl.constexpr, GATED: tl.constexpr):
 def act_slopes(gate, up, ACT: tl.constexpr, GATED: tl.constexpr):
     """The derivatives of ``act`` in gate and up. A clamped value passes no gradient; at the limit itself it does."""
     if ACT == "gpt_oss":
-        capped, shifted = tl.where(gate > _LIMIT, _LIMIT, gate), _clamp(up) + 1
-        s = tl.sigmoid(_ALPHA * capped)
-        slope = tl.where(gate > _LIMIT, 0.0, s * (1 + _ALPHA * capped * (1 - s)))
-        return shifted * slope, tl.where(tl.abs(up) > _LIMIT, 0.0, capped * s)
+        return _clamped_slopes(gate, up, _LIMIT, _ALPHA, 1.0)
+    elif ACT == "swiglu_clamped":
+        return _clamped_slopes(gate, up, _SWIGLU_LIMIT, 1.0, 0.0)
     elif GATED:
         f, slope = _function(gate, ACT)
         return up * slope, f
@@ -56,5 +57,19 @@ def act_slopes(gate, up, ACT: tl.constexpr, GATED: tl.constexpr):
 
 
 @triton.jit
-def _clamp(up):
-    return tl.where(up > _LIMIT, _LIMIT, tl.where(up < -_LIMIT, -_LIMIT, up))
+def _clamped(gate, up, LIMIT: tl.constexpr, ALPHA: tl.constexpr, SHIFT: tl.constexpr):
+    capped, shifted = tl.where(gate > LIMIT, LIMIT, gate), _within(up, LIMIT) + SHIFT
+    return capped * tl.sigmoid(ALPHA * capped) * shifted
+
+
+@triton.jit
+def _clamped_slopes(gate, up, LIMIT: tl.constexpr, ALPHA: tl.constexpr, SHIFT: tl.constexpr):
+    capped, shifted = tl.where(gate > LIMIT, LIMIT, gate), _within(up, LIMIT) + SHIFT
+    s = tl.sigmoid(ALPHA * capped)
+    slope = tl.where(gate > LIMIT, 0.0, s * (1 + ALPHA * capped * (1 - s)))
+    return shifted * slope, tl.where(tl.abs(up) > LIMIT, 0.0, capped * s)
+
+
+@triton.jit
+def _within(up, LIMIT: tl.constexpr):
+    return tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))

@@ -15,7 +15,7 @@ from torch import Tensor
 from moe_kernels.native.library import call
 from moe_kernels.operands import Operands
 
-ORDER = ("swiglu", "geglu", "reglu", "gpt_oss", "gelu", "relu2")  # as in products.cpp
+ORDER = ("swiglu", "geglu", "reglu", "gpt_oss", "swiglu_clamped", "gelu", "relu2")  # as in products.cpp
 COLUMNS = 64  # of a tile, likewise
 
 

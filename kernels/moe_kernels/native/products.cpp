@@ -102,7 +102,7 @@ void rows_product(Rows<T> a, Matrices<W> w, const i64* counts, i64 threads, Then
 
 // ---- activations: moe_kernels.activation ------------------------------------------------------------------------------
 
-enum { SWIGLU, GEGLU, REGLU, GPT_OSS, GELU, RELU2 };
+enum { SWIGLU, GEGLU, REGLU, GPT_OSS, SWIGLU_CLAMPED, GELU, RELU2 };
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
@@ -137,6 +137,13 @@ inline float activation(float gate, float up, float& in_gate, float& in_up) {
     in_gate = gate > limit ? 0.0f : shifted * s * (1.0f + alpha * capped * (1.0f - s));
     in_up = std::fabs(up) > limit ? 0.0f : capped * s;
     return capped * s * shifted;
+  } else if constexpr (ACT == SWIGLU_CLAMPED) {
+    const float limit = 10.0f, capped = gate > limit ? limit : gate, held = up > limit ? limit : up < -limit ? -limit : up;
+    float slope;
+    const float f = function<SWIGLU>(capped, slope);
+    in_gate = gate > limit ? 0.0f : held * slope;
+    in_up = std::fabs(up) > limit ? 0.0f : f;
+    return f * held;
   } else if constexpr (ACT == GELU || ACT == RELU2) {
     return function<ACT>(up, in_up);
   } else {
@@ -153,6 +160,7 @@ void with_activation(i64 name, Do run) {
     case SWIGLU: return run(std::integral_constant<int, SWIGLU>());
     case GEGLU: return run(std::integral_constant<int, GEGLU>());
     case REGLU: return run(std::integral_constant<int, REGLU>());
+    case SWIGLU_CLAMPED: return run(std::integral_constant<int, SWIGLU_CLAMPED>());
     case GPT_OSS: return run(std::integral_constant<int, GPT_OSS>());
     case GELU: return run(std::integral_constant<int, GELU>());
     default: return run(std::integral_constant<int, RELU2>());

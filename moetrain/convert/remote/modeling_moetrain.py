@@ -50,12 +50,18 @@ def gpt_oss(gate: Tensor, up: Tensor) -> Tensor:
     return gate * torch.sigmoid(1.702 * gate) * (up + 1)
 
 
+def swiglu_clamped(gate: Tensor, up: Tensor) -> Tensor:
+    """SwiGLU with DeepSeek-V4's limit."""
+    return F.silu(gate.clamp(max=10.0)) * up.clamp(-10.0, 10.0)
+
+
 # of gate and up, or of up alone
 ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "swiglu": lambda gate, up: F.silu(gate) * up,
     "geglu": lambda gate, up: gelu(gate) * up,
     "reglu": lambda gate, up: F.relu(gate) * up,
     "gpt_oss": gpt_oss,
+    "swiglu_clamped": swiglu_clamped,
     "gelu": gelu,
     "relu2": lambda up: F.relu(up).square(),
 }

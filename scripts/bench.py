@@ -1,6 +1,7 @@
 """Benchmarks against named peers, each in one run: ``python scripts/bench.py step --json FILE``.
 
 step: tokens per second of a whole training step against transformers' model of the same shape (``bench_step.py``).
+experts: rates of the experts on CPU as shares of a dense product's, against torch's grouped_mm (``bench_experts.py``).
 dispatch: bytes, time and overlap of the dispatchers, against DeepSpeed's MoE layer (``bench_dispatch.py``).
 data: a mixture of 1,000 sources, against Hugging Face datasets and megatron-core (``bench_data.py``).
 convert: a 30B-shaped checkpoint there and back, against a file copy and transformers (``bench_convert.py``).
@@ -17,6 +18,7 @@ from pathlib import Path
 import bench_convert
 import bench_data
 import bench_dispatch
+import bench_experts
 import bench_step
 
 
@@ -27,6 +29,9 @@ def main() -> int:
     step = commands.add_parser("step", help="a training step against transformers", description=bench_step.__doc__,
                                formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     bench_step.add_arguments(step)
+    experts = commands.add_parser("experts", help="the experts on CPU", description=bench_experts.__doc__,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    bench_experts.add_arguments(experts)
     dispatch = commands.add_parser("dispatch", help="what dispatchers move", description=bench_dispatch.__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     bench_dispatch.add_arguments(dispatch)
@@ -36,14 +41,20 @@ def main() -> int:
     convert = commands.add_parser("convert", help="checkpoints there and back", description=bench_convert.__doc__,
                                   formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     bench_convert.add_arguments(convert)
-    for command in (step, dispatch, data, convert):
+    for command in (step, experts, dispatch, data, convert):
         command.add_argument("--json", type=Path, metavar="FILE", help="write the rows here as JSON")
     args = parser.parse_args()
     if args.json is not None and not args.json.parent.is_dir():
         parser.error(f"--json: there is no folder '{args.json.parent}'")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    benches = (("step", bench_step), ("dispatch", bench_dispatch), ("data", bench_data), ("convert", bench_convert))
-    result = dict(benches)[args.command].main(args)
+    benches = {
+        "step": bench_step,
+        "experts": bench_experts,
+        "dispatch": bench_dispatch,
+        "data": bench_data,
+        "convert": bench_convert,
+    }
+    result = benches[args.command].main(args)
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0

@@ -12,6 +12,7 @@ from moe_kernels.memory import keep_freed_memory
 from moe_kernels.norm import rms_norm
 from moe_kernels.packages import PACKAGES
 from moe_kernels.permutation import permute, unpermute
+from moe_kernels.product import PRODUCT_BACKENDS, grouped_mm
 from moe_kernels.rotary import rope
 from moe_kernels.router import Choice, router_topk
 from moe_kernels.ternary import absmean, ternary
@@ -22,6 +23,7 @@ __all__ = [
     "BACKENDS",
     "OP_BACKENDS",
     "PACKAGES",
+    "PRODUCT_BACKENDS",
     "ROUNDINGS",
     "Choice",
     "VocabularyPart",
@@ -30,6 +32,7 @@ __all__ = [
     "choose_backend",
     "dequantize",
     "expert_mlp",
+    "grouped_mm",
     "keep_freed_memory",
     "linear_cross_entropy",
     "moe_mlp",

@@ -13,7 +13,9 @@ from moe_kernels.operands import Operands
 from moe_kernels.reference import loop_expert_mlp
 
 
-def grouped_mm_obstacle(device: torch.device, dtype: torch.dtype, dim: int, expert_dim: int) -> str | None:
+def grouped_mm_obstacle(
+    device: torch.device, dtype: torch.dtype, dim: int, expert_dim: int, names: tuple[str, str] = ("D", "F")
+) -> str | None:
     """Why torch's grouped product cannot run these experts, or None where it can.
 
     Row strides must be multiples of 16 bytes; the CPU kernel takes float32, bfloat16 and float16, CUDA's bfloat16.
@@ -25,7 +27,7 @@ def grouped_mm_obstacle(device: torch.device, dtype: torch.dtype, dim: int, expe
     if dtype not in takes:
         return f"torch's grouped_mm does not take {str(dtype).removeprefix('torch.')} on {device.type}"
     multiple = 16 // dtype.itemsize
-    for name, size in (("D", dim), ("F", expert_dim)):
+    for name, size in zip(names, (dim, expert_dim), strict=True):
         if size % multiple:
             return f"torch's grouped_mm needs {name} to be a multiple of {multiple} in this dtype, and {name} is {size}"
     return None
@@ -34,8 +36,13 @@ def grouped_mm_obstacle(device: torch.device, dtype: torch.dtype, dim: int, expe
 def grouped_expert_mlp(o: Operands) -> Tensor:
     """``moe_kernels.expert_mlp`` through ``torch.nn.functional.grouped_mm``. y_RD (R, D), or with row_TK out_TD."""
     offsets_e = torch.tensor(o.row_counts, device=o.x_ND.device).cumsum(0).to(torch.int32)
+    return mlp_of_products(o, lambda a, w: torch_grouped_mm(a, w, offsets_e))
+
+
+def torch_grouped_mm(x_RK: Tensor, w_eNK: Tensor, offsets_e: Tensor) -> Tensor:
+    """torch's own: y_RN, each expert's rows times its matrix, transposed. offsets_e: int32, where each expert ends."""
     product = F.grouped_mm if hasattr(F, "grouped_mm") else torch._grouped_mm
-    return mlp_of_products(o, lambda a, w: product(a, w.transpose(-2, -1), offs=offsets_e))
+    return product(x_RK, w_eNK.transpose(-2, -1), offs=offsets_e)
 
 
 def mlp_of_products(o: Operands, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

@@ -19,6 +19,7 @@ from moe_kernels import expert_mlp, moe_mlp
 from tests.kernels.expert_cases import make_case
 from tests.kernels.layer_cases import by_definition, kept_bytes, make_layer, run
 from tests.kernels.test_experts import compare
+from tests.kernels.test_grouped_mm import check_against_definition
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -40,6 +41,12 @@ def run_interpreted(file: str) -> None:
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 def test_in_the_interpreter() -> None:
     run_interpreted(__file__)
+
+
+@interpreted
+@pytest.mark.parametrize("counts", [[37, 0, 5, 20], [0, 0, 33, 0], [0, 0]], ids=str)
+def test_the_product_alone(counts: list[int]) -> None:
+    check_against_definition("triton", counts, torch.float32, torch.float32)
 
 
 @interpreted

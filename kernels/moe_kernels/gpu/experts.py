@@ -41,7 +41,7 @@ def _forward(
         x_ND, index_R, w13, b13, s_R, h_RnF, a_RF, *tiles,
         E=e, F=F, D=D, ACT=activation, GATED=matrices == 2, TILE=TILE, PRECISION=_precision(),
     )  # fmt: skip
-    y_RD = _rows_times_weights(a_RF, w2, tiles, D, (F, 1), b2, s_R)
+    y_RD = run_rows_times_weights(a_RF, w2, tiles, D, (F, 1), b2, s_R)
     return (y_RD if row_TK is None else gather_sum(y_RD, row_TK)), h_RnF
 
 
@@ -84,12 +84,12 @@ def _backward(
         E=e, F=F, D=D, ACT=activation, GATED=matrices == 2, TILE=TILE, PRECISION=_precision(),
     )  # fmt: skip
     if need_x:
-        dx_RD = _rows_times_weights(dh_RnF, w13, tiles, D, (1, D))
+        dx_RD = run_rows_times_weights(dh_RnF, w13, tiles, D, (1, D))
         grads[0] = sum_per_token(dx_RD, len(x_ND), index_R, row_TK)
     if need_w13:
-        grads[1] = _weight_gradient(dh_RnF, None, x_ND, index_R, tiles, w13)
+        grads[1] = run_weight_gradient(dh_RnF, None, x_ND, index_R, tiles, w13)
     if need_w2:
-        grads[2] = _weight_gradient(dy, dy_index, a_RF, None, tiles, w2)
+        grads[2] = run_weight_gradient(dy, dy_index, a_RF, None, tiles, w2)
     if need_s and s_R is not None:
         if b2 is not None:
             row_product(dy, dy_index, b2, tiles, ds_parts[-1])
@@ -116,7 +116,7 @@ def _precision() -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def _rows_times_weights(
+def run_rows_times_weights(
     a: Tensor,
     w: Tensor,
     tiles: Tiles,
@@ -133,7 +133,7 @@ def _rows_times_weights(
     return out
 
 
-def _weight_gradient(
+def run_weight_gradient(
     left: Tensor, left_index: Tensor | None, right: Tensor, right_index: Tensor | None, tiles: Tiles, w: Tensor
 ) -> Tensor:
     out, M, N = torch.empty_like(w), left.shape[1], right.shape[1]

@@ -130,20 +130,15 @@ inline float function(float x, float& slope) {
 // The activation and its derivatives in gate and up; plain ones take ``up`` alone.
 template <int ACT>
 inline float activation(float gate, float up, float& in_gate, float& in_up) {
-  if constexpr (ACT == GPT_OSS) {  // a clamped value passes no gradient; at the limit itself it does
-    const float limit = 7.0f, alpha = 1.702f;
-    const float capped = gate > limit ? limit : gate, shifted = (up > limit ? limit : up < -limit ? -limit : up) + 1.0f;
+  if constexpr (ACT == GPT_OSS || ACT == SWIGLU_CLAMPED) {
+    // A clamped value passes no gradient; at the limit itself it does.
+    constexpr bool oss = ACT == GPT_OSS;
+    constexpr float limit = oss ? 7.0f : 10.0f, alpha = oss ? 1.702f : 1.0f, shift = oss ? 1.0f : 0.0f;
+    const float capped = gate > limit ? limit : gate, held = up > limit ? limit : up < -limit ? -limit : up;
     const float s = sigmoid(alpha * capped);
-    in_gate = gate > limit ? 0.0f : shifted * s * (1.0f + alpha * capped * (1.0f - s));
+    in_gate = gate > limit ? 0.0f : (held + shift) * s * (1.0f + alpha * capped * (1.0f - s));
     in_up = std::fabs(up) > limit ? 0.0f : capped * s;
-    return capped * s * shifted;
-  } else if constexpr (ACT == SWIGLU_CLAMPED) {
-    const float limit = 10.0f, capped = gate > limit ? limit : gate, held = up > limit ? limit : up < -limit ? -limit : up;
-    float slope;
-    const float f = function<SWIGLU>(capped, slope);
-    in_gate = gate > limit ? 0.0f : held * slope;
-    in_up = std::fabs(up) > limit ? 0.0f : f;
-    return f * held;
+    return capped * s * (held + shift);
   } else if constexpr (ACT == GELU || ACT == RELU2) {
     return function<ACT>(up, in_up);
   } else {

@@ -95,8 +95,9 @@ def contest(
     """Rows of one shape: dense, then every backend."""
     counts = loads(load, s)
     contestants = {"dense": (product_dense if part == "product" else layer_dense)(s, dtype)}
-    for name, (backend, _) in BACKENDS.items():
-        contestants[name] = (product if part == "product" else layer)(s, dtype, counts, backend)
+    for name, (backend, allowed) in BACKENDS.items():
+        with compiled(allowed):
+            contestants[name] = (product if part == "product" else layer)(s, dtype, counts, backend)
     took: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in contestants}
     for i in range(rounds + 2):
         for name, (forward, backward) in contestants.items():

@@ -38,7 +38,7 @@ def grouped_mm(x_RK: Tensor, w_eNK: Tensor, counts: list[int] | Tensor, *, backe
     x_RK: (R, K). w_eNK: (e, N, K), of x's dtype or float32 under a half-precision x. counts: rows of each expert, which
         sum to R; zeros are legal, R = 0 too. Or integers (e,) on x's device: "triton" then never waits for the GPU, nor
         checks their sum; rows past it give zeros.
-    backend: one of ``PRODUCT_BACKENDS``. "auto" is "cpu" on the CPU (compiled where that can be, else the loop), elsewhere
+    backend: one of ``PRODUCT_BACKENDS``. "auto" is "cpu" on the CPU (compiled if that can be, else a loop), elsewhere
         torch's "grouped_mm" where it can, else "loop".
 
     Differentiable once in x and w: dx_r = W_e^T dy_r, and dW_e = sum over its rows of dy_r x_r^T. Deterministic.

@@ -29,6 +29,7 @@ FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-std=c++17", "-fP
 BUILD_SECONDS = 300
 
 
+@torch.compiler.disable
 def native_obstacle(dtype: torch.dtype) -> str | None:
     """Why the compiled products cannot take rows of ``dtype``, or None where they can. The first call builds them."""
     if os.environ.get("MOE_KERNELS_NATIVE") == "0":
@@ -43,6 +44,7 @@ def native_obstacle(dtype: torch.dtype) -> str | None:
     return None
 
 
+@torch.compiler.disable
 def call(function: str, *arguments: torch.Tensor | int | float | None) -> None:
     """Call a function of the library with pointers to tensors, and numbers. Meta tensors (a dry run) have none: nothing
     is done.

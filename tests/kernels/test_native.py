@@ -98,7 +98,7 @@ def test_any_sizes(dtype: torch.dtype, counts: list[int], dim: int, width: int) 
     got, want = case.run("cpu", dtype), case.run("loop", torch.float64)
     for name in want:
         limit = 1e-5 if dtype == torch.float32 else 0.02
-        assert (got[name] - want[name]).norm() <= limit * want[name].norm().clamp(min=1e-3), name
+        assert (got[name] - want[name]).norm() <= limit * want[name].norm().clamp(min=1), name  # sums may cancel
 
 
 @needs_compiler

@@ -85,8 +85,8 @@ class _Experts(torch.autograd.Function):
         if need_b13 and b13 is not None:
             db13 = torch.stack([part.sum(0) for part in dh_RnF.split(counts)]).view_as(b13)
         if need_b2 and b2 is not None:
-            scaled = dys if weight_R is None else dys * weight_R[:, None].to(dys.dtype)
-            db2 = torch.stack([part.sum(0) for part in scaled.split(counts)])
+            scaled = dys.float() if s_R is None else dys * s_R[:, None]
+            db2 = torch.stack([part.sum(0) for part in scaled.split(counts)]).to(b2.dtype)
         return dx_ND, dw13, dw2, ds_R, db13, db2, None, None, None, None
 
 

@@ -80,16 +80,17 @@ def logits(cfg: config.Config) -> list[float]:
     return found
 
 
-def test_bf16_equals_the_torch_engine(prepared: Path) -> None:
-    """Nearly the same casts: float32 weights, bfloat16 computation. DeepSpeed's experts have bfloat16 weights, so their
-    gradients are rounded once more. The first steps are near, until sums round to neighbours; rounded master weights are
-    1e-3 off from the second step on."""
+def test_bf16_equals_the_torch_engine(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same casts: float32 weights, bfloat16 computation. The first steps are equal, until a sum in another order
+    rounds to a neighbour; rounded master weights are 1e-3 off from the second step on. Without the compiled kernels,
+    which give float32 weights gradients that were never rounded: DeepSpeed's experts have bfloat16 weights."""
+    monkeypatch.setenv("MOE_KERNELS_NATIVE", "0")
     common = [*SIGMOID, "train.precision=bf16", EP, EDP, "schedule.warmup_steps=0"]
     want = run_ranks(2, train, load(prepared, common))[0]
     for zero in (1, 2, 3):
         got = run_ranks(2, train, load(prepared, [*common, *ds(zero)]))[0]
         for step in range(STEPS):
-            tolerance = 2e-4 if step < 8 else 2e-2
+            tolerance = 1e-5 if step < 8 else 2e-2
             assert got[step]["loss"] == pytest.approx(want[step]["loss"], rel=tolerance), step
 
 

@@ -7,7 +7,8 @@ layer: a whole layer of gated experts (``moe_mlp``): gathering, three products, 
 
 Loads: balanced; zipf, what a random router makes of tokens that are as frequent as words are; hot, half of all rows
 to one expert; empty, every second expert without rows. In a round all contestants take their turn, and medians are
-compared. "bytes" is the least time that reading the operands and writing the results once would take, at the rate of a
+compared. "kept" is what a layer saves for backward beside parameters and routing, over SonicMoE's formula, N D + 2 R F
+numbers. "bytes" is the least time that reading the operands and writing the results once would take, at the rate of a
 copy on this machine, as a share of the dense product's time: no path can be faster than that.
 """
 
@@ -106,6 +107,7 @@ def contest(
             if i >= 2:
                 for list_, t in zip(took[name], times, strict=True):
                     list_.append(t)
+    kept = kept_by_layer(s, dtype, counts) if part == "layer" else {}
     medians = {name: tuple(map(statistics.median, pair)) for name, pair in took.items()}
     rows = []
     for name, pair in medians.items():
@@ -114,10 +116,12 @@ def contest(
                 s._asdict()
                 | {"dtype": str(dtype)[6:], "load": load, "part": part, "threads": threads, "backend": name}
                 | {"pass": ("forward", "backward")[which], "seconds": t, "of dense": medians["dense"][which] / t}
-                | {"to grouped_mm": medians["grouped_mm"][which] / t}
+                | {"to grouped_mm": medians["grouped_mm"][which] / t, "kept, of formula": kept.get(name)}
                 | {"bytes, of dense": least_bytes(s, dtype, counts, part, which) / rate / medians["dense"][which]}
             )
-    shares = (f"{n} {r[0]['of dense']:.2f} / {r[1]['of dense']:.2f}" for n, r in pairs(rows))
+    shares = [f"{n} {r[0]['of dense']:.2f} / {r[1]['of dense']:.2f}" for n, r in pairs(rows)]
+    shares += [f"bytes {rows[0]['bytes, of dense']:.2f} / {rows[1]['bytes, of dense']:.2f}"]
+    shares += [f"kept {', '.join(f'{k:.2f}' for k in kept.values())}"] if kept else []
     print(f"{tuple(s)!s:24} {str(dtype)[6:]:8} {load:8} {part:7}  {'   '.join(shares)}", flush=True)
     return rows
 
@@ -167,12 +171,40 @@ def product(s: Shape, dtype: torch.dtype, counts: list[int], backend: str) -> Pa
 
 
 def layer(s: Shape, dtype: torch.dtype, counts: list[int], backend: str) -> Passes:
+    return passes(*layer_call(s, dtype, counts, backend))
+
+
+def layer_call(
+    s: Shape, dtype: torch.dtype, counts: list[int], backend: str
+) -> tuple[functools.partial[Tensor], list[Tensor]]:
+    """(a layer on four rows of each token, what it is differentiated in)."""
     x, index_R = normal(dtype, s.R // 4, s.D).requires_grad_(), torch.arange(s.R) * 7919 % (s.R // 4)
     weight_R = normal(dtype, s.R).sigmoid().requires_grad_()
     w13 = normal(dtype, s.E, 2, s.F, s.D, scale=s.D**-0.5).requires_grad_()
     w2 = normal(dtype, s.E, s.D, s.F, scale=s.F**-0.5).requires_grad_()
     call = functools.partial(expert_mlp, x, counts, w13, w2, index_R=index_R, weight_R=weight_R, backend=backend)
-    return passes(call, [x, w13, w2, weight_R])
+    return call, [x, w13, w2, weight_R]
+
+
+def kept_by_layer(s: Shape, dtype: torch.dtype, counts: list[int]) -> dict[str, float]:
+    """Of every backend, the bytes that a layer saves for backward as a share of the formula's."""
+    found = {}
+    for name, (backend, allowed) in BACKENDS.items():
+        saved: dict[int, int] = {}
+
+        def keep(t: Tensor, saved: dict[int, int] = saved) -> Tensor:
+            saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with compiled(allowed):
+            call, leaves = layer_call(s, dtype, counts, backend)
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+                call()
+        for t in (*leaves[1:], call.keywords["index_R"]):
+            saved.pop(t.untyped_storage().data_ptr(), None)
+        formula = (s.R // 4 * s.D + 2 * s.R * s.F) * dtype.itemsize
+        found[name] = sum(saved.values()) / formula
+    return found
 
 
 def product_dense(s: Shape, dtype: torch.dtype) -> Passes:

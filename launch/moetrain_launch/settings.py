@@ -25,7 +25,9 @@ class SlurmConfig:
     qos: str | None = Field(default=None, description="quality of service; null: your default")
     constraint: str | None = Field(default=None, description="node features to ask for, as 'h100&ib'")
     reservation: str | None = Field(default=None, description="reservation to run in")
-    time: str = Field(default="24:00:00", description="time limit of one start: 30 (minutes), 12:00:00 or 2-00:00:00")
+    time: int | str = Field(
+        default="24:00:00", description="time limit of one start: 30 (minutes), 12:00:00 or 2-00:00:00"
+    )
     mem: str | None = Field(default=None, description="memory per node, as 500G; null: what the partition gives")
     signal_s: NonNegative = Field(
         default=180, description="seconds before the limit at which ranks get SIGUSR1, save and go back to the queue"

@@ -50,7 +50,7 @@ exit $code
 def script(job: Job) -> str:
     """The batch file. Raises LaunchError for settings that Slurm would misread."""
     s = job.settings
-    if s.slurm.signal_s >= minutes(s.slurm.time) * 60:
+    if s.slurm.signal_s >= minutes(str(s.slurm.time)) * 60:
         raise LaunchError(
             f"launch.slurm.signal_s={s.slurm.signal_s} is not before the limit launch.slurm.time={s.slurm.time}; "
             f"ask for more time, or for a later signal"

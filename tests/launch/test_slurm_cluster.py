@@ -1,6 +1,6 @@
 """Runs on a real Slurm: two nodes on this machine, started for these tests by ``scripts/slurm_cluster.sh``.
 
-Promise: a job that is preempted, and told by a signal that its time is nearly up, ends as if nothing had happened to it,
+Promise: a job that is preempted, and told by a signal that its time is nearly up, ends as if nothing had happened,
 bit for bit. Small stand-ins for the training command show when a job is put back into the queue and when it is not.
 Skipped where Slurm is not installed; ``make slurm-test`` installs it. Nothing here depends on how long things take.
 """
@@ -154,7 +154,7 @@ def submit(folder: Path, what: str, restarts: int = 0) -> Path:
     run_dir = folder / "stand-ins" / what
     run_dir.mkdir(parents=True)
     (folder / "stand_in.py").write_text(RANK)
-    settings = LaunchConfig(kind="slurm", nodes=2, ranks=2, restarts=restarts, slurm=SlurmConfig(time="10"))
+    settings = LaunchConfig(kind="slurm", nodes=2, ranks=2, restarts=restarts, slurm=SlurmConfig(time=10))
     settings.env = {"PYTHONPATH": str(folder), "WHO": "a b"}
     slurm.submit(Job(run_dir, ("stand_in", what, str(run_dir)), settings))
     return run_dir
@@ -201,7 +201,7 @@ def test_a_partition_that_does_not_exist_is_named_with_those_that_do(cluster: Pa
     assert done.returncode == 2 and not (cluster / "runs/p/launch.json").exists()
     says = "launch.slurm.partition=gpus: the cluster has no such partition; it has main, urgent"
     assert done.stderr == f"moetrain: error: {says}\n"
-    with pytest.raises(LaunchError, match="sbatch refused: .*nvalid account|sbatch refused: .*qos|sbatch refused"):
+    with pytest.raises(LaunchError, match=r"sbatch refused: .*ode"):
         run_dir = cluster / "stand-ins" / "greedy"
         run_dir.mkdir(parents=True)
         slurm.submit(Job(run_dir, ("stand_in",), LaunchConfig(kind="slurm", nodes=99)))

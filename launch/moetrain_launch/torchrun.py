@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 from pathlib import Path
+from typing import NoReturn
 
 from moetrain_launch.job import Job, LaunchError, Note, is_alive, write_note
 
@@ -29,7 +30,7 @@ def words(job: Job) -> list[str]:
     return [job.python, *agent, "-m", *job.command]
 
 
-def run(job: Job) -> None:
+def run(job: Job) -> NoReturn:
     """Become torchrun: this process ends with it. Leaves a note in the run directory."""
     command = words(job)
     write_note(job.run_dir, "local", str(os.getpid()), job.run_dir / "log.txt")

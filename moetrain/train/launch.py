@@ -70,7 +70,8 @@ def start(cfg: Config, resume: bool) -> str:
     show(cfg)  # raises for what cannot be submitted, before anything is written
     if not resume and not holds(job.run_dir, cfg):
         refuse_taken(job.run_dir)
-    refuse_running(job.run_dir)
+    if cfg.launch.kind == "slurm" or cfg.launch.nodes == 1:  # else another machine's launcher may have begun
+        refuse_running(job.run_dir)
     try:
         keep_config(job.run_dir, cfg)
         if cfg.launch.kind == "local":

@@ -201,7 +201,7 @@ def test_a_partition_that_does_not_exist_is_named_with_those_that_do(cluster: Pa
     assert done.returncode == 2 and not (cluster / "runs/p/launch.json").exists()
     says = "launch.slurm.partition=gpus: the cluster has no such partition; it has main, urgent"
     assert done.stderr == f"moetrain: error: {says}\n"
-    with pytest.raises(LaunchError, match=r"sbatch refused: .*ode"):
+    with pytest.raises(LaunchError, match=r"sbatch refused: .*[Mm]emory|configuration"):
         run_dir = cluster / "stand-ins" / "greedy"
         run_dir.mkdir(parents=True)
-        slurm.submit(Job(run_dir, ("stand_in",), LaunchConfig(kind="slurm", nodes=99)))
+        slurm.submit(Job(run_dir, ("stand_in",), LaunchConfig(kind="slurm", slurm=SlurmConfig(mem="900G"))))

@@ -76,11 +76,20 @@ def launch(argv: Sequence[str]) -> int:
     parser = command_parser("launch")
     parser.add_argument("--resume", type=Path, metavar="DIR", help="continue the run in DIR")
     parser.add_argument("--print", action="store_true", help="show what would be submitted or run, and do nothing")
+    parser.add_argument("-m", "--multirun", action="store_true", help="a Slurm array of every combination of a=1,2")
     args = parser.parse_intermixed_args(argv)
     if args.help:
         return show_help(parser, "launch", args.overrides or ["launch"])
+    if args.multirun and (args.resume or args.print):
+        raise ConfigError("launch -m goes with neither --resume nor --print; 'moetrain train -m --resume DIR' goes on")
     from moetrain.train import launch as launching
 
+    if args.multirun:
+        try:
+            print(f"started: {launching.start_sweep(args.overrides, args.config_dir)}")
+        except LaunchError as error:
+            raise ConfigError(str(error)) from error
+        return 0
     if args.resume:
         refuse_no_run(args.resume)
     base = args.resume / "config.yaml" if args.resume else None

@@ -78,6 +78,7 @@ class LaunchConfig:
     restarts: NonNegative = Field(default=3, description="times that a run whose ranks failed is started again")
     gpus: NonNegative = Field(default=0, description="GPUs to ask for, per node")
     cpus: NonNegative = Field(default=0, description="CPU cores to ask for, per rank; 0: the scheduler's default")
+    at_once: Positive = Field(default=16, description="slurm, launch -m: runs of a sweep at work at a time")
     env: dict[str, str] = Field(default_factory=dict, description="environment of the ranks, as {NCCL_DEBUG: WARN}")
     setup: list[str] = Field(default_factory=list, description="slurm: shell lines before the ranks, as module load")
     container: str | None = Field(default=None, description="image to run in")

@@ -7,10 +7,11 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moetrain_launch import kubernetes, slurm, torchrun
+from moetrain_launch import array, kubernetes, slurm, torchrun
 from moetrain_launch.job import Job, LaunchError, Note, notes
 
 from moetrain.config import Config
@@ -18,8 +19,13 @@ from moetrain.config.check import check_mapping
 from moetrain.config.errors import ConfigError
 from moetrain.config.files import as_text
 from moetrain.train.rundir import holds, keep_config, refuse_taken
+from moetrain.train.sweep import note_sweep, plan_sweep
 
-WAYS: dict[str, Any] = {"local": torchrun, "slurm": slurm}  # those that leave a note in the run directory
+WAYS: dict[str, Any] = {
+    "local": torchrun,
+    "slurm": slurm,
+    "array": array,
+}  # those that leave a note in the run directory
 OVER = ("ended", "COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "look there")  # in what ``state`` says
 
 
@@ -83,6 +89,25 @@ def start(cfg: Config, resume: bool) -> str:
         ) from error
 
 
+def start_sweep(overrides: Sequence[str], config_dirs: Sequence[str]) -> str:
+    """Start a run for every combination of the sweeps in ``overrides``, as one Slurm array; what was started.
+
+    ``moetrain train -m --resume DIR`` later runs what is left of it. Raises LaunchError, ConfigError.
+    """
+    runs = plan_sweep(overrides, config_dirs)
+    if runs[0].cfg.launch.kind != "slurm":
+        raise ConfigError("launch -m is for launch=slurm; on this machine use 'moetrain train -m'")
+    folder = Path(runs[0].cfg.run_dir).resolve()
+    slurm.refuse_partition(runs[0].cfg.launch.slurm.partition)
+    note_sweep(folder, runs, config_dirs)
+    jobs = []
+    for run in runs:
+        run.cfg.run_dir = str(folder / run.name)
+        jobs.append(job_of(run.cfg))
+        keep_config(jobs[-1].run_dir, run.cfg)
+    return f"array {array.submit(folder, jobs)} of {len(jobs)} runs; see 'moetrain launch status {folder}'"
+
+
 def refuse_running(run_dir: Path) -> None:
     """Raise LaunchError when ``run_dir`` is being trained in, as far as its notes tell."""
     if not list(run_dir.glob("launch*.json")):
@@ -98,7 +123,11 @@ def status(target: str) -> str:
     if target.startswith("k8s:"):
         return kubernetes.state(target)
     run_dir = Path(target)
-    return "\n".join([*(WAYS[note.kind].state(note) for note in notes(run_dir)), progress(run_dir)])
+    lines = [WAYS[note.kind].state(note) for note in notes(run_dir)]
+    runs = sorted(file.parent for file in run_dir.glob("*/config.yaml"))  # of a sweep
+    return "\n".join(
+        [*lines, *(f"{run.name}: {progress(run)}" for run in runs)] if runs else [*lines, progress(run_dir)]
+    )
 
 
 def progress(run_dir: Path) -> str:
@@ -137,6 +166,8 @@ def logs(target: str, lines: int, follow: bool) -> None:
         except FileNotFoundError:
             raise LaunchError(f"kubectl was not found on this machine; {kubernetes.ABSENT}") from None
     note = notes(Path(target))[0]
+    if note.kind == "array":
+        raise LaunchError(f"{target} is a sweep: each run has its own log.txt, and Slurm's are in {note.log}")
     try:
         with open(note.log, errors="replace") as file:
             sys.stdout.writelines(file.readlines()[-lines:])

@@ -26,7 +26,7 @@ from moetrain import cli
 from moetrain.config import read
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 40
+STEPS = 150
 SMALL = [
     "experiment=demo",
     f"train.steps={STEPS}",
@@ -264,7 +264,7 @@ def test_two_machines_meet_and_one_goes_on_alone_when_the_other_is_gone(straight
         port = held.getsockname()[1]
     run_dir = straight / "two"
     words = ["launch", *SMALL, "run_dir=two", "launch.nodes=2", "launch.ranks=1", "launch.min_nodes=1", "parallel.ep=1",
-             f"launch.rendezvous=localhost:{port}", "train.steps=200"]  # fmt: skip
+             f"launch.rendezvous=localhost:{port}", "train.steps=300"]  # fmt: skip
     first = start(straight, *words)
     until(lambda: (run_dir / "config.yaml").exists(), straight)
     second = start(straight, *words)
@@ -276,5 +276,5 @@ def test_two_machines_meet_and_one_goes_on_alone_when_the_other_is_gone(straight
         os.kill(pid, signal.SIGKILL)
     second.wait()
     finish(first, straight)
-    assert [step for step, _ in losses(run_dir)] == list(range(1, 201))
+    assert [step for step, _ in losses(run_dir)] == list(range(1, 301))
     assert "resumed from" in (run_dir / "log.txt").read_text()

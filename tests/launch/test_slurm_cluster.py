@@ -205,3 +205,39 @@ def test_a_partition_that_does_not_exist_is_named_with_those_that_do(cluster: Pa
         run_dir = cluster / "stand-ins" / "greedy"
         run_dir.mkdir(parents=True)
         slurm.submit(Job(run_dir, ("stand_in",), LaunchConfig(kind="slurm", slurm=SlurmConfig(mem="900G"))))
+
+
+def test_a_sweep_is_an_array_through_submitit(cluster: Path) -> None:
+    """Three stand-ins; one is told that its time is nearly up, saves, and is run again from the queue."""
+    array = pytest.importorskip("moetrain_launch.array")
+    pytest.importorskip("submitit")
+    folder = cluster / "sweep"
+    (cluster / "swept.py").write_text(SWEPT)
+    settings = LaunchConfig(kind="slurm", env={"PYTHONPATH": f"{cluster}:{os.environ['PYTHONPATH']}"}, at_once=2)
+    settings.slurm.time = 10
+    jobs = []
+    for name in ("000", "001", "002"):
+        (folder / name).mkdir(parents=True)
+        jobs.append(Job(folder / name, ("swept", str(folder / name)), settings))
+    number = array.submit(folder, jobs)
+    [note] = notes(folder)
+    until(lambda: (folder / "001" / "waits").exists(), folder)
+    subprocess.run(["scancel", "--signal=USR2", f"{number}_1"], check=True)  # submitit's signal for the time limit
+    until(lambda: array.state(note) == f"array {number}: 3 COMPLETED", folder)
+    assert [(folder / name / "done").read_text() for name in ("000", "001", "002")] == ["0", "1", "0"]
+    assert (folder / "001" / "saved").exists()
+
+
+SWEPT = """
+import os, signal, sys, time
+from pathlib import Path
+run = Path(sys.argv[-1])
+def save(*_):
+    (run / "saved").touch()
+    sys.exit(85)
+signal.signal(signal.SIGUSR1, save)
+if run.name == "001" and not (run / "saved").exists():
+    (run / "waits").touch()
+    time.sleep(300)
+(run / "done").write_text(os.environ.get("SLURM_RESTART_COUNT", "0"))
+"""

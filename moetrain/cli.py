@@ -82,7 +82,7 @@ def launch(argv: Sequence[str]) -> int:
         return show_help(parser, "launch", args.overrides or ["launch"])
     if args.multirun and (args.resume or args.print):
         raise ConfigError("launch -m goes with neither --resume nor --print; 'moetrain train -m --resume DIR' goes on")
-    from moetrain.train import launch as launching
+    from moetrain import launch as launching
 
     if args.multirun:
         try:
@@ -116,7 +116,7 @@ def launched(what: str, argv: Sequence[str]) -> int:
         parser.add_argument("-n", "--lines", type=int, default=20, help="how many of the last lines (20)")
         parser.add_argument("-f", "--follow", action="store_true", help="go on until the run ends")
     args = parser.parse_args(argv)
-    from moetrain.train import launch as launching
+    from moetrain import launch as launching
 
     try:
         if what == "logs":

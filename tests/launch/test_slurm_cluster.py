@@ -213,7 +213,9 @@ def test_a_sweep_is_an_array_through_submitit(cluster: Path) -> None:
     pytest.importorskip("submitit")
     folder = cluster / "sweep"
     (cluster / "swept.py").write_text(SWEPT)
-    settings = LaunchConfig(kind="slurm", env={"PYTHONPATH": f"{cluster}:{os.environ['PYTHONPATH']}"}, at_once=2)
+    settings = LaunchConfig(
+        kind="slurm", env={"PYTHONPATH": os.pathsep.join([str(cluster), *filter(None, sys.path)])}, at_once=2
+    )
     settings.slurm.time = 10
     jobs = []
     for name in ("000", "001", "002"):

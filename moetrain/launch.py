@@ -1,4 +1,7 @@
-"""``moetrain launch``: from a config to a started run, and what there is to know of it afterwards."""
+"""``moetrain launch``: from a config to a started run, and what there is to know of it afterwards.
+
+Training is imported where a run is started, and with it torch: to ask after one should take no time.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,6 @@ from moetrain.config import Config
 from moetrain.config.check import check_mapping
 from moetrain.config.errors import ConfigError
 from moetrain.config.files import as_text
-from moetrain.train.rundir import holds, keep_config, refuse_taken
-from moetrain.train.sweep import note_sweep, plan_sweep
 
 WAYS: dict[str, Any] = {
     "local": torchrun,
@@ -70,6 +71,8 @@ def start(cfg: Config, resume: bool) -> str:
     The same words again go on with the same run. Raises LaunchError, ConfigError: the run directory holds another run,
     runs already, or cannot be written.
     """
+    from moetrain.train.rundir import holds, keep_config, refuse_taken
+
     job = job_of(cfg)
     if cfg.launch.kind == "kubernetes":
         return kubernetes.submit(job, as_text(cfg))
@@ -94,6 +97,9 @@ def start_sweep(overrides: Sequence[str], config_dirs: Sequence[str]) -> str:
 
     ``moetrain train -m --resume DIR`` later runs what is left of it. Raises LaunchError, ConfigError.
     """
+    from moetrain.train.rundir import keep_config
+    from moetrain.train.sweep import note_sweep, plan_sweep
+
     runs = plan_sweep(overrides, config_dirs)
     if runs[0].cfg.launch.kind != "slurm":
         raise ConfigError("launch -m is for launch=slurm; on this machine use 'moetrain train -m'")

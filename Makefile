@@ -1,5 +1,6 @@
 # make train   set up .venv, then train the demo on two CPU ranks
 # make test    set up .venv, then every check: format, lint, types, tests
+# make slurm-test   launch, preempt, requeue and cancel on a two-node Slurm on this machine; needs root (docs/cluster.md)
 # make setup   only set up .venv; done again when pyproject.toml changes
 # Choose another Python with PYTHON=..., another torch with TORCH="torch==...".
 
@@ -12,7 +13,7 @@ VENV_PACKAGE = test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y 
 BIN := .venv/bin
 STAMP := .venv/set-up
 
-.PHONY: train test setup clean
+.PHONY: train test slurm-test setup clean
 
 train: $(STAMP)
 	$(BIN)/moetrain train experiment=demo $(ARGS)
@@ -22,6 +23,9 @@ test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(ARGS)
+
+slurm-test: $(STAMP)
+	scripts/slurm_test.sh $(BIN)/python
 
 setup: $(STAMP)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from moetrain_launch import local
+from moetrain_launch.job import LaunchError
 
 from moetrain import __version__
 from moetrain.config import Config, load, save
@@ -65,6 +66,65 @@ def train(argv: Sequence[str]) -> int:
     from moetrain.train import run
 
     run(cfg, resume=bool(args.resume))
+    return 0
+
+
+def launch(argv: Sequence[str]) -> int:
+    """Start a run by torchrun, Slurm (launch=slurm) or Kubernetes; or 'launch status|logs|cancel RUN_DIR'."""
+    if argv and argv[0] in ("status", "logs", "cancel"):
+        return launched(argv[0], argv[1:])
+    parser = command_parser("launch")
+    parser.add_argument("--resume", type=Path, metavar="DIR", help="continue the run in DIR")
+    parser.add_argument("--print", action="store_true", help="show what would be submitted or run, and do nothing")
+    parser.add_argument("-m", "--multirun", action="store_true", help="a Slurm array of every combination of a=1,2")
+    args = parser.parse_intermixed_args(argv)
+    if args.help:
+        return show_help(parser, "launch", args.overrides or ["launch"])
+    if args.multirun and (args.resume or args.print):
+        raise ConfigError("launch -m goes with neither --resume nor --print; 'moetrain train -m --resume DIR' goes on")
+    from moetrain import launch as launching
+
+    if args.multirun:
+        try:
+            print(f"started: {launching.start_sweep(args.overrides, args.config_dir)}")
+        except LaunchError as error:
+            raise ConfigError(str(error)) from error
+        return 0
+    if args.resume:
+        refuse_no_run(args.resume)
+    base = args.resume / "config.yaml" if args.resume else None
+    cfg = load_run(args.overrides, base=base, config_dirs=args.config_dir, check=launching.check_nodes)
+    if args.resume:
+        cfg.run_dir = str(args.resume)
+    try:
+        if args.print:
+            print(launching.show(cfg), end="")
+        else:
+            started = launching.start(cfg, bool(args.resume))
+            print(f"started: {started}; see 'moetrain launch status {launching.target(cfg)}'")
+    except LaunchError as error:
+        raise ConfigError(str(error)) from error
+    return 0
+
+
+def launched(what: str, argv: Sequence[str]) -> int:
+    """Ask after a run that was launched, or stop it."""
+    parser = Parser(prog=f"moetrain launch {what}", allow_abbrev=False)
+    parser.add_argument("run", metavar="RUN_DIR", help="the run directory, or k8s:NAMESPACE/NAME")
+    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
+    if what == "logs":
+        parser.add_argument("-n", "--lines", type=int, default=20, help="how many of the last lines (20)")
+        parser.add_argument("-f", "--follow", action="store_true", help="go on until the run ends")
+    args = parser.parse_args(argv)
+    from moetrain import launch as launching
+
+    try:
+        if what == "logs":
+            launching.logs(args.run, args.lines, args.follow)
+        else:
+            print({"status": launching.status, "cancel": launching.cancel}[what](args.run))
+    except LaunchError as error:
+        raise ConfigError(str(error)) from error
     return 0
 
 
@@ -236,6 +296,7 @@ def version(argv: Sequence[str]) -> int:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
+    "launch": launch,
     "prepare": prepare,
     "data": data,
     "mapping": mapping,

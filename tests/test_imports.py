@@ -25,6 +25,7 @@ FLOORS: list[set[str]] = [
     {"moetrain.data", "moetrain.mixture", "moetrain.optim", "moetrain.checkpoint"}
     | {"moetrain.convert", "moetrain.upcycle", "moetrain.planner", "moetrain.report"},
     {"moetrain.train"},
+    {"moetrain.launch"},
     {"moetrain.terminal"},
     {"moetrain.cli"},
 ]

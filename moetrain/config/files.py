@@ -50,13 +50,17 @@ def load(
     return _finish(presets.resolve(tree), check, kinds)
 
 
+def as_text(cfg: Config) -> str:
+    """``cfg``, resolved, as YAML that ``read`` takes."""
+    text = f"# Resolved config of a moetrain run, written by moetrain {__version__}.\n"
+    return text + yaml.safe_dump({"config_version": VERSION, **to_dict(cfg)}, sort_keys=False, width=110)
+
+
 def save(cfg: Config, path: Path | str) -> None:
     """Write ``cfg``, resolved, as YAML that ``read`` takes; whole or not at all. Raises OSError."""
     path = Path(path)
-    text = f"# Resolved config of a moetrain run, written by moetrain {__version__}.\n"
-    text += yaml.safe_dump({"config_version": VERSION, **to_dict(cfg)}, sort_keys=False, width=110)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
+    temporary.write_text(as_text(cfg))
     temporary.replace(path)
 
 

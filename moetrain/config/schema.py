@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, TypeAlias
 
+from moetrain_launch.settings import LaunchConfig
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
@@ -349,13 +350,6 @@ class GenerateConfig:
 
 
 @dataclass(config=STRICT)
-class LaunchConfig:
-    """Ranks that 'moetrain train' starts by itself when no launcher has."""
-
-    ranks: Positive = Field(default=1, description="local processes (torchrun) when not already started by a launcher")
-
-
-@dataclass(config=STRICT)
 class Config:
     """A whole run."""
 
@@ -406,4 +400,4 @@ class Config:
     log: LogConfig = Field(default_factory=LogConfig, description="metrics and logs")
     export: ExportConfig = Field(default_factory=ExportConfig, description="Hugging Face export")
     generate: GenerateConfig = Field(default_factory=GenerateConfig, description="sample text")
-    launch: LaunchConfig = Field(default_factory=LaunchConfig, description="local launch")
+    launch: LaunchConfig = Field(default_factory=LaunchConfig, description="how and where it starts")

@@ -33,14 +33,26 @@ def _claim(run_dir: Path, cfg: Config, resume: bool) -> Path:
         refuse_taken(run_dir)
     try:
         (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-        config = run_dir / "config.yaml"
-        if config.exists() and to_dict(read(config)) != to_dict(cfg):
-            n = len(list(run_dir.glob("config-before-resume-*.yaml"))) + 1
-            config.rename(run_dir / f"config-before-resume-{n}.yaml")
-        save(cfg, config)
+        keep_config(run_dir, cfg)
     except OSError as error:
         raise ConfigError(f"run_dir {run_dir} cannot be written: {error.strerror}; choose another run_dir") from error
     return run_dir
+
+
+def holds(run_dir: Path, cfg: Config) -> bool:
+    """Whether ``run_dir`` holds ``cfg``, begun or not."""
+    config = run_dir / "config.yaml"
+    return config.exists() and to_dict(read(config)) == to_dict(cfg)
+
+
+def keep_config(run_dir: Path, cfg: Config) -> None:
+    """Write ``config.yaml``; one that says otherwise stays beside it under another name. Raises OSError."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    config = run_dir / "config.yaml"
+    if config.exists() and not holds(run_dir, cfg):
+        n = len(list(run_dir.glob("config-before-resume-*.yaml"))) + 1
+        config.rename(run_dir / f"config-before-resume-{n}.yaml")
+    save(cfg, config)
 
 
 def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:

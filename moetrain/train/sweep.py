@@ -49,6 +49,12 @@ def plan_jobs(runs: dict[str, list[str]], config_dirs: Sequence[str]) -> list[Jo
 
 def start_sweep(folder: Path, jobs: Sequence[Job], config_dirs: Sequence[str]) -> None:
     """Note the sweep in ``folder`` and run it. Raises ConfigError: there is one; TrainError: runs failed."""
+    note_sweep(folder, jobs, config_dirs)
+    run_sweep(folder, jobs)
+
+
+def note_sweep(folder: Path, jobs: Sequence[Job], config_dirs: Sequence[str]) -> None:
+    """Write ``sweep.yaml``. Raises ConfigError: there is one."""
     if (folder / FILE).exists():
         raise ConfigError(
             f"{folder} already holds a sweep; go on with it by 'moetrain train -m --resume {folder}', or choose "
@@ -63,7 +69,6 @@ def start_sweep(folder: Path, jobs: Sequence[Job], config_dirs: Sequence[str]) -
     temporary = folder / f"{FILE}.tmp"
     temporary.write_text(yaml.safe_dump(table, sort_keys=False))
     temporary.replace(folder / FILE)
-    run_sweep(folder, jobs)
 
 
 def resume_sweep(folder: Path) -> None:

@@ -1,0 +1,192 @@
+"""``moetrain launch``: from a config to a started run, and what there is to know of it afterwards.
+
+Training is imported where a run is started, and with it torch: to ask after one should take no time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moetrain_launch import array, kubernetes, slurm, torchrun
+from moetrain_launch.job import Job, LaunchError, Note, notes
+
+from moetrain.config import Config
+from moetrain.config.check import check_mapping
+from moetrain.config.errors import ConfigError
+from moetrain.config.files import as_text
+
+WAYS: dict[str, Any] = {
+    "local": torchrun,
+    "slurm": slurm,
+    "array": array,
+}  # those that leave a note in the run directory
+OVER = ("ended", "COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "look there")  # in what ``state`` says
+
+
+def check_nodes(cfg: Config) -> None:
+    """Check the mapping on every number of nodes that the run may get. Raises ConfigError."""
+    launch = cfg.launch
+    for nodes in range(launch.nodes, (launch.min_nodes or launch.nodes) - 1, -1):
+        try:
+            check_mapping(cfg, nodes * launch.ranks)
+        except ConfigError as error:
+            fewer = f"with launch.min_nodes={launch.min_nodes}, on {nodes} nodes: " if nodes < launch.nodes else ""
+            raise ConfigError(f"{fewer}{error}") from None
+
+
+def job_of(cfg: Config) -> Job:
+    """``cfg`` as a job. Its run directory becomes absolute, in ``cfg`` too: ranks may start in another folder."""
+    run_dir = Path(cfg.run_dir) if cfg.launch.kind == "kubernetes" else Path(cfg.run_dir).resolve()
+    cfg.run_dir = str(run_dir)
+    return Job(run_dir, ("moetrain.cli", "train", "--resume", str(run_dir)), cfg.launch)
+
+
+def target(cfg: Config) -> str:
+    """The name by which ``status``, ``logs`` and ``cancel`` know the run of ``cfg``."""
+    if cfg.launch.kind == "kubernetes":
+        return f"k8s:{cfg.launch.kubernetes.namespace}/{job_of(cfg).name}"
+    return cfg.run_dir
+
+
+def show(cfg: Config) -> str:
+    """What ``start`` would submit or run; nothing is written. Raises LaunchError."""
+    job = job_of(cfg)
+    if cfg.launch.kind == "slurm":
+        return slurm.script(job)
+    if cfg.launch.kind == "kubernetes":
+        return kubernetes.as_yaml(kubernetes.manifest(job, as_text(cfg)))
+    return shlex.join(torchrun.words(job)) + "\n"
+
+
+def start(cfg: Config, resume: bool) -> str:
+    """Start ``cfg``, or go on with it; what was started. By torchrun, this process becomes the run.
+
+    The same words again go on with the same run. Raises LaunchError, ConfigError: the run directory holds another run,
+    runs already, or cannot be written.
+    """
+    from moetrain.train.rundir import holds, keep_config, refuse_taken
+
+    job = job_of(cfg)
+    if cfg.launch.kind == "kubernetes":
+        return kubernetes.submit(job, as_text(cfg))
+    show(cfg)  # raises for what cannot be submitted, before anything is written
+    if not resume and not holds(job.run_dir, cfg):
+        refuse_taken(job.run_dir)
+    if cfg.launch.kind == "slurm" or cfg.launch.nodes == 1:  # else another machine's launcher may have begun
+        refuse_running(job.run_dir)
+    try:
+        keep_config(job.run_dir, cfg)
+        if cfg.launch.kind == "local":
+            torchrun.run(job)
+        return f"job {slurm.submit(job)}, log {slurm.log_of(job.run_dir)}"
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir {job.run_dir} cannot be written: {error.strerror}; choose another run_dir"
+        ) from error
+
+
+def start_sweep(overrides: Sequence[str], config_dirs: Sequence[str]) -> str:
+    """Start a run for every combination of the sweeps in ``overrides``, as one Slurm array; what was started.
+
+    ``moetrain train -m --resume DIR`` later runs what is left of it. Raises LaunchError, ConfigError.
+    """
+    from moetrain.train.rundir import keep_config
+    from moetrain.train.sweep import note_sweep, plan_sweep
+
+    runs = plan_sweep(overrides, config_dirs)
+    if runs[0].cfg.launch.kind != "slurm":
+        raise ConfigError("launch -m is for launch=slurm; on this machine use 'moetrain train -m'")
+    folder = Path(runs[0].cfg.run_dir).resolve()
+    slurm.refuse_partition(runs[0].cfg.launch.slurm.partition)
+    note_sweep(folder, runs, config_dirs)
+    jobs = []
+    for run in runs:
+        run.cfg.run_dir = str(folder / run.name)
+        jobs.append(job_of(run.cfg))
+        keep_config(jobs[-1].run_dir, run.cfg)
+    return f"array {array.submit(folder, jobs)} of {len(jobs)} runs; see 'moetrain launch status {folder}'"
+
+
+def refuse_running(run_dir: Path) -> None:
+    """Raise LaunchError when ``run_dir`` is being trained in, as far as its notes tell."""
+    if not list(run_dir.glob("launch*.json")):
+        return
+    for note in notes(run_dir):
+        state = WAYS[note.kind].state(note)
+        if not any(word in state for word in OVER):
+            raise LaunchError(f"{run_dir} is at work already: {state}; see 'moetrain launch status {run_dir}'")
+
+
+def status(target: str) -> str:
+    """Where the run stands: its job, its last step, its end. target: a run directory, or k8s:NAMESPACE/NAME."""
+    if target.startswith("k8s:"):
+        return kubernetes.state(target)
+    run_dir = Path(target)
+    lines = [WAYS[note.kind].state(note) for note in notes(run_dir)]
+    runs = sorted(file.parent for file in run_dir.glob("*/config.yaml"))  # of a sweep
+    return "\n".join(
+        [*lines, *(f"{run.name}: {progress(run)}" for run in runs)] if runs else [*lines, progress(run_dir)]
+    )
+
+
+def progress(run_dir: Path) -> str:
+    """The last step in ``metrics.jsonl``, or how the run ended; a last line that is cut off is passed over."""
+    try:
+        reason = json.loads((run_dir / "summary.json").read_text())["exit_reason"]
+        ended = f"; {reason}"
+    except (OSError, ValueError, KeyError, TypeError):
+        ended = ""
+    try:
+        lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in reversed(lines[-2:]):
+        try:
+            row = json.loads(line)
+            return f"step {row['step']}, loss {row['loss']:.4f}{ended}"
+        except (ValueError, KeyError, TypeError):
+            continue
+    return f"no step yet{ended}"
+
+
+def cancel(target: str) -> str:
+    """Stop the run for good: what was done. Raises LaunchError."""
+    if target.startswith("k8s:"):
+        return kubernetes.cancel(target)
+    return "\n".join(WAYS[note.kind].cancel(note) for note in notes(Path(target)))
+
+
+def logs(target: str, lines: int, follow: bool) -> None:
+    """Print the last ``lines`` lines of the log, and with ``follow`` what is added until the run ends."""
+    if target.startswith("k8s:"):
+        command = kubernetes.logs(target, lines, follow)
+        try:
+            os.execvp(command[0], command)
+        except FileNotFoundError:
+            raise LaunchError(f"kubectl was not found on this machine; {kubernetes.ABSENT}") from None
+    note = notes(Path(target))[0]
+    if note.kind == "array":
+        raise LaunchError(f"{target} is a sweep: each run has its own log.txt, and Slurm's are in {note.log}")
+    try:
+        with open(note.log, errors="replace") as file:
+            sys.stdout.writelines(file.readlines()[-lines:])
+            while follow:
+                sys.stdout.flush()
+                over = _is_over(note)
+                sys.stdout.writelines(file)
+                if over:
+                    return
+                time.sleep(1)
+    except FileNotFoundError:
+        raise LaunchError(f"{note.log} is not there yet; the run has not begun: see 'moetrain launch status'") from None
+
+
+def _is_over(note: Note) -> bool:
+    return any(word in WAYS[note.kind].state(note) for word in OVER)

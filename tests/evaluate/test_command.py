@@ -111,3 +111,22 @@ def test_step_law_for_a_model_counted_by_hand(capsys: pytest.CaptureFixture[str]
     # a dense model of the paper's range: an order of magnitude that its figures show
     lr, batch = step_law(1.07e9, 100e9)
     assert 1e-3 < lr < 2.5e-3 and 1e6 < batch < 1.2e6
+
+
+def test_the_harness_gets_the_export(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the package loads what it is given with transformers, as the real one does."""
+    stand_in = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+words = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+arguments = dict(word.split("=") for word in words["--model_args"].split(","))
+model = AutoModelForCausalLM.from_pretrained(arguments["pretrained"])
+AutoTokenizer.from_pretrained(arguments["pretrained"])
+open("seen.txt", "w").write(f"{words['--model']} {words['--tasks']} {model.config.hidden_size}")
+"""
+    Path("lm_eval").mkdir()
+    Path("lm_eval/__init__.py").touch()
+    Path("lm_eval/__main__.py").write_text(stand_in)
+    monkeypatch.syspath_prepend(".")
+    assert cli.main(["eval", "run", "harness=arc_easy,piqa"]) == 0
+    assert Path("seen.txt").read_text() == "hf arc_easy,piqa 32"

@@ -284,6 +284,53 @@ def inspect(argv: Sequence[str]) -> int:
     return 0
 
 
+def evaluate(argv: Sequence[str]) -> int:
+    """Show how good a model is: loss and perplexity per domain, multiple-choice tasks, lm-evaluation-harness."""
+    parser = command_parser("eval")
+    parser.add_argument("--json", action="store_true", help="print all of it as JSON")
+    args = parser.parse_intermixed_args(argv)
+    from moetrain.evaluate import command
+
+    if args.help or not args.overrides:
+        print(command.HELP)
+        return 0 if args.help else 2
+    found = command.run(command.parse(args.overrides))
+    if args.json:
+        print(json.dumps(found))
+    else:
+        wide_console().print(*command.as_tables(found))
+    return 0
+
+
+def generate(argv: Sequence[str]) -> int:
+    """Continue a text with a model: generate RUN prompt="Once upon a time" temperature=0.8 ..."""
+    parser = command_parser("generate")
+    args = parser.parse_intermixed_args(argv)
+    from moetrain.evaluate import generate
+
+    if args.help or not args.overrides:
+        print(generate.HELP)
+        return 0 if args.help else 2
+    print(generate.run(args.overrides))
+    return 0
+
+
+def suggest(argv: Sequence[str]) -> int:
+    """Suggest a learning rate and a batch size for a model and a number of tokens: suggest model=NAME tokens=20e9."""
+    parser = command_parser("suggest")
+    parser.add_argument("--json", action="store_true", help="print all of it as JSON")
+    args = parser.parse_intermixed_args(argv)
+    from moetrain.planner import suggest
+
+    if args.help or not args.overrides:
+        print(suggest.HELP)
+        return 0 if args.help else 2
+    tokens, overrides = suggest.take_tokens(args.overrides)
+    found = suggest.suggest(load_run(overrides, config_dirs=args.config_dir), tokens)
+    print(json.dumps(suggest.as_json(found)) if args.json else "\n".join(suggest.lines(found)))
+    return 0
+
+
 def version(argv: Sequence[str]) -> int:
     """Print the versions of moetrain, Python and torch."""
     command_parser("version").parse_args(argv)
@@ -305,6 +352,9 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "convert": convert,
     "upcycle": upcycle,
     "inspect": inspect,
+    "eval": evaluate,
+    "generate": generate,
+    "suggest": suggest,
     "version": version,
 }
 

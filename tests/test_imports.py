@@ -23,7 +23,7 @@ FLOORS: list[set[str]] = [
     {"moetrain.model"},
     {"moetrain.parallel"},
     {"moetrain.data", "moetrain.mixture", "moetrain.optim", "moetrain.checkpoint"}
-    | {"moetrain.convert", "moetrain.upcycle", "moetrain.planner", "moetrain.report"},
+    | {"moetrain.convert", "moetrain.upcycle", "moetrain.planner", "moetrain.report", "moetrain.evaluate"},
     {"moetrain.train"},
     {"moetrain.launch"},
     {"moetrain.terminal"},

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from moetrain.evaluate.generate import draw
 from moetrain.train.engine import Engine
 
 
@@ -21,12 +22,7 @@ def generate(engine: Engine, tokenizer: Any, prompt: str, max_tokens: int, tempe
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.tensor([tokenizer.encode(prompt).ids], device=device)
     for _ in range(max_tokens):
-        last_V = engine.next_logits(tokens, tokens.shape[1] - 1).cpu()
-        if temperature == 0:
-            drawn = last_V.argmax()[None]
-        else:
-            drawn = torch.multinomial((last_V / temperature).softmax(-1), 1, generator=generator)
-        drawn = drawn.to(device)
+        drawn = draw(engine.next_logits(tokens, tokens.shape[1] - 1), temperature, 1.0, generator).to(device)
         dist.broadcast(drawn, src=0)
         tokens = torch.cat([tokens, drawn[None]], dim=1)
     engine.model.train()

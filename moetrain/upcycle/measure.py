@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from moetrain.config.schema import ExpertsConfig
-from moetrain.convert.source import fill
-from moetrain.convert.tensors import SELECTION_BIAS
+from moetrain.evaluate import opened
 from moetrain.model.decoder import Decoder
 from moetrain.upcycle.method import Model
 
 BATCH = 4
 
 
-@torch.no_grad()
 def build(model: Model, dtype: torch.dtype = torch.float32) -> Decoder:
     """``model`` in memory, in evaluation mode."""
-    has_bias = any(name.endswith(SELECTION_BIAS) for name in model.source.specs)
-    balance: dict[str, Any] = {"bias": {}} if has_bias else {}
-    with torch.device("meta"):
-        decoder = Decoder(model.cfg, balance, ExpertsConfig()).to(dtype)
-    decoder = decoder.to_empty(device="cpu").eval()
-    fill(decoder.state_dict(), model.source)
-    return decoder
+    return opened.build(model.cfg, model.source, dtype)
 
 
 @torch.no_grad()

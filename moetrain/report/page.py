@@ -177,9 +177,9 @@ def own(run: Run) -> Iterator[str]:
 
 
 def mixture(run: Run) -> dict[str, tuple[list[float], list[float]]]:
-    """Domain -> (steps, its share of the sequences read since the line before). At most 200 stretches."""
+    """Domain -> (steps, its share of the sequences read since the line before). About 30 stretches."""
     rows = [row for row in run.rows if isinstance(row.get("read_by_domain"), dict)]
-    rows = rows[:: max(1, len(rows) // 200)]
+    rows = rows[:: max(1, len(rows) // 30)]
     found: dict[str, tuple[list[float], list[float]]] = {}
     before: dict[str, Any] = {}
     for row in rows:

@@ -237,6 +237,18 @@ def make_report(argv: Sequence[str]) -> int:
     return 0
 
 
+def watch(argv: Sequence[str]) -> int:
+    """Show a run in the terminal while it is written: watch RUN_DIR."""
+    parser = Parser(prog="moetrain watch", allow_abbrev=False)
+    parser.add_argument("run", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(argv)
+    from moetrain.report.live import watch as watch_run
+
+    watch_run(args.run, wide_console())
+    return 0
+
+
 def version(argv: Sequence[str]) -> int:
     """Print the versions of moetrain, Python and torch."""
     command_parser("version").parse_args(argv)
@@ -258,6 +270,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "upcycle": upcycle,
     "inspect": inspect,
     "report": make_report,
+    "watch": watch,
     "version": version,
 }
 

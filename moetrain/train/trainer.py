@@ -31,6 +31,7 @@ from moetrain.train.mixing import Mixing
 from moetrain.train.preflight import asked_of, open_data, open_objective, open_sampler
 from moetrain.train.routing import RoutingWatch
 from moetrain.train.sinks import Writer
+from moetrain.train.spans import Spans
 from moetrain.train.step import bad_step
 
 log = logging.getLogger("moetrain")
@@ -110,9 +111,11 @@ class Trainer:
         flops = flops_per_token(cfg.model, cfg.train.seq_len)
         peak = runtime.peak_tflops(self.device, cfg.log.peak_tflops)
         meter = Meter(self.device, flops, peak, dist.get_world_size())
+        spans = Spans(cfg, self.engine, self.device, self.run_dir)
         evaluation = None
         while self.step < self.last_step:
-            metrics = self.train_step()
+            with spans.step(self.step + 1):
+                metrics = self.train_step()
             meter.add(metrics.pop("step_tokens"), metrics["step_s"])
             writer.count(self.step, self.last_loads)
 
@@ -122,6 +125,7 @@ class Trainer:
                     evaluation = self.evaluate(watch=watch)
                 metrics |= evaluation.metrics() | watch.collect(self.step, self.run_dir)
             if self._due(cfg.log.every) or "val_loss" in metrics or "mixture" in metrics:
+                metrics |= spans.read(metrics["step_s"], metrics["data_wait_s"])
                 writer.write(self.step, metrics | meter.read() | self.read() | load_metrics(self.last_loads))
             if self._due(cfg.checkpoint.every) or (cfg.checkpoint.at_end and self.step == self.last_step):
                 self.checkpointer.save(self.step, self.engine.state(self._progress()))

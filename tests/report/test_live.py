@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from moetrain.cli import main
+from moetrain.config.errors import ConfigError
 from moetrain.report.live import Tail, spark, watch
 from tests.report.test_report import make_run
 
@@ -43,10 +43,11 @@ def test_a_line_is_read_once_it_is_whole(tmp_path: Path) -> None:
     assert [row["step"] for row in tail.rows] == [1]
 
 
-def test_runs_without_a_line_or_without_anything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_without_a_line_or_without_anything(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    assert main(["watch", str(tmp_path / "empty")]) == 2 and "no config.yaml" in capsys.readouterr().err
-    assert main(["watch", str(tmp_path / "none")]) == 2 and "no such folder" in capsys.readouterr().err
+    for name, says in (("empty", "no config.yaml"), ("none", "no such folder")):
+        with pytest.raises(ConfigError, match=says):
+            shown(tmp_path / name)
     (tmp_path / "empty" / "config.yaml").write_text("train: {steps: 5}\n")
     assert "no whole line" in shown(tmp_path / "empty")
 

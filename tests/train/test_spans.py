@@ -59,7 +59,6 @@ def test_a_traced_run_is_the_same_run(folder: Path) -> None:
 
     def work(cfg: config.Config) -> list[dict[str, Any]]:
         trainer = build(cfg)
-        (trainer.run_dir / "checkpoints").mkdir(parents=True)
         trainer.fit()
         return [json.loads(line) for line in (trainer.run_dir / "metrics.jsonl").read_text().splitlines()]
 

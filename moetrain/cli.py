@@ -331,6 +331,31 @@ def suggest(argv: Sequence[str]) -> int:
     return 0
 
 
+def make_report(argv: Sequence[str]) -> int:
+    """Write one HTML page about a run, several runs side by side, or a sweep: report RUN_DIR [RUN_DIR ...]."""
+    parser = Parser(prog="moetrain report", allow_abbrev=False)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR", help="run directories, or folders of sweeps")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the page; without: report.html in the first RUN_DIR")
+    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(argv)
+    from moetrain.report import write_report
+
+    print(f"report: {write_report(args.runs, args.out)}")
+    return 0
+
+
+def watch(argv: Sequence[str]) -> int:
+    """Show a run in the terminal while it is written: watch RUN_DIR."""
+    parser = Parser(prog="moetrain watch", allow_abbrev=False)
+    parser.add_argument("run", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(argv)
+    from moetrain.report.live import watch as watch_run
+
+    watch_run(args.run, wide_console())
+    return 0
+
+
 def version(argv: Sequence[str]) -> int:
     """Print the versions of moetrain, Python and torch."""
     command_parser("version").parse_args(argv)
@@ -355,6 +380,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "eval": evaluate,
     "generate": generate,
     "suggest": suggest,
+    "report": make_report,
+    "watch": watch,
     "version": version,
 }
 

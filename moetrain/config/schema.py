@@ -277,6 +277,17 @@ class ScheduleConfig:
 
 
 @dataclass(config=STRICT)
+class ProfileConfig:
+    """Where the time of steps goes."""
+
+    time_split: bool = Field(default=True, description="log the shares of a step's parts on logged steps")
+    steps: list[Positive] = Field(
+        default_factory=list, description="steps whose traces of torch's profiler are written to profile/"
+    )
+    ranks: list[NonNegative] = Field(default_factory=lambda: [0], description="ranks that write traces")
+
+
+@dataclass(config=STRICT)
 class TrainConfig:
     """Length, batch, precision and memory of a run."""
 
@@ -303,6 +314,7 @@ class TrainConfig:
     eval_every: NonNegative = Field(default=0, description="steps between evaluations; 0: only at the end")
     eval_sequences: NonNegative = Field(default=0, description="held-out sequences per domain and evaluation; 0: all")
     threads: NonNegative = Field(default=0, description="CPU threads per rank; 0: cores divided by ranks")
+    profile: ProfileConfig = Field(default_factory=ProfileConfig, description="traces, and where a step's time goes")
 
 
 @dataclass(config=STRICT)

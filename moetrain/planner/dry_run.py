@@ -24,6 +24,7 @@ from moetrain.model.attention import window_of
 from moetrain.moe.balance import aux_names
 from moetrain.moe.dispatch.deep_ep import DeepEPOptions
 from moetrain.moe.layer import MoELayer
+from moetrain.moe.routers import POSITIONS
 from moetrain.optim import build_optimizer
 from moetrain.parallel import tensor
 from moetrain.parallel.apply import weight_dtype
@@ -182,7 +183,7 @@ class _Dry:
                 gradients=sum(local_of(w).nbytes for w in weights if w.requires_grad),
                 state=sum(local_of(v).nbytes for v in state),
                 sent=sent,
-                loads=[layer.router.n_experts for layer in model.modules() if isinstance(layer, MoELayer)],  # type: ignore[misc]
+                loads=[reported(layer.router) for layer in model.modules() if isinstance(layer, MoELayer)],
             )
         return self.held[key]
 
@@ -225,6 +226,11 @@ def _update(cfg: Config, dims: ParallelDims, meter: Meter, model: nn.Module) -> 
             tensor.sum_copies(tensor.copies(model), dims.group("tp"))
         optimizer.step()
     return [v for values in optimizer.state.values() for v in values.values() if isinstance(v, Tensor)], traffic
+
+
+def reported(router: Any) -> int:
+    """Numbers that a MoE layer sums over ranks at the end of a step, but for that of all dropped choices."""
+    return router.n_experts + (POSITIONS if router.capacity_factor is not None else 0)
 
 
 def end_of_step(cfg: Config, sizes: Sizes, loads: list[int], device: str) -> dict[str, Traffic]:

@@ -13,6 +13,7 @@ from moetrain.data.dataset import TokenData
 from moetrain.data.loader import Split, validation_batches
 from moetrain.parallel.mesh import ParallelDims
 from moetrain.train.engine import Engine
+from moetrain.train.routing import RoutingWatch
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,10 @@ def evaluate(
     step: int,
     document_mask: bool = False,
     split: Split = "val",
+    watch: RoutingWatch | None = None,
 ) -> Evaluation:
     """Evaluate the engine's model on each source's held-out text, at most ``max_sequences`` a source (0: all), or on
-    its training text (``split``).
+    its training text (``split``). watch: told of every batch ahead of its forward pass.
 
     Collective: every rank calls it and gets the same result.
     """
@@ -55,6 +57,8 @@ def evaluate(
         for batch in validation_batches(
             data, source, seq_len, batch_size, max_sequences, dims.data_rank, dims.data_size, document_mask, split
         ):
+            if watch is not None:
+                watch.begin(s, batch)
             sums[s] += engine.loss(batch, step).double().cpu()
             counts[s] += int((batch.targets_BS >= 0).sum())
     engine.model.train()

@@ -17,6 +17,7 @@ def load_metrics(loads: Loads) -> dict[str, Any]:
     load_max_over_mean_by_layer: rows of the fullest expert over the mean (1: balanced);
     load_entropy_by_layer: entropy of the load divided by log E (1: balanced);
     dead_experts_by_layer: experts without a single row; dropped_share_by_layer: assignments dropped by capacity.
+    dropped_by_position: the same by eighths of the sequence, mean over the layers that have a capacity.
     """
     ratio, entropy, dead, dropped = [], [], [], []
     for name, counts in loads.counts.items():
@@ -28,6 +29,7 @@ def load_metrics(loads: Loads) -> dict[str, Any]:
         dropped.append(loads.dropped[name] / max(total, 1))
     if not ratio:
         return {}
+    by_position = position_metrics(loads)
     return {
         "load_max_over_mean": max(ratio),
         "dead_experts": sum(dead),
@@ -36,7 +38,19 @@ def load_metrics(loads: Loads) -> dict[str, Any]:
         "load_entropy_by_layer": entropy,
         "dead_experts_by_layer": dead,
         "dropped_share_by_layer": dropped,
+        **by_position,
     }
+
+
+def position_metrics(loads: Loads) -> dict[str, list[float]]:
+    """``dropped_by_position``; nothing without a capacity, and where ranks share sequences or stages share layers, so
+    that the parts are not known."""
+    shares = []
+    for name, dropped_P in loads.dropped_P.items():
+        if int(dropped_P.sum()) != loads.dropped[name]:
+            return {}
+        shares.append(dropped_P.double() * len(dropped_P) / max(int(loads.counts[name].sum()), 1))
+    return {"dropped_by_position": torch.stack(shares).mean(0).tolist()} if shares else {}
 
 
 class Meter:

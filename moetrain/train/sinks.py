@@ -10,9 +10,11 @@ import os
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import Tensor
 from tqdm import tqdm
 
 from moetrain.config.schema import Config
+from moetrain.moe.balance import Loads
 
 log = logging.getLogger("moetrain")
 
@@ -35,6 +37,7 @@ class Jsonl:
         path.with_suffix(".tmp").write_text("".join(kept))
         path.with_suffix(".tmp").replace(path)
         self._file = path.open("ab", buffering=0)
+        self._name = path.name
         self._waiting: list[str] = []
 
     @staticmethod
@@ -54,7 +57,7 @@ class Jsonl:
             with contextlib.suppress(OSError):
                 self._file.truncate(whole)
             if len(self._waiting) == 1:
-                log.warning("metrics.jsonl cannot be written (%s): its lines wait in memory", error.strerror)
+                log.warning("%s cannot be written (%s): its lines wait in memory", self._name, error.strerror)
             return
         self._waiting.clear()
 
@@ -123,6 +126,38 @@ class WandB:
         self._run.finish()
 
 
+class LoadLog:
+    """``loads.jsonl``: the choices of every expert, summed over stretches of steps, LINES of them in a run."""
+
+    LINES = 400
+
+    def __init__(self, path: Path, resumed_step: int, steps: int) -> None:
+        self._lines = Jsonl(path, resumed_step)
+        self._every = -(-steps // self.LINES)
+        self._sums: dict[str, Tensor] = {}
+        self._step = resumed_step
+
+    def count(self, step: int, loads: Loads) -> None:
+        """Add the loads of one step; on a GPU nothing waits for them but the line of a stretch."""
+        self._step = step
+        for name, counts_E in loads.counts.items():
+            self._sums[name] = self._sums[name] + counts_E if name in self._sums else counts_E
+        if step % self._every == 0:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the stretch so far, if it has a step."""
+        if self._sums:
+            counts = {name: sums_E.tolist() for name, sums_E in self._sums.items()}
+            self._lines.write(self._step, {"step": self._step, "counts": counts})
+            self._sums = {}
+
+    def close(self) -> None:
+        """Write what is left."""
+        self.flush()
+        self._lines.close()
+
+
 class Writer:
     """Hands metrics to every sink, on rank 0; on other ranks it does nothing.
 
@@ -131,8 +166,10 @@ class Writer:
 
     def __init__(self, cfg: Config, run_dir: Path, resolved: dict[str, Any], resumed_step: int, rank: int) -> None:
         self._sinks: list[Sink] = []
+        self._loads: LoadLog | None = None
         if rank != 0:
             return
+        self._loads = LoadLog(run_dir / "loads.jsonl", resumed_step, cfg.train.steps)
         self._sinks.append(Jsonl(run_dir / "metrics.jsonl", resumed_step))
         makers: list[tuple[bool, str, Any]] = [
             (cfg.log.progress, "progress bar", lambda: Progress(cfg.train.steps, resumed_step)),
@@ -155,9 +192,21 @@ class Writer:
                 log.warning("%s stopped: %s; training goes on without it", type(sink).__name__, error)
                 self._sinks.remove(sink)
 
+    def count(self, step: int, loads: Loads) -> None:
+        """Note the loads of every step."""
+        if self._loads is not None:
+            self._loads.count(step, loads)
+
     def close(self) -> None:
+        """Close every sink; one that fails at it is named and left."""
+        if self._loads is not None:
+            self._loads.close()
         for sink in self._sinks:
-            sink.close()
+            try:
+                sink.close()
+            except Exception as error:
+                log.warning("%s did not close: %s", type(sink).__name__, error)
+        self._sinks.clear()
 
 
 def flat(metrics: dict[str, Any]) -> dict[str, float]:

@@ -29,7 +29,9 @@ from moetrain.train.evaluate import Evaluation, evaluate
 from moetrain.train.metrics import Meter, load_metrics
 from moetrain.train.mixing import Mixing
 from moetrain.train.preflight import asked_of, open_data, open_objective, open_sampler
+from moetrain.train.routing import RoutingWatch
 from moetrain.train.sinks import Writer
+from moetrain.train.spans import Spans
 from moetrain.train.step import bad_step
 
 log = logging.getLogger("moetrain")
@@ -109,16 +111,22 @@ class Trainer:
         flops = flops_per_token(cfg.model, cfg.train.seq_len)
         peak = runtime.peak_tflops(self.device, cfg.log.peak_tflops)
         meter = Meter(self.device, flops, peak, dist.get_world_size())
+        spans = Spans(cfg, self.engine, self.device, self.run_dir)
         evaluation = None
         while self.step < self.last_step:
-            metrics = self.train_step()
+            with spans.step(self.step + 1):
+                metrics = self.train_step()
             meter.add(metrics.pop("step_tokens"), metrics["step_s"])
+            writer.count(self.step, self.last_loads)
 
             if self._due(cfg.train.eval_every) or self.step == self.last_step:
-                evaluation = self.evaluate()
-                metrics |= evaluation.metrics()
+                watch = RoutingWatch(self.engine.model, cfg.model, self.data, self.dims, cfg.train.seq_len)
+                with watch.on():
+                    evaluation = self.evaluate(watch=watch)
+                metrics |= evaluation.metrics() | watch.collect(self.step, self.run_dir)
             if self._due(cfg.log.every) or "val_loss" in metrics or "mixture" in metrics:
-                writer.write(self.step, metrics | meter.read() | load_metrics(self.last_loads))
+                metrics |= spans.read(metrics["step_s"], metrics["data_wait_s"])
+                writer.write(self.step, metrics | meter.read() | self.read() | load_metrics(self.last_loads))
             if self._due(cfg.checkpoint.every) or (cfg.checkpoint.at_end and self.step == self.last_step):
                 self.checkpointer.save(self.step, self.engine.state(self._progress()))
         self.checkpointer.wait()
@@ -128,11 +136,19 @@ class Trainer:
             log.info("data       has run out after step %d of %d: %s", self.step, cfg.train.steps, why_end(self.loader))
         return evaluation or self.evaluate()
 
-    def evaluate(self, document_mask: bool | None = None) -> Evaluation:
+    def evaluate(self, document_mask: bool | None = None, watch: RoutingWatch | None = None) -> Evaluation:
         """Loss on the held-out text of every domain. document_mask: None: as ``data.document_mask`` says."""
         t, masked = self.cfg.train, self.cfg.data.document_mask if document_mask is None else document_mask
         return evaluate(
-            self.engine, self.data, t.seq_len, t.micro_batch, t.eval_sequences, self.dims, self.step, masked
+            self.engine,
+            self.data,
+            t.seq_len,
+            t.micro_batch,
+            t.eval_sequences,
+            self.dims,
+            self.step,
+            masked,
+            watch=watch,
         )
 
     def train_step(self) -> dict[str, Any]:
@@ -159,6 +175,13 @@ class Trainer:
         return {"step": self.step, "tokens": self.tokens, "loss": figures.loss, "grad_norm": figures.grad_norm,
                 "lr": self.peak_lr * factor, **figures.aux, "step_s": seconds, "data_wait_s": waited,
                 "step_tokens": figures.tokens, **padding, **mixed}  # fmt: skip
+
+    def read(self) -> dict[str, Any]:
+        """Sequences of each domain that the run has read so far."""
+        found, domain_of = dict.fromkeys(self.data.domains, 0), self.data.domain_of
+        for source, count in self.sampler.dealer.counts(self.loader.first_sample(self.step)).items():
+            found[domain_of[source]] += count
+        return {"read_by_domain": found}
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0

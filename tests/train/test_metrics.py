@@ -12,7 +12,7 @@ import torch
 from moetrain import config
 from moetrain.moe.balance import Loads
 from moetrain.train.metrics import load_metrics
-from moetrain.train.sinks import Jsonl, TensorBoard, Writer
+from moetrain.train.sinks import Jsonl, LoadLog, TensorBoard, Writer
 
 
 def test_load_metrics_of_known_loads() -> None:
@@ -93,12 +93,46 @@ def test_a_dead_tracker_does_not_stop_the_run(tmp_path: Path, caplog: pytest.Log
 
         def close(self) -> None: ...
 
+    class DeadAtTheEnd(Dead):
+        def write(self, step: int, metrics: dict) -> None: ...
+
+        def close(self) -> None:
+            raise TimeoutError("no answer")
+
     cfg = config.load(["log.progress=false", "log.tensorboard=false"])
     writer = Writer(cfg, tmp_path, {}, resumed_step=0, rank=0)
-    writer._sinks.insert(0, Dead())
+    writer._sinks[:0] = [Dead(), DeadAtTheEnd()]
     with caplog.at_level("WARNING", logger="moetrain"):
         writer.write(1, {"step": 1})
         writer.write(2, {"step": 2})
     writer.close()
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
-    assert sum("no route" in record.message for record in caplog.records) == 1
+    assert [record.message for record in caplog.records] == [
+        "Dead stopped: no route; training goes on without it",
+        "DeadAtTheEnd did not close: no answer",
+    ]
+
+
+def test_loads_are_summed_over_stretches_and_cut_at_a_resume(tmp_path: Path) -> None:
+    """A run of 800 steps has lines of 2 steps. Killed after step 7, it goes on from step 5: the line of step 6, which
+    will be made again, goes, and what was counted of step 5 with it."""
+    path = tmp_path / "loads.jsonl"
+    load = lambda n: Loads({"layers.1.moe": torch.tensor([n, 1])}, {"layers.1.moe": 0})  # noqa: E731
+    log = LoadLog(path, resumed_step=0, steps=800)
+    for step in range(1, 8):
+        log.count(step, load(step))
+    again = LoadLog(path, resumed_step=5, steps=800)
+    for step in (6, 7):
+        again.count(step, load(step))
+    again.close()
+    rows = [(row["step"], row["counts"]["layers.1.moe"]) for row in map(json.loads, path.read_text().splitlines())]
+    assert rows == [(2, [3, 2]), (4, [7, 2]), (6, [6, 1]), (7, [7, 1])]
+
+
+def test_drops_by_position_are_shares_of_each_eighth() -> None:
+    """160 choices, 20 an eighth: 5 dropped of the first, 10 of the last. Not known where ranks share sequences."""
+    parts = torch.tensor([5, 0, 0, 0, 0, 0, 0, 10])
+    loads = Loads({"layers.0.moe": torch.full((8,), 20)}, {"layers.0.moe": 15}, {"layers.0.moe": parts})
+    assert load_metrics(loads)["dropped_by_position"] == pytest.approx([0.25, 0, 0, 0, 0, 0, 0, 0.5])
+    unknown = Loads(loads.counts, loads.dropped, {"layers.0.moe": torch.zeros(8, dtype=torch.int64)})
+    assert "dropped_by_position" not in load_metrics(unknown)

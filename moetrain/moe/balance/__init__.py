@@ -8,7 +8,7 @@ number of micro-batches or recomputation. A new method is one new file here and 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -94,10 +94,12 @@ class Loads:
     """Loads of one optimizer step over the global batch, by name of the MoE layer in the model, in order.
 
     counts: how many times each expert was chosen, int64 (E,). dropped: how many of those choices capacity dropped.
+    dropped_P: the dropped ones by parts of the sequence, int64 (P,), of layers with a capacity.
     """
 
     counts: dict[str, Tensor]
     dropped: dict[str, int]
+    dropped_P: dict[str, Tensor] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -113,14 +115,18 @@ def end_of_step(model: nn.Module, group: dist.ProcessGroup | None, step: int) ->
     if not routers:
         return Loads({}, {})
     parts = [part for router in routers.values() for part in (router.counts_E, router.dropped.view(1))]
+    limited = {name: router.dropped_P for name, router in routers.items() if router.capacity_factor is not None}
+    parts += limited.values()
     total = torch.cat(parts)
     if group is not None:
         dist.all_reduce(total, group=group)
     split = total.split([len(part) for part in parts])
+    dropped_P = dict(zip(limited, split[2 * len(routers) :], strict=True))
+    split = split[: 2 * len(routers)]
     counts = dict(zip(routers, split[::2], strict=True))
     dropped = dict(zip(routers, torch.cat(split[1::2]).tolist(), strict=True))
     for name, router in routers.items():
         for method in router.balance.values():
             method.after_step(counts[name], step)
         router.reset_buffers()
-    return Loads(counts, dropped)
+    return Loads(counts, dropped, dropped_P)

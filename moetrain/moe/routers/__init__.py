@@ -20,12 +20,17 @@ from moetrain.moe.options import as_options
 from moetrain.moe.permute import count
 from moetrain.moe.routing import Carry, Routing, TokenContext
 
+# Equal parts of a sequence by which drops are counted
+POSITIONS = 8
+
 
 class Router(nn.Module):
     """Base of all routers: what follows once the experts are chosen. Counting, auxiliary terms, dropping.
 
     balance: the layer's balance methods by name, in the order of Carry.aux_A.
     counts_E, dropped: int64, the choices of each expert and the dropped choices in this step so far, on this rank.
+    dropped_P: the same dropped choices by eighths of the sequence; all 0 where ranks share sequences.
+    watch: called outside training with (probs_TE, ids_TK) of every forward pass; see ``train.routing``.
     group: ranks that share a micro-batch, sequence_group: ranks that each hold a part of the same sequences; None
         where this rank has it all. The model's parallel form sets them.
 
@@ -35,6 +40,7 @@ class Router(nn.Module):
 
     counts_E: Tensor
     dropped: Tensor
+    dropped_P: Tensor
 
     def __init__(self, cfg: ModelConfig, layer: int, balance: nn.ModuleDict) -> None:
         super().__init__()
@@ -48,6 +54,8 @@ class Router(nn.Module):
         self.sequence_group: dist.ProcessGroup | None = None
         self.register_buffer("counts_E", torch.zeros(self.n_experts, dtype=torch.int64), persistent=False)
         self.register_buffer("dropped", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.register_buffer("dropped_P", torch.zeros(POSITIONS, dtype=torch.int64), persistent=False)
+        self.watch: Callable[[Tensor, Tensor], None] | None = None
 
     def methods(self) -> list[BalanceMethod]:
         """The balance methods, in order."""
@@ -76,6 +84,8 @@ class Router(nn.Module):
         """
         routing = Routing(self.n_experts, len(ids_TK), context.memo, ids_TK, weights_TK)
         if not context.training:
+            if self.watch is not None:
+                self.watch(probs(), ids_TK)
             return routing, carry
         counts_E = context.memo.once("router.counts", lambda: self._count(ids_TK))
         decision = Decision(logits_TE, probs, ids_TK, counts_E, context, self.group, self.sequence_group)
@@ -90,6 +100,7 @@ class Router(nn.Module):
         """Start counting anew (each step, and after the module was moved off the meta device)."""
         self.counts_E.zero_()
         self.dropped.zero_()
+        self.dropped_P.zero_()
 
     def _count(self, ids_TK: Tensor) -> Tensor:
         counts_E = count(ids_TK, self.n_experts)
@@ -99,7 +110,7 @@ class Router(nn.Module):
     def _drop(self, routing: Routing, context: TokenContext) -> Routing:
         """The list form of ``routing``, with at most ``capacity`` rows per expert. Weights stay as they are."""
         token_A, expert_A, weight_A = routing.assignments()
-        kept_A = context.memo.once("router.kept", lambda: self._keep(expert_A, weight_A.detach(), context.step))
+        kept_A = context.memo.once("router.kept", lambda: self._keep(token_A, expert_A, weight_A.detach(), context))
         return Routing(
             self.n_experts,
             routing.n_tokens,
@@ -109,16 +120,19 @@ class Router(nn.Module):
             weight_A=weight_A.index_select(0, kept_A),
         )
 
-    def _keep(self, expert_A: Tensor, weight_A: Tensor, step: int) -> Tensor:
+    def _keep(self, token_A: Tensor, expert_A: Tensor, weight_A: Tensor, context: TokenContext) -> Tensor:
         assert self.capacity_factor is not None
         limit = capacity(len(expert_A), self.n_experts, self.capacity_factor)
         priority_A = {
             "score": lambda: weight_A,
             "position": lambda: None,
-            "random": lambda: random_priority(len(expert_A), step, self.layer, expert_A.device),
+            "random": lambda: random_priority(len(expert_A), context.step, self.layer, expert_A.device),
         }[self.drop_policy]()
         kept_A = within_capacity(expert_A, priority_A, self.n_experts, limit)
         self.dropped += len(expert_A) - len(kept_A)
+        if self.sequence_group is None:
+            part_A = token_A % context.seq_len * POSITIONS // context.seq_len
+            self.dropped_P += count(part_A, POSITIONS) - count(part_A.index_select(0, kept_A), POSITIONS)
         return kept_A
 
 

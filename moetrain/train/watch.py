@@ -28,6 +28,7 @@ from moetrain_launch import local
 
 from moetrain.comm.ranks import Ranks, lost_connection, one_line
 from moetrain.config.errors import TrainError
+from moetrain.train.exit_codes import LOST
 
 BEAT_S = 1.0
 SILENT_S = 3.0  # once a collective has failed, a rank without a sign of life for so long is the one that is lost
@@ -40,6 +41,8 @@ VERDICT, INSPECTORS = "verdict", "inspectors"
 
 class LostRank(TrainError):
     """Another rank died, hangs or failed; the text names it."""
+
+    exit_code = LOST
 
 
 @dataclass(frozen=True)
@@ -254,8 +257,8 @@ class Watch:
             time.sleep(2 * LEAVE_S)
         self._may_go.wait(LEAVE_S)
         # Checkpoints are written to the side and renamed when whole, so this is safe at any instant.
-        local.show_error(self._verdict, TrainError.exit_code)
-        os._exit(TrainError.exit_code)
+        local.show_error(self._verdict, LOST)
+        os._exit(LOST)
 
     def _line(self, what: str, why: str) -> str:
         return (

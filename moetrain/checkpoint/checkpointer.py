@@ -14,7 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.tensor import DTensor
 
 from moetrain.checkpoint import layout
 from moetrain.checkpoint.layout import FileHash
@@ -112,7 +114,8 @@ class Checkpointer:
         """Write all of step-N.tmp and prove it: DCP's files, read back by their writers, then the manifest."""
         ranks = self._ranks
         ranks.each(lambda: _refuse(staged))
-        ranks.first(lambda: _make_empty(temporary))
+        need = sum(ranks.gather(_bytes(staged)))
+        ranks.first(lambda: _make_room(temporary, need))
         writer = HashingWriter(temporary)
         try:
             dcp.save(staged, storage_writer=writer, process_group=ranks.group, no_dist=ranks.alone)
@@ -134,10 +137,25 @@ def _refuse(staged: dict[str, Any] | Exception) -> None:
         raise staged
 
 
-def _make_empty(path: Path) -> None:
+def _bytes(staged: Any) -> int:
+    """Bytes that this rank's part takes at least."""
+    if isinstance(staged, dict):
+        return sum(_bytes(value) for value in staged.values())
+    if isinstance(staged, DTensor):
+        staged = staged.to_local()
+    if isinstance(staged, Tensor):
+        return staged.numel() * staged.element_size()
+    return len(staged) if isinstance(staged, bytes) else 0
+
+
+def _make_room(path: Path, need: int) -> None:
+    """Make ``path`` an empty folder. Raises OSError when the disk lacks the room for ``need`` bytes."""
     if path.exists():
         shutil.rmtree(path)
     path.mkdir(parents=True)
+    free = shutil.disk_usage(path).free
+    if free < need:
+        raise OSError(f"it needs {need / 2**20:,.0f} MiB, and the disk has {free / 2**20:,.0f} MiB free")
 
 
 def _cause(error: CheckpointException, writer: HashingWriter, ranks: Ranks) -> RankError:

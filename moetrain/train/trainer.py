@@ -33,6 +33,7 @@ from moetrain.train.guard import Guard
 from moetrain.train.metrics import Meter, load_metrics
 from moetrain.train.mixing import Mixing
 from moetrain.train.preflight import asked_of, open_data, open_objective, open_sampler
+from moetrain.train.replicas import Checks
 from moetrain.train.sinks import Writer
 from moetrain.train.step import Accept, StepFigures, bad_step
 
@@ -54,6 +55,7 @@ class Trainer:
         self.peak_lr: float = cfg.optim.lr
         self.checkpointer = Checkpointer(run_dir / "checkpoints", cfg.checkpoint.keep, cfg.checkpoint.asynchronous)
         self.guard = Guard(cfg.faults, skips=cfg.parallel.engine == "torch")
+        self.checks = Checks()
         self.parameters = count_parameters(cfg.model)
         self.step = 0
         self.tokens = 0
@@ -132,6 +134,8 @@ class Trainer:
             metrics |= self._told(saves)
             if self._due(cfg.log.every) or metrics.keys() & {"val_loss", "mixture", "events"}:
                 writer.write(self.step, metrics | meter.read() | load_metrics(self.last_loads))
+            if saves or self._due(cfg.faults.checksum_every):
+                self.checks.run(self.engine.model, self.step, self.checkpointer.last_good())
             if saves:
                 self.checkpointer.save(self.step, self.engine.state(self._progress()))
         self.checkpointer.wait()

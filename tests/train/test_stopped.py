@@ -1,5 +1,5 @@
 """From the command line, as a cluster does it: a run is told to stop, or a rank of it is killed, and goes on as if
-nothing had happened; a second run is not let into its folder."""
+nothing had happened. A second run is not let into a folder in use."""
 
 from __future__ import annotations
 
@@ -12,15 +12,21 @@ import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
+from moetrain_launch.fork import run_ranks
 
+from moetrain import config
+from moetrain.config.check import resolve_sizes
 from moetrain.data.prepare import prepare
 from moetrain.train.exit_codes import REQUEUE
+from moetrain.train.lock import locked
+from moetrain.train.trainer import Trainer
 from tests.distributed.test_rank_death import rank_of
 from tests.distributed.toy_run import BASE, load
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 60
-WORDS = [*BASE, f"train.steps={STEPS}", "train.micro_batch=2", "checkpoint.every=10", "parallel.ep=2", "launch.ranks=2",
+STEPS = 200
+WORDS = [*BASE, f"train.steps={STEPS}", "train.micro_batch=2", "checkpoint.every=20", "parallel.ep=2", "launch.ranks=2",
          "device=cpu", "data=own", "data.name=toy", "data.dir=prepared", "data.tokenizer.vocab_size=300",
          "parallel.timeout_s=20"]  # fmt: skip
 
@@ -53,17 +59,36 @@ def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> N
         time.sleep(0.02)
 
 
+def alone(cfg: config.Config) -> None:
+    run_dir = Path(cfg.run_dir)
+    run_dir.mkdir(exist_ok=True)
+    Trainer(cfg, resolve_sizes(cfg.parallel, dist.get_world_size()), run_dir).fit()
+
+
+def test_a_folder_in_use_is_refused_until_its_run_has_ended_however(tmp_path: Path) -> None:
+    """A process that is killed leaves no lock behind."""
+    hold = "from moetrain.train.lock import _take, Path; _take(Path('run')); print('held', flush=True); input()"
+    path = os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "launch"))
+    pipe, environment = subprocess.PIPE, os.environ | {"PYTHONPATH": path}
+    holder = subprocess.Popen([sys.executable, "-c", hold], cwd=tmp_path, env=environment, stdin=pipe, stdout=pipe)
+    assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+
+    def take() -> None:
+        with locked(tmp_path / "run"):
+            assert str(os.getpid()) in (tmp_path / "run/lock").read_text()
+
+    with pytest.raises(RuntimeError, match=rf"in use by another run \(process {holder.pid} on .*\); wait for its end"):
+        run_ranks(1, take)
+    holder.kill()
+    holder.wait()
+    run_ranks(1, take)
+
+
 def test_stopped_killed_and_gone_on(folder: Path) -> None:
     """Told to stop by SIGUSR1, it saves and asks for more time by its exit code; the same command goes on. Then a rank
     is killed: the command starts the ranks again by itself. Losses are those of a run that was left alone."""
-    alone = start(folder, "run_dir=alone")
-    _, err = alone.communicate(timeout=240)
-    assert alone.returncode == 0, err
     process = start(folder, "run_dir=run")
     wait_for_step(process, folder / "run", 5)
-    second = start(folder, "--resume", "run")
-    out, err = second.communicate(timeout=60)
-    assert second.returncode == 2 and "is in use by another run (process " in err, out + err
     process.send_signal(signal.SIGUSR1)
     _, err = process.communicate(timeout=60)
     assert process.returncode == REQUEUE and "stopped by SIGUSR1 after step" in err, err
@@ -78,5 +103,8 @@ def test_stopped_killed_and_gone_on(folder: Path) -> None:
     assert process.returncode == 0 and "starting the ranks again, 1 of 3" in err, err
     rows = lines(folder / "run")
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    cfg = config.read(folder / "run/config.yaml")
+    cfg.run_dir, cfg.data.dir = str(folder / "alone"), str(folder / "prepared")
+    run_ranks(2, alone, cfg, timeout=240)
     assert [row["loss"] for row in rows] == [row["loss"] for row in lines(folder / "alone")]
     assert sum(event["event"] == "resumed" for row in rows for event in row.get("events", [])) == 2

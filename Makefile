@@ -1,6 +1,7 @@
 # make train   set up .venv, then train the demo on two CPU ranks
 # make test    set up .venv, then every check: format, lint, types, tests
 # make setup   only set up .venv; done again when pyproject.toml changes
+# make chaos   20 faults at random moments; SEED=n says which
 # Choose another Python with PYTHON=..., another torch with TORCH="torch==...".
 
 SHELL := /bin/bash
@@ -12,7 +13,7 @@ VENV_PACKAGE = test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y 
 BIN := .venv/bin
 STAMP := .venv/set-up
 
-.PHONY: train test setup clean
+.PHONY: train test setup chaos clean
 
 train: $(STAMP)
 	$(BIN)/moetrain train experiment=demo $(ARGS)
@@ -22,6 +23,9 @@ test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(ARGS)
+
+chaos: $(STAMP)
+	$(BIN)/python scripts/chaos.py $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 setup: $(STAMP)
 

@@ -28,9 +28,6 @@ class FaultsConfig:
     checksum_every: NonNegative = Field(
         default=100, description="steps between comparisons of the weights that several ranks hold; 0: never"
     )
-    snapshot_every: NonNegative = Field(
-        default=0, description="steps between copies of the state in memory, here and on a neighbour rank; 0: none"
-    )
     restarts: NonNegative = Field(
         default=3, description="how often 'moetrain train' starts its ranks again after one died or hung"
     )

@@ -79,9 +79,9 @@ def make_faulty(shared: Shared, rank: int) -> None:
     write = _HashingStream.write
 
     def faulty_backward(engine: Any, inputs: Any, scale: Any, step: int) -> Any:
+        shared[STEP] = step + 1
         while step >= shared[LIMIT]:
             time.sleep(0.002)
-        shared[STEP] = step
         sums = backward(engine, inputs, scale, step)
         if set(engine.chaos_samples) & set(range(8 * POISONED, 8 * POISONED + 8)):
             sums[0] += float("nan")
@@ -183,7 +183,7 @@ class Chaos:
                 self.shared[LIMIT] = target + 3
                 self._until(lambda target=target: self.shared[STEP] >= target, world)  # type: ignore[misc]
                 time.sleep(self.draw.uniform(0, 0.1))
-                began, step = time.monotonic(), self.shared[STEP] + 1
+                began, step = time.monotonic(), self.shared[STEP]
                 what = getattr(self, f"_{kind}")(world)
                 print(f"fault {number:2}: {kind:6} {what} in step {step}: {time.monotonic() - began:.1f} s", flush=True)
             self.shared[LIMIT] = 2**40
@@ -198,7 +198,7 @@ class Chaos:
 
     def _alive(self) -> World:
         if self.world is None:
-            self.shared[STEP], self.shared[LIMIT] = 0, 2**40 if not self.kinds else self.shared[LIMIT]
+            self.shared[STEP] = 0
             self.world = World(self.cfg, self.ranks, self.shared, self.logs)
             self._until(lambda: self.shared[STEP] > 0, self.world)
         return self.world

@@ -55,7 +55,7 @@ class Trainer:
         self.peak_lr: float = cfg.optim.lr
         self.checkpointer = Checkpointer(run_dir / "checkpoints", cfg.checkpoint.keep, cfg.checkpoint.asynchronous)
         self.guard = Guard(cfg.faults, skips=cfg.parallel.engine == "torch")
-        self.checks = Checks()
+        self.checks = Checks(weights=cfg.parallel.engine == "torch")
         self.parameters = count_parameters(cfg.model)
         self.step = 0
         self.tokens = 0
@@ -134,7 +134,7 @@ class Trainer:
             metrics |= self._told(saves)
             if self._due(cfg.log.every) or metrics.keys() & {"val_loss", "mixture", "events"}:
                 writer.write(self.step, metrics | meter.read() | load_metrics(self.last_loads))
-            if saves or self._due(cfg.faults.checksum_every):
+            if (saves or self._due(cfg.faults.checksum_every)) and cfg.faults.checksum_every:
                 self.checks.run(self.engine.model, self.step, self.checkpointer.last_good())
             if saves:
                 self.checkpointer.save(self.step, self.engine.state(self._progress()))

@@ -131,9 +131,9 @@ class Watch:
         Ranks().gather(None)
         self._ended.set()
         self._wake.set()
-        self._stacks.close()
         for thread in self._threads:
             thread.join(SILENT_S)
+        self._stacks.close()
         Ranks().gather(None)  # the store's host stays until nobody talks to it
 
     def failed(self, error: BaseException) -> str:

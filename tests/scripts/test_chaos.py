@@ -1,4 +1,4 @@
-"""A short chaos: a rank killed, all told to stop, a NaN, in some order and at some moments; the long one is ``make chaos``."""
+"""A short chaos: a rank killed, all told to stop, a NaN, at random moments; the long one is ``make chaos``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-import chaos  # noqa: E402
+import chaos
 
 
 def test_three_faults_on_two_ranks_change_nothing(

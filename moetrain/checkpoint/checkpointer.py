@@ -6,6 +6,7 @@ import logging
 import shutil
 import threading
 import warnings
+import zlib
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +17,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
-from torch.distributed.tensor import DTensor
 
 from moetrain.checkpoint import layout
 from moetrain.checkpoint.layout import FileHash
@@ -114,7 +114,7 @@ class Checkpointer:
         """Write all of step-N.tmp and prove it: DCP's files, read back by their writers, then the manifest."""
         ranks = self._ranks
         ranks.each(lambda: _refuse(staged))
-        need = sum(ranks.gather(_bytes(staged)))
+        need = sum(dict(ranks.gather(_size(staged))).values())  # stages of a pipeline have names of their own
         ranks.first(lambda: _make_room(temporary, need))
         writer = HashingWriter(temporary)
         try:
@@ -137,15 +137,12 @@ def _refuse(staged: dict[str, Any] | Exception) -> None:
         raise staged
 
 
-def _bytes(staged: Any) -> int:
-    """Bytes that this rank's part takes at least."""
-    if isinstance(staged, dict):
-        return sum(_bytes(value) for value in staged.values())
-    if isinstance(staged, DTensor):
-        staged = staged.to_local()
-    if isinstance(staged, Tensor):
-        return staged.numel() * staged.element_size()
-    return len(staged) if isinstance(staged, bytes) else 0
+def _size(staged: Any) -> tuple[int, int]:
+    """(hash of the names, bytes of their whole tensors): ranks with the same names write these once between them."""
+    tensors = {f"{part}.{name}": value for part, values in staged.items() if isinstance(values, dict)
+               for name, value in values.items() if isinstance(value, Tensor)}  # fmt: skip
+    names = zlib.crc32(" ".join(sorted(tensors)).encode())
+    return names, sum(value.numel() * value.element_size() for value in tensors.values())
 
 
 def _make_room(path: Path, need: int) -> None:

@@ -42,8 +42,9 @@ class Stacks:
         if self._late is not None:
             self._late.close()
             with suppress(OSError):
-                self._path.unlink() if not self._path.stat().st_size else None
-                self._path.parent.rmdir()
+                if not self._path.stat().st_size:
+                    self._path.unlink()
+                    self._path.parent.rmdir()
 
     def _open(self) -> TextIO:
         self._path.parent.mkdir(exist_ok=True)

@@ -2,6 +2,7 @@
 # make test    set up .venv, then every check: format, lint, types, tests
 # make slurm-test   launch, preempt, requeue and cancel on a two-node Slurm on this machine; needs root (docs/cluster.md)
 # make setup   only set up .venv; done again when pyproject.toml changes
+# make chaos   20 faults at random moments; SEED=n says which
 # Choose another Python with PYTHON=..., another torch with TORCH="torch==...".
 
 SHELL := /bin/bash
@@ -13,7 +14,7 @@ VENV_PACKAGE = test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y 
 BIN := .venv/bin
 STAMP := .venv/set-up
 
-.PHONY: train test slurm-test setup clean
+.PHONY: train test slurm-test setup chaos clean
 
 train: $(STAMP)
 	$(BIN)/moetrain train experiment=demo $(ARGS)
@@ -26,6 +27,9 @@ test: $(STAMP)
 
 slurm-test: $(STAMP)
 	scripts/slurm_test.sh $(BIN)/python
+
+chaos: $(STAMP)
+	$(BIN)/python scripts/chaos.py $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 setup: $(STAMP)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 import tempfile
 import traceback
@@ -55,6 +56,8 @@ def train(argv: Sequence[str]) -> int:
         return show_dry_run(cfg)
     if args.resume:
         cfg.run_dir = str(args.resume)
+    elif goes_on(cfg):
+        args.resume = Path(cfg.run_dir)
     if local.reports_for_me():
         local.end_with_parent()
     if not started:
@@ -472,6 +475,16 @@ def asks(key: str, overrides: Sequence[str]) -> bool:
     return any(word.lstrip("+").startswith(f"{key}=") for word in overrides)
 
 
+def goes_on(cfg: Config) -> bool:
+    """Whether a command without --resume means the run in ``cfg.run_dir``, which a signal stopped, or which torchrun or
+    Slurm has started again. Only a run of the same config."""
+    from moetrain.train.rundir import same_run, was_stopped
+
+    again = any(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    folder = Path(cfg.run_dir)
+    return (again or was_stopped(folder)) and same_run(folder, cfg)
+
+
 def pick_run_dir(cfg: Config, asked: bool) -> Path:
     """``cfg.run_dir``; where it is taken and was not asked for, the first of NAME-2, NAME-3 ... that is free."""
     wanted = Path(cfg.run_dir)
@@ -504,15 +517,30 @@ def start_ranks(cfg: Config, resume: Path | None, show_traceback: bool) -> int:
     with tempfile.TemporaryDirectory(prefix="moetrain-config-") as folder:
         config = Path(folder) / "config.yaml"
         save(cfg, config)
-        command = [sys.executable, "-m", "moetrain.cli", "train", "--config", str(config)]
-        command += ["--resume", str(resume)] if resume else []
-        command += ["--traceback"] if show_traceback else []
-        outcome = local.run_ranks(command, ranks, {"OMP_NUM_THREADS": str(threads)})
+        for restart in range(cfg.faults.restarts + 1):
+            command = [sys.executable, "-m", "moetrain.cli", "train", "--config", str(config)]
+            command += ["--resume", str(resume)] if resume else []
+            command += ["--traceback"] if show_traceback else []
+            outcome = local.run_ranks(command, ranks, {"OMP_NUM_THREADS": str(threads)})
+            if not lost_a_rank(outcome) or restart == cfg.faults.restarts:
+                break
+            print(f"moetrain: {outcome.message}; starting the ranks again, {restart + 1} of {cfg.faults.restarts}",
+                  file=sys.stderr, flush=True)  # fmt: skip
+            if (Path(cfg.run_dir) / "config.yaml").exists():
+                resume = Path(cfg.run_dir)
     if outcome.message:
         killed = outcome.code > 128 and "--resume" not in outcome.message
         again = f"; to go on: moetrain train --resume {cfg.run_dir}" if killed else ""
         print(f"moetrain: error: {outcome.message}{again}", file=sys.stderr)
     return outcome.code
+
+
+def lost_a_rank(outcome: local.Outcome) -> bool:
+    """Whether the ranks ended because one died or hung, and not by an error or because they were told to."""
+    from moetrain.train.exit_codes import LOST
+
+    told = outcome.code in (128 + signal.SIGINT, 128 + signal.SIGTERM)
+    return outcome.code == LOST or (outcome.code > 128 and not told)
 
 
 def sweep(overrides: Sequence[str], config_dirs: Sequence[str], resume: Path | None) -> int:

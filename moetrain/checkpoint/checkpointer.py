@@ -6,6 +6,7 @@ import logging
 import shutil
 import threading
 import warnings
+import zlib
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
 from moetrain.checkpoint import layout
@@ -112,7 +114,8 @@ class Checkpointer:
         """Write all of step-N.tmp and prove it: DCP's files, read back by their writers, then the manifest."""
         ranks = self._ranks
         ranks.each(lambda: _refuse(staged))
-        ranks.first(lambda: _make_empty(temporary))
+        need = sum(dict(ranks.gather(_size(staged))).values())  # stages of a pipeline have names of their own
+        ranks.first(lambda: _make_room(temporary, need))
         writer = HashingWriter(temporary)
         try:
             dcp.save(staged, storage_writer=writer, process_group=ranks.group, no_dist=ranks.alone)
@@ -134,10 +137,22 @@ def _refuse(staged: dict[str, Any] | Exception) -> None:
         raise staged
 
 
-def _make_empty(path: Path) -> None:
+def _size(staged: Any) -> tuple[int, int]:
+    """(hash of the names, bytes of their whole tensors): ranks with the same names write these once between them."""
+    tensors = {f"{part}.{name}": value for part, values in staged.items() if isinstance(values, dict)
+               for name, value in values.items() if isinstance(value, Tensor)}  # fmt: skip
+    names = zlib.crc32(" ".join(sorted(tensors)).encode())
+    return names, sum(value.numel() * value.element_size() for value in tensors.values())
+
+
+def _make_room(path: Path, need: int) -> None:
+    """Make ``path`` an empty folder. Raises OSError when the disk lacks the room for ``need`` bytes."""
     if path.exists():
         shutil.rmtree(path)
     path.mkdir(parents=True)
+    free = shutil.disk_usage(path).free
+    if free < need:
+        raise OSError(f"it needs {need / 2**20:,.0f} MiB, and the disk has {free / 2**20:,.0f} MiB free")
 
 
 def _cause(error: CheckpointException, writer: HashingWriter, ranks: Ranks) -> RankError:

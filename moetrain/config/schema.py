@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 
 from moetrain.config.fields import STRICT, Kind, NonNegative, PerLayerFloat, PerLayerInt, Positive
 from moetrain.config.schema_data import DataConfig
+from moetrain.config.schema_faults import FaultsConfig
 
 # Those of ``moe_kernels``. The first five are gated, with two input matrices; gelu and relu2 are plain, with one.
 Activation: TypeAlias = Literal["swiglu", "geglu", "reglu", "gpt_oss", "swiglu_clamped", "gelu", "relu2"]
@@ -409,6 +410,7 @@ class Config:
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, description="learning rate schedule")
     train: TrainConfig = Field(default_factory=TrainConfig, description="training")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="checkpoints")
+    faults: FaultsConfig = Field(default_factory=FaultsConfig, description="what to do when something goes wrong")
     log: LogConfig = Field(default_factory=LogConfig, description="metrics and logs")
     export: ExportConfig = Field(default_factory=ExportConfig, description="Hugging Face export")
     generate: GenerateConfig = Field(default_factory=GenerateConfig, description="sample text")

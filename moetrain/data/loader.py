@@ -109,6 +109,12 @@ class Loader:
         self.sampler.dealer.dealt = self.first_sample(step + 1)
         return batches
 
+    def again(self, samples: Sequence[int]) -> list[Batch]:
+        """This rank's micro-batches of the step that dealt ``samples`` (of ``sample_ids``), once more."""
+        if self._thread is None:
+            return self._deal(samples)
+        return self._thread.submit(self._deal, samples).result()
+
     def first_sample(self, step: int) -> int:
         """The first sample number of a step."""
         return self._begin[1] + (step - self._begin[0]) * self.global_batch
@@ -150,7 +156,10 @@ class Loader:
             self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _make(self, step: int) -> list[Batch]:
-        ids, stride = self.sample_ids(step), self.micro_batch * self.dp_size
+        return self._deal(self.sample_ids(step))
+
+    def _deal(self, ids: Sequence[int]) -> list[Batch]:
+        stride = self.micro_batch * self.dp_size
         starts = range(self.dp_rank * self.micro_batch, self.global_batch, stride)
         own = self.sampler.locate_all([i for start in starts for i in ids[start : start + self.micro_batch]])
         return [self._batch(own[m : m + self.micro_batch]) for m in range(0, len(own), self.micro_batch)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -13,8 +15,10 @@ from moetrain.data.prepare import prepare_once
 from moetrain.train import runtime
 from moetrain.train.announce import announce
 from moetrain.train.finish import finish, stopped
+from moetrain.train.lock import locked
 from moetrain.train.preflight import preflight
-from moetrain.train.rundir import claim
+from moetrain.train.rundir import STOPPED, claim
+from moetrain.train.signals import Requeue, Signals, listening
 from moetrain.train.trainer import Trainer
 from moetrain.train.watch import watched
 
@@ -24,12 +28,26 @@ def run(cfg: Config, resume: bool = False) -> None:
 
     resume: continue the run in ``cfg.run_dir`` from its newest whole checkpoint.
     Raises a UserError (config, data, checkpoint, training), which most often every rank sees alike; LostRank when
-    another rank died, hangs or failed by itself.
+    another rank died, hangs or failed by itself; Requeue when a signal stopped the run.
     """
+    try:
+        with listening() as signals:
+            _run(cfg, resume, signals)
+    except Requeue:
+        if (Path(cfg.run_dir) / "config.yaml").exists():
+            (Path(cfg.run_dir) / STOPPED).touch()
+        raise
+
+
+def _run(cfg: Config, resume: bool, signals: Signals) -> None:
     device = runtime.pick_device(cfg.device)
     runtime.set_up_torch(cfg, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     timeout_s = cfg.parallel.timeout_s
-    with runtime.process_group(device, timeout_s), watched(timeout_s, cfg.run_dir) as watch:
+    with (
+        runtime.process_group(device, timeout_s),
+        watched(timeout_s, cfg.run_dir) as watch,
+        locked(Path(cfg.run_dir)),
+    ):
         sizes = resolve_sizes(cfg.parallel, dist.get_world_size())
         if resume:  # what is refused leaves the run's config as it is
             prepare_once(cfg.data)
@@ -46,14 +64,22 @@ def run(cfg: Config, resume: bool = False) -> None:
         else:
             trainer.start()
         announce(trainer)
+        trainer.guard.told = lambda: signals.number
+        signals.ready = True
         try:
-            finish(trainer, trainer.fit())
+            evaluation = trainer.fit()
+            if evaluation is not None:
+                finish(trainer, evaluation)
         except TrainError as error:
             stopped(trainer, error)
             raise
-        if trainer.step in trainer.checkpointer.failed:
+        if evaluation is not None and trainer.step in trainer.checkpointer.failed:
             good = trainer.checkpointer.last_good()
             raise TrainError(
                 f"training finished, but its last checkpoint was not saved (last good: {good}); free disk space, "
                 f"then run 'moetrain train --resume {run_dir}'"
             )
+    if evaluation is None:
+        by, good = signal.Signals(trainer.guard.stop).name, trainer.checkpointer.last_good()
+        raise Requeue(f"stopped by {by} after step {trainer.step}; last good checkpoint: {good}; the same command goes "
+                      f"on, and so does: moetrain train --resume {run_dir}")  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -25,9 +24,11 @@ from moetrain.parallel.apply import build_parallel
 from moetrain.parallel.mesh import ParallelDims
 from moetrain.parallel.run import Inputs, LossScale
 from moetrain.train.step import (
+    Accept,
     Gradient,
     StepFigures,
     all_loads,
+    both_finite,
     clip_gradients,
     count_tokens,
     forget_loads,
@@ -44,8 +45,11 @@ class Engine(Protocol):
         """This rank's parameters and buffers under the names of the whole model."""
         ...
 
-    def train_step(self, batches: list[Batch], step: int, lr_factor: float) -> StepFigures:
-        """Forward and backward of every micro-batch, clip, update, close the step."""
+    def train_step(
+        self, batches: list[Batch], step: int, lr_factor: float, accept: Accept = both_finite
+    ) -> StepFigures:
+        """Forward and backward of every micro-batch, clip, update where ``accept`` says so, close the step. Without the
+        update everything is as it was before."""
         ...
 
     def loss(self, batch: Batch, step: int) -> Tensor:
@@ -119,7 +123,9 @@ class TorchEngine:
         self.aux_names = aux_names(cfg.balance)
         self.copies = tensor.copies(self.model) if dims.sizes.tp > 1 else []
 
-    def train_step(self, batches: list[Batch], step: int, lr_factor: float) -> StepFigures:
+    def train_step(
+        self, batches: list[Batch], step: int, lr_factor: float, accept: Accept = both_finite
+    ) -> StepFigures:
         inputs = [inputs_of(batch, self.device) for batch in batches]
         targets, tokens = count_tokens(inputs, self.dims)
         sums = self._backward(inputs, LossScale(targets, tokens, aux_coefs(self.cfg.balance, step)), step)
@@ -127,14 +133,14 @@ class TorchEngine:
         grad_norm = clip_gradients(self.model, self.cfg.train.clip_norm, self.dims.stage_group.size())
         loss, *terms = sums.tolist()
         aux = {name: value / tokens for name, value in zip(self.aux_names, terms, strict=True)}
-        finite = math.isfinite(loss) and math.isfinite(grad_norm)
-        if finite:
+        accepted = accept(loss / max(targets, 1), grad_norm)
+        if accepted:
             for group, peak in zip(self.optimizer.param_groups, self.peak_lrs, strict=True):
                 group["lr"] = peak * lr_factor
             self.optimizer.step()
             self.runner.weights_updated()
         self.optimizer.zero_grad(set_to_none=True)
-        loads = all_loads(self.model, self.cfg.model, self.dims, step) if finite else forget_loads(self.model)
+        loads = all_loads(self.model, self.cfg.model, self.dims, step) if accepted else forget_loads(self.model)
         return StepFigures(loss / max(targets, 1), aux, tokens, targets, grad_norm, loads)
 
     def loss(self, batch: Batch, step: int) -> Tensor:

@@ -27,7 +27,7 @@ from moetrain.parallel.run import Inputs, LossScale, local_inputs, sum_dtype
 from moetrain.parallel.zero import build_zero, import_deepspeed, is_expert, share_gathers
 from moetrain.train.deepspeed_nvme import get_file_access_ready
 from moetrain.train.deepspeed_state import ZeroState
-from moetrain.train.step import Gradient, StepFigures, count_tokens, forget_loads, inputs_of
+from moetrain.train.step import Accept, Gradient, StepFigures, both_finite, count_tokens, forget_loads, inputs_of
 
 # Elements that are reduced in one go; DeepSpeed's own choice of 5e8 takes 4 GB of buffers.
 BUCKET = 2**26
@@ -57,8 +57,10 @@ class DeepSpeedEngine:
         if weights:  # the optimizer's copy was made from bfloat16
             self.zero_state.set_weights(weights)
 
-    def train_step(self, batches: list[Batch], step: int, lr_factor: float) -> StepFigures:
-        """See ``Engine``."""
+    def train_step(
+        self, batches: list[Batch], step: int, lr_factor: float, accept: Accept = both_finite
+    ) -> StepFigures:
+        """See ``Engine``. ``accept`` is only told: DeepSpeed updates by a finite gradient, and by no other."""
         for group, peak in zip(self.engine.optimizer.param_groups, self.peak_lrs, strict=True):
             group["lr"] = peak * lr_factor
         inputs = [inputs_of(batch, self.device) for batch in batches]
@@ -81,6 +83,7 @@ class DeepSpeedEngine:
             self.engine.step()  # updates nothing when the norm is not finite
             grad_norm = float(self.engine.get_global_grad_norm())
         known = math.isfinite(grad_norm)
+        accept(loss_sum / max(targets, 1), grad_norm)
         loads = end_of_step(self.model, self.dims.stage_group, step) if known else forget_loads(self.model)
         return StepFigures(loss_sum / max(targets, 1), aux, tokens, targets, grad_norm, loads)
 

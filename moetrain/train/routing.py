@@ -136,6 +136,8 @@ def save(
     file.parent.mkdir(exist_ok=True)
     temporary = file.with_suffix(".tmp")
     with temporary.open("wb") as out:
-        known = {"layers": np.array(layers), "domains": np.array(domains), "token_T": token_T}
-        np.savez_compressed(out, counts_LGE=counts_LGE, ids_LTK=ids_LTK, **known)
+        np.savez_compressed(
+            out, counts_LGE=counts_LGE, ids_LTK=ids_LTK, layers=np.array(layers), domains=np.array(domains),
+            token_T=token_T,
+        )  # fmt: skip
     temporary.replace(file)

@@ -11,6 +11,8 @@ from moetrain.config import read, save, to_dict
 from moetrain.config.errors import ConfigError
 from moetrain.config.schema import Config
 
+STOPPED = "stopped"  # a file that a signal left: whoever gives the same command means to go on
+
 
 def claim(cfg: Config, resume: bool) -> Path:
     """Make ``cfg.run_dir`` ready for this run and return it; collective, done by rank 0 for all.
@@ -28,12 +30,24 @@ def refuse_taken(run_dir: Path) -> None:
         )
 
 
+def was_stopped(run_dir: Path) -> bool:
+    """Whether a signal stopped the run in ``run_dir`` before its end."""
+    return (run_dir / STOPPED).exists()
+
+
+def same_run(run_dir: Path, cfg: Config) -> bool:
+    """Whether ``run_dir`` holds a run of ``cfg``."""
+    config = run_dir / "config.yaml"
+    return config.exists() and to_dict(read(config)) == to_dict(cfg)
+
+
 def _claim(run_dir: Path, cfg: Config, resume: bool) -> Path:
     if not resume:
         refuse_taken(run_dir)
     try:
         (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         keep_config(run_dir, cfg)
+        (run_dir / STOPPED).unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"run_dir {run_dir} cannot be written: {error.strerror}; choose another run_dir") from error
     return run_dir

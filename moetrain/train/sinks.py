@@ -73,7 +73,7 @@ class Progress:
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         show = {
-            "loss": f"{metrics['loss']:.3f}",
+            "loss": "bad" if metrics["loss"] is None else f"{metrics['loss']:.3f}",
             "lr": f"{metrics['lr']:.1e}",
             "tok/s": f"{metrics['tokens_per_s']:,.0f}",
         }

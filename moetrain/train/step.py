@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -34,10 +35,14 @@ class StepFigures:
     grad_norm: float
     loads: Loads
 
-    @property
-    def finite(self) -> bool:
-        """Whether the weights were updated: a step whose loss or gradient is not finite leaves them as they are."""
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+# (loss, gradient norm) -> whether to update the weights; the same on all ranks.
+Accept: TypeAlias = Callable[[float, float], bool]
+
+
+def both_finite(loss: float, grad_norm: float) -> bool:
+    """The least that an update needs."""
+    return math.isfinite(loss) and math.isfinite(grad_norm)
 
 
 def inputs_of(batch: Batch, device: torch.device) -> Inputs:
@@ -143,12 +148,11 @@ def forget_loads(model: nn.Module) -> Loads:
     return Loads({}, {})
 
 
-def bad_step(loss: float, grad_norm: float, step: int, global_batch: int, last_good: str) -> TrainError:
-    """What to raise at step ``step`` (0-based) when a figure of the whole model is not finite: it says the step, its
-    samples and the way back."""
-    name, value = ("gradient norm", grad_norm) if math.isfinite(loss) else ("loss", loss)
-    first = step * global_batch
+def bad_step(why: str, step: int, samples: list[int], in_a_row: int, last_good: str) -> TrainError:
+    """What to raise at step ``step`` (0-based) when a run must stop for it: it says the step, its samples and the way
+    back. in_a_row: bad steps up to this one."""
+    before = f", after {in_a_row - 1} bad batches in a row" if in_a_row > 1 else ""
     return TrainError(
-        f"{name} is {value} at step {step + 1} (samples {first}..{first + global_batch - 1}); "
+        f"{why} at step {step + 1} (samples {min(samples)}..{max(samples)}){before}; "
         f"the weights were not updated; last good checkpoint: {last_good}"
     )

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
+import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from moetrain.config.schema import Config
 from moetrain.convert.features import differences
 from moetrain.convert.open import check_init, open_weights
 from moetrain.data.forecast import why_end
-from moetrain.data.loader import Loader
+from moetrain.data.loader import Batch, Loader
 from moetrain.data.position import position, restore
 from moetrain.model.count import count_parameters, flops_per_token
 from moetrain.moe.balance import Loads
@@ -26,13 +29,15 @@ from moetrain.parallel.mesh import ParallelDims
 from moetrain.train import runtime
 from moetrain.train.engine import build_engine
 from moetrain.train.evaluate import Evaluation, evaluate
+from moetrain.train.guard import Guard
 from moetrain.train.metrics import Meter, load_metrics
 from moetrain.train.mixing import Mixing
 from moetrain.train.preflight import asked_of, open_data, open_objective, open_sampler
+from moetrain.train.replicas import Checks
 from moetrain.train.routing import RoutingWatch
 from moetrain.train.sinks import Writer
 from moetrain.train.spans import Spans
-from moetrain.train.step import bad_step
+from moetrain.train.step import Accept, StepFigures, bad_step
 
 log = logging.getLogger("moetrain")
 
@@ -51,12 +56,15 @@ class Trainer:
         self.mixing = Mixing(cfg, self.engine, self.loader, self.dims)
         self.peak_lr: float = cfg.optim.lr
         self.checkpointer = Checkpointer(run_dir / "checkpoints", cfg.checkpoint.keep, cfg.checkpoint.asynchronous)
+        self.guard = Guard(cfg.faults, skips=cfg.parallel.engine == "torch")
+        self.checks = Checks(weights=cfg.parallel.engine == "torch")
         self.parameters = count_parameters(cfg.model)
         self.step = 0
         self.tokens = 0
         self.seconds = 0.0
         self.waited_s = 0.0  # of them, for data
         self.last_loads = Loads({}, {})
+        self.events: list[dict[str, Any]] = []  # what the next line of metrics tells beside figures
 
     def start(self) -> None:
         """Begin at step 0, from the weights that ``init`` names if there are any. Collective. Raises a UserError."""
@@ -88,6 +96,9 @@ class Trainer:
         progress = self.engine.load_state(state)
         self.step, self.tokens, self.seconds = progress["step"], progress["tokens"], progress["seconds"]
         self.waited_s = progress.get("data_wait_s", 0.0)
+        if "guard" in progress:
+            self.guard.load_state(progress["guard"])
+        self.events.append({"event": "resumed", "step": self.step})
         log.info("resumed from %s", newest)
         if "data" in progress:
             samples = progress["data"]["samples"]
@@ -104,8 +115,9 @@ class Trainer:
         end = self.sampler.end
         return self.cfg.train.steps if end is None else min(self.cfg.train.steps, self.loader.step_of(end))
 
-    def fit(self) -> Evaluation:
-        """Train until ``last_step``, then evaluate. Raises TrainError when the loss stops being finite."""
+    def fit(self) -> Evaluation | None:
+        """Train until ``last_step``, then evaluate; None where a signal stopped the run before, its state saved.
+        Raises TrainError when too many batches in a row are bad."""
         cfg = self.cfg
         writer = Writer(cfg, self.run_dir, to_dict(cfg), self.step, dist.get_rank())
         flops = flops_per_token(cfg.model, cfg.train.seq_len)
@@ -113,25 +125,32 @@ class Trainer:
         meter = Meter(self.device, flops, peak, dist.get_world_size())
         spans = Spans(cfg, self.engine, self.device, self.run_dir)
         evaluation = None
-        while self.step < self.last_step:
+        while self.step < self.last_step and not self.guard.stop:
             with spans.step(self.step + 1):
                 metrics = self.train_step()
             meter.add(metrics.pop("step_tokens"), metrics["step_s"])
             writer.count(self.step, self.last_loads)
 
-            if self._due(cfg.train.eval_every) or self.step == self.last_step:
+            done, stop = self.step == self.last_step, self.guard.stop
+            if self._due(cfg.train.eval_every) or done:
                 watch = RoutingWatch(self.engine.model, cfg.model, self.data, self.dims, cfg.train.seq_len)
                 with watch.on():
                     evaluation = self.evaluate(watch=watch)
                 metrics |= evaluation.metrics() | watch.collect(self.step, self.run_dir)
-            if self._due(cfg.log.every) or "val_loss" in metrics or "mixture" in metrics:
+            saves = self._due(cfg.checkpoint.every) or (cfg.checkpoint.at_end and done) or stop > 0
+            metrics |= self._told(saves)
+            if self._due(cfg.log.every) or metrics.keys() & {"val_loss", "mixture", "events"}:
                 metrics |= spans.read(metrics["step_s"], metrics["data_wait_s"])
                 writer.write(self.step, metrics | meter.read() | self.read() | load_metrics(self.last_loads))
-            if self._due(cfg.checkpoint.every) or (cfg.checkpoint.at_end and self.step == self.last_step):
+            if (saves or self._due(cfg.faults.checksum_every)) and cfg.faults.checksum_every:
+                self.checks.run(self.engine.model, self.step, self.checkpointer.last_good())
+            if saves:
                 self.checkpointer.save(self.step, self.engine.state(self._progress()))
         self.checkpointer.wait()
         self.loader.close()
         writer.close()
+        if self.step < self.last_step:
+            return None
         if self.step < cfg.train.steps:
             log.info("data       has run out after step %d of %d: %s", self.step, cfg.train.steps, why_end(self.loader))
         return evaluation or self.evaluate()
@@ -152,19 +171,27 @@ class Trainer:
         )
 
     def train_step(self) -> dict[str, Any]:
-        """One optimizer step; its figures by name, of the whole model. Raises TrainError when one is not finite."""
+        """One optimizer step; its figures by name, of the whole model. Raises TrainError when it and those before it
+        were bad."""
         cfg, step = self.cfg, self.step
         mixed = self.mixing.before_step(step, self.last_step - step)
         began = time.perf_counter()
-        seed_step(cfg.seed, step, dist.get_rank())
+        self.guard.begin(self.sampler.history.index(self.loader.first_sample(step)))
+        schedule = lr_factor(cfg.schedule, step, cfg.train.steps)
+        for skipped in self.guard.due(step):
+            samples = skipped.samples
+            self.events += self.guard.again(
+                skipped, step, self._runs(self.loader.again(samples), skipped.step, schedule)
+            )
         batches = self.loader.step(step)
         waited = time.perf_counter() - began
-        factor = lr_factor(cfg.schedule, step, cfg.train.steps)
-        figures = self.engine.train_step(batches, step, factor)
-        if not figures.finite:
+        factor, samples = schedule * self.guard.lr_factor(step), self.loader.sample_ids(step)
+        run = self._runs(batches, step, factor)
+        figures, events = self.guard.attempt(step, samples, run)
+        self.events += events
+        if self.guard.exhausted:
             self.checkpointer.wait()
-            last_good = self.checkpointer.last_good()
-            raise bad_step(figures.loss, figures.grad_norm, step, cfg.train.global_batch, last_good)
+            raise bad_step(self.guard.why, step, samples, self.guard.in_a_row, self.checkpointer.last_good())
         self.last_loads = figures.loads
         self.step += 1
         self.tokens += figures.tokens
@@ -172,8 +199,9 @@ class Trainer:
         self.seconds += seconds
         self.waited_s += waited
         padding = {} if cfg.data.packing == "cut" else {"padding_share": 1 - figures.targets / figures.tokens}
-        return {"step": self.step, "tokens": self.tokens, "loss": figures.loss, "grad_norm": figures.grad_norm,
-                "lr": self.peak_lr * factor, **figures.aux, "step_s": seconds, "data_wait_s": waited,
+        return {"step": self.step, "tokens": self.tokens, "loss": number(figures.loss),
+                "grad_norm": number(figures.grad_norm), "lr": self.peak_lr * factor, **figures.aux,
+                "step_s": seconds, "data_wait_s": waited,
                 "step_tokens": figures.tokens, **padding, **mixed}  # fmt: skip
 
     def read(self) -> dict[str, Any]:
@@ -183,13 +211,31 @@ class Trainer:
             found[domain_of[source]] += count
         return {"read_by_domain": found}
 
+    def _runs(self, batches: list[Batch], seed_of: int, factor: float) -> Callable[..., StepFigures]:
+        """What computes the step in hand on ``batches``, with the random numbers of step ``seed_of``."""
+
+        def run(accept: Accept, lower: float = 1.0) -> StepFigures:
+            seed_step(self.cfg.seed, seed_of, dist.get_rank())
+            return self.engine.train_step(batches, self.step, factor * lower, accept)
+
+        return run
+
+    def _told(self, saves: bool) -> dict[str, Any]:
+        """The events since the last line of metrics, under their key; nothing where there are none."""
+        told, self.events = self.events, []
+        if self.guard.stop:
+            told.append({"event": "stopped", "step": self.step, "signal": signal.Signals(self.guard.stop).name})
+        if saves:
+            told.append({"event": "save", "step": self.step})
+        return {"events": told} if told else {}
+
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
     def _progress(self) -> dict[str, Any]:
         data = position(self.sampler, self.asked, self.loader.first_sample(self.step))
         counts = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "data_wait_s": self.waited_s}
-        return {**counts, "data": data, "mixer": self.mixing.state()}
+        return {**counts, "data": data, "mixer": self.mixing.state(), "guard": self.guard.state()}
 
     def _loader(self) -> Loader:
         cfg, t = self.cfg, self.cfg.train
@@ -197,3 +243,8 @@ class Trainer:
         masked, pin, objective = cfg.data.document_mask, self.device.type == "cuda", open_objective(cfg, self.data)
         batch = t.global_batch, t.micro_batch
         return Loader(self.data, self.sampler, *batch, rank, size, cfg.data.workers, masked, pin, objective)
+
+
+def number(value: float) -> float | None:
+    """``value`` as JSON can hold it: None for what is not finite."""
+    return value if math.isfinite(value) else None

@@ -28,6 +28,8 @@ from moetrain_launch import local
 
 from moetrain.comm.ranks import Ranks, lost_connection, one_line
 from moetrain.config.errors import TrainError
+from moetrain.train.exit_codes import LOST
+from moetrain.train.stacks import Stacks
 
 BEAT_S = 1.0
 SILENT_S = 3.0  # once a collective has failed, a rank without a sign of life for so long is the one that is lost
@@ -40,6 +42,8 @@ VERDICT, INSPECTORS = "verdict", "inspectors"
 
 class LostRank(TrainError):
     """Another rank died, hangs or failed; the text names it."""
+
+    exit_code = LOST
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,8 @@ class Watch:
 
     ``step`` and ``last_good`` tell messages how far the run is: optimizer steps done, path of the newest whole
     checkpoint. Two threads: one alone talks to the store, since that may block when its host hangs; the other ends the
-    process when the main thread is stuck where the verdict cannot reach it.
+    process when the main thread is stuck where the verdict cannot reach it. With the verdict, each rank that still can
+    writes where all its threads are to the run directory: see ``stacks``.
     """
 
     def __init__(self, timeout_s: float, run_dir: str) -> None:
@@ -91,6 +96,7 @@ class Watch:
         # A rank may stand still for a while (it swaps, say). This is well before collectives give up.
         self._patience_s = max(SILENT_S, timeout_s / 2)
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
+        self._stacks = Stacks(Path(run_dir) / "stacks", self._rank)
         agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         self._hosts_store = self._rank == 0 and not agent
         self._host_of_store = "the launcher of the first node" if agent else "rank 0"
@@ -127,6 +133,7 @@ class Watch:
         self._wake.set()
         for thread in self._threads:
             thread.join(SILENT_S)
+        self._stacks.close()
         Ranks().gather(None)  # the store's host stays until nobody talks to it
 
     def failed(self, error: BaseException) -> str:
@@ -134,6 +141,7 @@ class Watch:
         rank's own; then the others are told."""
         lost = lost_connection(error)
         if lost:
+            self._stacks.error = error
             self._asked_s = self._now()
         else:
             self._own_error = one_line(error)
@@ -169,6 +177,7 @@ class Watch:
 
     def _turn(self) -> None:
         now_s = self._now()
+        self._stacks.expect_life(2 * self._patience_s)
         if now_s > self._turned_s + SILENT_S:  # this rank stood still itself, maybe all did: Slurm suspends whole jobs
             self._trust_s = now_s + SILENT_S
         self._turned_s = now_s
@@ -207,6 +216,7 @@ class Watch:
 
     def _decide(self, line: str) -> None:
         self._verdict = line
+        self._stacks.write(line)
         self._known.set()
 
     def _inspect(self, since_s: float) -> None:
@@ -254,8 +264,8 @@ class Watch:
             time.sleep(2 * LEAVE_S)
         self._may_go.wait(LEAVE_S)
         # Checkpoints are written to the side and renamed when whole, so this is safe at any instant.
-        local.show_error(self._verdict, TrainError.exit_code)
-        os._exit(TrainError.exit_code)
+        local.show_error(self._verdict, LOST)
+        os._exit(LOST)
 
     def _line(self, what: str, why: str) -> str:
         return (

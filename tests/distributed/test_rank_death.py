@@ -31,6 +31,7 @@ import moetrain.train  # noqa: F401 ranks are forked with everything imported
 from moetrain import cli
 from moetrain.checkpoint import layout, newest
 from moetrain.checkpoint.layout import DamagedError
+from moetrain.train.exit_codes import LOST
 from moetrain.train.runtime import timeout_of_new_groups
 from tests.distributed.toy_run import BASE
 
@@ -202,7 +203,7 @@ def test_under_a_launcher_that_leaves_the_other_ranks_alone(
         world.wait({lost}, MARGIN_S)
         for rank in others:
             line = world.error(rank)
-            assert world.codes[rank] == 1, world
+            assert world.codes[rank] == LOST, world
             assert f"rank {lost}" in line and "last good checkpoint: " in line, line
             assert line.endswith(f"to go on: moetrain train --resume {run_dir}"), line
             if how == "fails":
@@ -210,7 +211,7 @@ def test_under_a_launcher_that_leaves_the_other_ranks_alone(
         if how == "fails":
             assert world.codes[lost] == 2 and "past the vocabulary" in world.error(lost), world
         elif how == "hangs":
-            assert world.codes[lost] == 1, world
+            assert world.codes[lost] == LOST, world
     finally:
         world.close()
     assert_checkpoints_are_whole(run_dir)
@@ -228,7 +229,7 @@ def test_with_ranks_that_moetrain_started_itself(prepared: Path, straight: list[
         pipe = subprocess.PIPE
         return subprocess.Popen(command, cwd=prepared, env=environment, stdout=pipe, stderr=pipe, text=True)
 
-    process = start(*straight, "run_dir=own-ranks", f"launch.ranks={WORLD}")
+    process = start(*straight, "run_dir=own-ranks", f"launch.ranks={WORLD}", "faults.restarts=0")
     try:
         wait_for_a_random_moment(prepared / "own-ranks")
         os.kill(rank_of(process.pid, 2), signal.SIGKILL)

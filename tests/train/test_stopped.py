@@ -1,0 +1,110 @@
+"""From the command line, as a cluster does it: a run is told to stop, or a rank of it is killed, and goes on as if
+nothing had happened. A second run is not let into a folder in use."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from moetrain_launch.fork import run_ranks
+
+from moetrain import config
+from moetrain.config.check import resolve_sizes
+from moetrain.data.prepare import prepare
+from moetrain.train.exit_codes import REQUEUE
+from moetrain.train.lock import locked
+from moetrain.train.trainer import Trainer
+from tests.distributed.test_rank_death import rank_of
+from tests.distributed.toy_run import BASE, load
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 200
+WORDS = [*BASE, f"train.steps={STEPS}", "train.micro_batch=2", "checkpoint.every=20", "parallel.ep=2", "launch.ranks=2",
+         "device=cpu", "data=own", "data.name=toy", "data.dir=prepared", "data.tokenizer.vocab_size=300",
+         "parallel.timeout_s=20"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stopped")
+    prepare(load(folder, []).data)
+    return folder
+
+
+def start(folder: Path, *words: str) -> subprocess.Popen[str]:
+    sources = [f"data.sources.{name}={{paths:['{folder / name}.txt']}}" for name in ("letters", "digits")]
+    path = os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "launch"))
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"PYTHONPATH": path}
+    command = [sys.executable, "-m", "moetrain.cli", "train", *WORDS, *sources, *words]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def lines(run_dir: Path) -> list[dict]:
+    file = run_dir / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
+    end = time.monotonic() + 120
+    while len(lines(run_dir)) < step:
+        assert time.monotonic() < end and process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+def alone(cfg: config.Config) -> None:
+    run_dir = Path(cfg.run_dir)
+    run_dir.mkdir(exist_ok=True)
+    Trainer(cfg, resolve_sizes(cfg.parallel, dist.get_world_size()), run_dir).fit()
+
+
+def test_a_folder_in_use_is_refused_until_its_run_has_ended_however(tmp_path: Path) -> None:
+    """A process that is killed leaves no lock behind."""
+    hold = "from moetrain.train.lock import _take, Path; _take(Path('run')); print('held', flush=True); input()"
+    path = os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "launch"))
+    pipe, environment = subprocess.PIPE, os.environ | {"PYTHONPATH": path}
+    holder = subprocess.Popen([sys.executable, "-c", hold], cwd=tmp_path, env=environment, stdin=pipe, stdout=pipe)
+    assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+
+    def take() -> None:
+        with locked(tmp_path / "run"):
+            assert str(os.getpid()) in (tmp_path / "run/lock").read_text()
+
+    with pytest.raises(RuntimeError, match=rf"in use by another run \(process {holder.pid} on .*\); wait for its end"):
+        run_ranks(1, take)
+    holder.kill()
+    holder.wait()
+    run_ranks(1, take)
+
+
+def test_stopped_killed_and_gone_on(folder: Path) -> None:
+    """Told to stop by SIGUSR1, it saves and asks for more time by its exit code; the same command goes on. Then a rank
+    is killed: the command starts the ranks again by itself. Losses are those of a run that was left alone."""
+    process = start(folder, "run_dir=run")
+    wait_for_step(process, folder / "run", 5)
+    process.send_signal(signal.SIGUSR1)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == REQUEUE and "stopped by SIGUSR1 after step" in err, err
+    stopped = lines(folder / "run")[-1]
+    assert [event["event"] for event in stopped["events"]] == ["stopped", "save"]
+    assert (folder / "run/checkpoints" / f"step-{stopped['step']}/manifest.json").exists()
+
+    process = start(folder, "run_dir=run")
+    wait_for_step(process, folder / "run", min(stopped["step"] + 12, STEPS - 5))
+    os.kill(rank_of(process.pid, 1), signal.SIGKILL)
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 0 and "starting the ranks again, 1 of 3" in err, err
+    rows = lines(folder / "run")
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    cfg = config.read(folder / "run/config.yaml")
+    cfg.run_dir, cfg.data.dir = str(folder / "alone"), str(folder / "prepared")
+    run_ranks(2, alone, cfg, timeout=240)
+    assert [row["loss"] for row in rows] == [row["loss"] for row in lines(folder / "alone")]
+    assert sum(event["event"] == "resumed" for row in rows for event in row.get("events", [])) == 2

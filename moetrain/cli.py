@@ -522,7 +522,7 @@ def start_ranks(cfg: Config, resume: Path | None, show_traceback: bool) -> int:
             command += ["--resume", str(resume)] if resume else []
             command += ["--traceback"] if show_traceback else []
             outcome = local.run_ranks(command, ranks, {"OMP_NUM_THREADS": str(threads)})
-            if not lost_a_rank(outcome) or restart == cfg.faults.restarts:
+            if not may_go_on(outcome) or restart == cfg.faults.restarts:
                 break
             print(f"moetrain: {outcome.message}; starting the ranks again, {restart + 1} of {cfg.faults.restarts}",
                   file=sys.stderr, flush=True)  # fmt: skip
@@ -535,7 +535,7 @@ def start_ranks(cfg: Config, resume: Path | None, show_traceback: bool) -> int:
     return outcome.code
 
 
-def lost_a_rank(outcome: local.Outcome) -> bool:
+def may_go_on(outcome: local.Outcome) -> bool:
     """Whether the ranks ended because one died or hung, and not by an error or because they were told to."""
     from moetrain.train.exit_codes import LOST
 

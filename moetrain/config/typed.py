@@ -192,7 +192,8 @@ def _unknown(where: str, parent: type, tree: dict[str, Any], path: str) -> str:
         return f"{where} is not a setting; did you mean {prefix}{near[0]}?"
     known = {*paths_of(Config), *(_tree_paths(tree) if not path else ())}
     everywhere = [p for p in known if not p.startswith(where) and not where.startswith(p)]
-    same_name = [p for p in sorted(everywhere) if p.rpartition(".")[2] == name]
+    by_depth = sorted(everywhere, key=lambda p: (p.count("."), p))
+    same_name = [p for p in by_depth if p.rpartition(".")[2] == name]
     near = same_name or difflib.get_close_matches(where, everywhere, n=1, cutoff=0.75)
     if near:
         return f"{where} is not a setting; did you mean {near[0]}?"

@@ -28,7 +28,7 @@ from moetrain.moe.dispatch.all_to_all import AllToAllOptions
 from moetrain.moe.dispatch.auto import AutoOptions
 from moetrain.moe.dispatch.local import LocalOptions
 from moetrain.moe.layer import MoELayer
-from moetrain.moe.routing import Memo, Routing, Rows
+from moetrain.moe.routing import Memo, Routing, Rows, TokenContext
 from moetrain.planner.groups import MirrorGroup, SeatedGroup, Table, Traffic
 
 # Dispatchers with which ranks that route alike send alike.
@@ -142,7 +142,9 @@ def _kept(case: Case, ids_TK: Tensor) -> Tensor:
     return within_capacity(ids_TK.flatten(), None, case.experts, limit)
 
 
-def _keep(make: Callable[..., Case], expert_A: Tensor, weight_A: Tensor, step: int) -> Tensor:
+def _keep(
+    make: Callable[..., Case], token_A: Tensor, expert_A: Tensor, weight_A: Tensor, context: TokenContext
+) -> Tensor:
     """``Router._keep`` of balanced choices."""
     case = make(0)
     case = make(len(expert_A) // case.top_k)

@@ -9,8 +9,6 @@ SHELL := /bin/bash
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 TORCH ?= torch==2.13.0
-# Test files run side by side on so many processes; those of ranks use several more.
-WORKERS ?= 2
 # Debian keeps the venv module in a package of its own; root can install it.
 VENV_PACKAGE = test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y -qq python3-venv
 BIN := .venv/bin
@@ -25,7 +23,7 @@ test: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest $(ARGS)
 
 slurm-test: $(STAMP)
 	scripts/slurm_test.sh $(BIN)/python

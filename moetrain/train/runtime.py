@@ -99,7 +99,10 @@ class _AboveBar(logging.StreamHandler):  # type: ignore[type-arg]
     """Writes log lines to the terminal above the progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=self.stream)
+        try:
+            tqdm.write(self.format(record), file=self.stream)
+        except (OSError, ValueError):  # a terminal that is gone ends no run
+            self.handleError(record)
 
 
 class _LogFile(logging.FileHandler):

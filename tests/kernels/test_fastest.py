@@ -26,6 +26,7 @@ def nothing_known(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixt
     """As in a new process, whose log takes every line."""
     monkeypatch.setattr("moe_kernels.fastest._taken", {})
     monkeypatch.setattr(logging.getLogger("moe_kernels"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("moe_kernels"), "handlers", [])  # a run in this process may have left some
     caplog.set_level(logging.INFO, "moe_kernels")
 
 

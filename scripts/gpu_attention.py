@@ -77,7 +77,7 @@ def check_attention(
     device: str, check: Callable[[str, float, Callable[[], float]], dict[str, Any]], worst: Callable[..., float]
 ) -> list[dict[str, Any]]:
     """A row for each case and kernel. Sequences of documents, two of one token."""
-    from moetrain.model.attention.kernels import attend
+    from moetrain.model.attention.kernels import Rule, attend
     from moetrain.model.places import Places
 
     rows = []
@@ -86,7 +86,7 @@ def check_attention(
 
         def call(*qkv: Tensor, backend: str, h: Heads = h) -> Tensor:
             places = Places(sum(LENGTHS), None, documents(device, 3, LENGTHS), torch.device(device))
-            return attend(*qkv, places, h.window, scale=h.d**-0.5, backend=backend)  # type: ignore[arg-type]
+            return attend(*qkv, places, Rule(h.d**-0.5, h.window, backend=backend))  # type: ignore[arg-type]
 
         want = run(tensors, torch.float64, functools.partial(call, backend="math"))
         for name, why in backends(device, h).items():
@@ -100,7 +100,7 @@ def check_attention(
 
 def time_attention(device: str, tiny: bool) -> list[dict[str, Any]]:
     """Forward and backward of OLMoE's attention over sequences of documents, for each kernel that runs here."""
-    from moetrain.model.attention.kernels import attend
+    from moetrain.model.attention.kernels import Rule, attend
     from moetrain.model.places import Places
 
     lengths, batch = (LENGTHS, 1) if tiny else ((1500, 200, 1, 700, 1100, 395, 200), 4)
@@ -110,7 +110,7 @@ def time_attention(device: str, tiny: bool) -> list[dict[str, Any]]:
     print(f"\nattention, {batch} sequences of {seq_len} tokens in {len(lengths)} documents, {h}", flush=True)
     for name, why in backends(device, h).items():
         if why is None:
-            forward = functools.partial(attend, *leaves, places, None, scale=h.d**-0.5, backend=name)  # type: ignore[arg-type]
+            forward = functools.partial(attend, *leaves, places, Rule(h.d**-0.5, backend=name))  # type: ignore[arg-type]
             took = pass_times(forward, leaves, device)
             rows.append({"backend": name, "tokens": batch * seq_len, "seconds": took})
             print(f"  {name:6} forward {took[0] * 1e3:8.3f} ms  backward {took[1] * 1e3:8.3f} ms", flush=True)

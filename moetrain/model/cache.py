@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moetrain.model.attention.kernels import attend, attend_masked
+from moetrain.model.attention.kernels import Rule, attend, attend_masked
 from moetrain.model.decoder import Decoder
 from moetrain.model.places import Places
 
@@ -27,27 +27,16 @@ class LayerCache:
         self.k_BPGd: Tensor | None = None
         self.v_BPGv: Tensor | None = None
 
-    def __call__(
-        self,
-        q_BSHd: Tensor,
-        k_BSGd: Tensor,
-        v_BSGv: Tensor,
-        places: Places,
-        window: int | None,
-        *,
-        scale: float,
-        sinks_H: Tensor | None = None,
-        backend: str = "auto",
-    ) -> Tensor:
+    def __call__(self, q_BSHd: Tensor, k_BSGd: Tensor, v_BSGv: Tensor, places: Places, rule: Rule) -> Tensor:
         """See ``attend``; ``places`` are those of the new tokens in all tokens so far."""
         if self.k_BPGd is None or self.v_BPGv is None:
-            self._keep(k_BSGd, v_BSGv, window)
-            return attend(q_BSHd, k_BSGd, v_BSGv, places, window, scale=scale, sinks_H=sinks_H, backend=backend)
+            self._keep(k_BSGd, v_BSGv, rule.window)
+            return attend(q_BSHd, k_BSGd, v_BSGv, places, rule)
         k, v = torch.cat((self.k_BPGd, k_BSGd), dim=1), torch.cat((self.v_BPGv, v_BSGv), dim=1)
-        self._keep(k, v, window)
+        self._keep(k, v, rule.window)
         key_index = torch.arange(places.seq_len - k.shape[1], places.seq_len, device=k.device)
-        mask = places.sees(places.own_index(), key_index, window)
-        return attend_masked(q_BSHd, k, v, mask, scale=scale, sinks_H=sinks_H, backend=backend)
+        mask = places.sees(places.own_index(), key_index, rule.window)
+        return attend_masked(q_BSHd, k, v, mask, rule)
 
     def _keep(self, k: Tensor, v: Tensor, window: int | None) -> None:
         first = 0 if window is None else max(0, k.shape[1] - (window - 1))

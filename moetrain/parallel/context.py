@@ -25,7 +25,7 @@ from torch import Tensor
 from moetrain.comm import all_to_all
 from moetrain.config.errors import ConfigError
 from moetrain.model.attention.gqa import GroupedQueryAttention
-from moetrain.model.attention.kernels import attend, attend_masked
+from moetrain.model.attention.kernels import Rule, attend, attend_masked
 from moetrain.model.attention.mla import MultiHeadLatentAttention
 from moetrain.model.decoder import Decoder
 from moetrain.model.places import Places
@@ -88,20 +88,9 @@ class AllGatherCore:
         self.group = group
 
     @torch.compiler.disable
-    def __call__(
-        self,
-        q_BSHd: Tensor,
-        k_BSGd: Tensor,
-        v_BSGv: Tensor,
-        places: Places,
-        window: int | None,
-        *,
-        scale: float,
-        sinks_H: Tensor | None = None,
-        backend: str = "auto",
-    ) -> Tensor:
+    def __call__(self, q_BSHd: Tensor, k_BSGd: Tensor, v_BSGv: Tensor, places: Places, rule: Rule) -> Tensor:
         """See ``kernels.attend``."""
-        chunks = Chunks(self.group.size(), places.seq_len, places.effective(window))
+        chunks = Chunks(self.group.size(), places.seq_len, places.effective(rule.window))
         rank, C = self.group.rank(), chunks.length
         kv_BSGw = torch.cat((k_BSGd, v_BSGv), dim=-1)
         kv_cX = kv_BSGw.unflatten(1, (2, C)).transpose(0, 1).flatten(1)
@@ -119,7 +108,7 @@ class AllGatherCore:
                 places.kept[key] = chunk_mask(places, C, chunks.window, own, range(first, last + 1))
             mask = places.kept[key]
             k, v = k_BKGd[:, rows], v_BKGv[:, rows]
-            parts.append(attend_masked(q_BCHd, k, v, mask, scale=scale, sinks_H=sinks_H, backend=backend))
+            parts.append(attend_masked(q_BCHd, k, v, mask, rule))
         return torch.cat(parts, dim=1)
 
 
@@ -160,18 +149,7 @@ class AllToAllCore:
         self.group = group
 
     @torch.compiler.disable
-    def __call__(
-        self,
-        q_BSHd: Tensor,
-        k_BSGd: Tensor,
-        v_BSGv: Tensor,
-        places: Places,
-        window: int | None,
-        *,
-        scale: float,
-        sinks_H: Tensor | None = None,
-        backend: str = "auto",
-    ) -> Tensor:
+    def __call__(self, q_BSHd: Tensor, k_BSGd: Tensor, v_BSGv: Tensor, places: Places, rule: Rule) -> Tensor:
         """See ``kernels.attend``."""
         cp, rank = self.group.size(), self.group.rank()
         (B, S, H, d), G, v_dim = q_BSHd.shape, k_BSGd.shape[2], v_BSGv.shape[-1]
@@ -202,8 +180,8 @@ class AllToAllCore:
         kv_of_h = [head * G // H - kv_heads[rank].start for head in range(rank * h, (rank + 1) * h)]
         if h % g or kv_of_h != [i * g // h for i in range(h)]:  # parts of groups: attention is told each head's own
             k_BNgd, v_BNgv = k_BNgd[:, :, kv_of_h], v_BNgv[:, :, kv_of_h]
-        sinks_h = None if sinks_H is None else sinks_H[rank * h : (rank + 1) * h]
-        out_BNhv = attend(q_BNhd, k_BNgd, v_BNgv, places.whole(), window, scale=scale, sinks_H=sinks_h, backend=backend)
+        sinks_h = None if rule.sinks_H is None else rule.sinks_H[rank * h : (rank + 1) * h]
+        out_BNhv = attend(q_BNhd, k_BNgd, v_BNgv, places.whole(), rule._replace(sinks_H=sinks_h))
         back = _by_rank(out_BNhv, cp).flatten()
         got = all_to_all(back, [B * S * h * v_dim] * cp, [B * S * h * v_dim] * cp, self.group)
         return got.view(cp, B, S, h, v_dim).permute(1, 2, 0, 3, 4).reshape(B, S, H, v_dim)

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moetrain.model.attention.kernels import Rule
 from moetrain.model.places import Places
 from moetrain.parallel.chunks import Chunks, chunk_mask
 
@@ -31,25 +32,14 @@ class RingCore:
         self.group = group
 
     @torch.compiler.disable
-    def __call__(
-        self,
-        q_BSHd: Tensor,
-        k_BSGd: Tensor,
-        v_BSGv: Tensor,
-        places: Places,
-        window: int | None,
-        *,
-        scale: float,
-        sinks_H: Tensor | None = None,
-        backend: str = "auto",
-    ) -> Tensor:
+    def __call__(self, q_BSHd: Tensor, k_BSGd: Tensor, v_BSGv: Tensor, places: Places, rule: Rule) -> Tensor:
         """See ``kernels.attend``."""
-        chunks = Chunks(self.group.size(), places.seq_len, places.effective(window))
+        chunks = Chunks(self.group.size(), places.seq_len, places.effective(rule.window))
         B, _, G, d = k_BSGd.shape
         layout = _Layout(B, q_BSHd.shape[2], G, d, v_BSGv.shape[-1], chunks.length)
         kv_cX = torch.cat((layout.pack(k_BSGd), layout.pack(v_BSGv)), dim=1)
-        ring = _Ring(self.group, chunks, places, layout, scale)
-        return _RingAttention.apply(q_BSHd, kv_cX, sinks_H, ring)
+        ring = _Ring(self.group, chunks, places, layout, rule.scale)
+        return _RingAttention.apply(q_BSHd, kv_cX, rule.sinks_H, ring)
 
 
 @dataclass(frozen=True)

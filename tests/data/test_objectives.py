@@ -21,7 +21,7 @@ from moetrain.data.packing import pack
 from moetrain.data.prepare import prepare
 from moetrain.data.sampler import Sample, Sampler
 from moetrain.data.toy import toy_data
-from moetrain.model.attention.kernels import attend
+from moetrain.model.attention.kernels import Rule, attend
 from moetrain.model.places import Places
 from tests.data.conftest import config, write_corpus
 
@@ -132,7 +132,7 @@ def test_a_prefix_is_seen_as_an_explicit_mask_says(heads: int, backend: str, win
     prefix = torch.zeros(B, N, dtype=torch.bool)
     prefix[0, :7], prefix[1, 2:4] = True, True
     document = torch.tensor([[0] * 9 + [1] * 3] * B)
-    got = attend(q, k, v, Places(N, None, document, None, prefix), window, scale=0.3, backend=backend)
+    got = attend(q, k, v, Places(N, None, document, None, prefix), Rule(0.3, window, backend=backend))
     for b in range(B):
         allowed = torch.tensor(
             [

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moetrain.config.errors import ConfigError
 from moetrain.config.schema import ModelConfig
-from moetrain.model.attention.kernels import attend
+from moetrain.model.attention.kernels import Rule, attend
 from moetrain.model.places import Places
 from moetrain.parallel.chunks import Chunks, chunk_mask
 from moetrain.parallel.context import CORES, cut, head_tail_index, split
@@ -57,8 +57,8 @@ def run_attention(core: Any, tensors: list[Tensor], index_N: Tensor, places: Pla
     q, k, v, sinks, dout = (t if t.dim() == 1 else cut(t, index_N) for t in tensors)
     leaves = [t.clone().requires_grad_() for t in ((q, k, v, sinks) if case.get("sinks") else (q, k, v))]
     sinks_H = leaves[3] if case.get("sinks") else None
-    backend = case.get("backend", "math")
-    out = core(*leaves[:3], places, case.get("window"), scale=0.4, sinks_H=sinks_H, backend=backend)
+    rule = Rule(0.4, case.get("window"), sinks_H, case.get("backend", "math"))
+    out = core(*leaves[:3], places, rule)
     out.backward(dout)
     return [t.detach() for t in (out, *(leaf.grad for leaf in leaves))]
 

@@ -14,7 +14,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from moetrain.config import load
 from moetrain.config.errors import ConfigError
 from moetrain.config.schema import ExpertsConfig, ModelConfig, RopeConfig
-from moetrain.model.attention.kernels import attend
+from moetrain.model.attention.kernels import Rule, attend
 from moetrain.model.count import count_parameters, flops_per_token
 from moetrain.model.decoder import Decoder
 from moetrain.model.init import init_rule
@@ -131,7 +131,7 @@ def test_attention_against_a_loop_over_queries(grouped: int, window: int | None)
                 expected[b, i, h] = (e @ v[b, first : i + 1, kv]) / (e.sum() + sinks[h].exp())
     places = Places(7)
     for backend in ("math", "sdpa"):
-        out = attend(q, k, v, places, window, scale=0.3, sinks_H=sinks, backend=backend)
+        out = attend(q, k, v, places, Rule(0.3, window, sinks, backend))
         torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moetrain.config.errors import ConfigError
 from moetrain.model.attention import kernels, packed
-from moetrain.model.attention.kernels import attend, choose
+from moetrain.model.attention.kernels import Rule, attend, choose
 from moetrain.model.places import Places
 from tests.model import fake_flash
 from tests.model.test_decoder import TINY, build, ids, tiny
@@ -57,7 +57,7 @@ def heads(H: int, G: int, d: int, v: int, batch: int = 3) -> list[Tensor]:
 
 
 def gradients(tensors: list[Tensor], places: Places, window: int | None, backend: str) -> list[Tensor]:
-    out = attend(*tensors, places, window, scale=0.3, backend=backend)  # type: ignore[arg-type]
+    out = attend(*tensors, places, Rule(0.3, window, backend=backend))  # type: ignore[arg-type]
     upstream = torch.arange(out.numel(), dtype=out.dtype).cos().view_as(out)
     return [out, *torch.autograd.grad(out, tensors, upstream)]
 
@@ -123,7 +123,7 @@ def test_flex_sees_what_the_mask_sees(
     prefix_BN = (torch.arange(N) < torch.tensor([[9], [1], [24]])) if prefix else None
     places = Places(N, None, documents() if with_documents else None, prefix_BN=prefix_BN)
     got, want = (
-        attend(*tensors, places, window, scale=0.3, backend=b)  # type: ignore[arg-type]
+        attend(*tensors, places, Rule(0.3, window, backend=b))  # type: ignore[arg-type]
         for b in ("flex", "sdpa")
     )
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)

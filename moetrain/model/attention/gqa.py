@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moetrain.config.schema import ModelConfig
-from moetrain.model.attention.kernels import Core, attend
+from moetrain.model.attention.kernels import Core, Rule, attend
 from moetrain.model.norm import RMSNorm
 from moetrain.model.places import Places, rotate
 from moetrain.moe.linear import Gather, Linear, all_here, local_part
@@ -59,7 +59,7 @@ class GroupedQueryAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, places, self.interleaved), rotate(k, places, self.interleaved)
         sinks_H = local_part(self.sinks)
-        out = self.core(q, k, v, places, window, scale=self.scale, sinks_H=sinks_H, backend=self.backend)
+        out = self.core(q, k, v, places, Rule(self.scale, window, sinks_H, self.backend))
         if self.router is not None:
             out = out * self.router(x_BSD)[..., self.own_heads, None].to(out.dtype)
         return self.wo(out.flatten(2))

@@ -17,40 +17,32 @@ from moetrain.model.attention import packed
 from moetrain.model.places import Places
 
 
+class Rule(NamedTuple):
+    """What attention is besides its tensors, as one module asks for it.
+
+    window: a query sees so many tokens, its own included; None: all before it. sinks_H: a logit per head that joins the
+    softmax and has no value (GPT-OSS, arXiv 2508.10925). backend: see ``choose``.
+    """
+
+    scale: float
+    window: int | None = None
+    sinks_H: Tensor | None = None
+    backend: str = "auto"
+
+
 class Core(Protocol):
     """What an attention module calls; ``attend``, or its form for sequences that are split over ranks."""
 
-    def __call__(
-        self,
-        q_BSHd: Tensor,
-        k_BSGd: Tensor,
-        v_BSGv: Tensor,
-        places: Places,
-        window: int | None,
-        *,
-        scale: float,
-        sinks_H: Tensor | None = None,
-        backend: str = "auto",
-    ) -> Tensor: ...
+    def __call__(self, q_BSHd: Tensor, k_BSGd: Tensor, v_BSGv: Tensor, places: Places, rule: Rule) -> Tensor: ...
 
 
-def attend(
-    q_BSHd: Tensor,
-    k_BSGd: Tensor,
-    v_BSGv: Tensor,
-    places: Places,
-    window: int | None,
-    *,
-    scale: float,
-    sinks_H: Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
+def attend(q_BSHd: Tensor, k_BSGd: Tensor, v_BSGv: Tensor, places: Places, rule: Rule) -> Tensor:
     """softmax(scale * q k^T) v -> (B, S, H, v).
 
-    Causal, within documents (``places``), and within ``window`` tokens, the query's own included; None: all before it.
-    sinks_H: a logit per head that joins the softmax and has no value (GPT-OSS, arXiv 2508.10925).
-    backend: see ``choose``. ``auto`` counts what else it could be only where there are documents, prefixes or a window.
+    Causal, within documents (``places``) and the rule's window. Backend ``auto`` counts what else it could be only
+    where there are documents, prefixes or a window.
     """
+    scale, window, sinks_H, backend = rule
     if chooses(backend, q_BSHd.device, places, window, compiled=torch.compiler.is_compiling()):
         setting = packed.Setting(
             q_BSHd.device, q_BSHd.dtype, q_BSHd.shape[-1], v_BSGv.shape[-1],
@@ -62,7 +54,7 @@ def attend(
         mask = torch.compiler.disable(places.mask)(window)
     else:
         mask = places.mask(window)
-    return attend_masked(q_BSHd, k_BSGd, v_BSGv, mask, scale=scale, sinks_H=sinks_H, backend=backend)
+    return attend_masked(q_BSHd, k_BSGd, v_BSGv, mask, rule)
 
 
 class _Packed(NamedTuple):
@@ -109,19 +101,11 @@ def choose(backend: str, setting: packed.Setting) -> tuple[str, str]:
     return able, "documents and windows without a mask of all pairs" if found is None else f"by {found[0]}"
 
 
-def attend_masked(
-    q_BQHd: Tensor,
-    k_BKGd: Tensor,
-    v_BKGv: Tensor,
-    mask: Tensor | None,
-    *,
-    scale: float,
-    sinks_H: Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    """``attend`` under a mask: true where a query (row) sees a key (column), (Q, K) or (B, 1, Q, K); None: causal."""
+def attend_masked(q_BQHd: Tensor, k_BKGd: Tensor, v_BKGv: Tensor, mask: Tensor | None, rule: Rule) -> Tensor:
+    """``attend`` under a mask: true where a query (row) sees a key (column), (Q, K) or (B, 1, Q, K); None: causal. The
+    rule's window is not looked at."""
     q, k, v = (t.transpose(1, 2) for t in (q_BQHd, k_BKGd, v_BKGv))
-    out = (_math if backend == "math" else _sdpa)(q, k, v, scale, mask, sinks_H)
+    out = (_math if rule.backend == "math" else _sdpa)(q, k, v, rule.scale, mask, rule.sinks_H)
     return out.transpose(1, 2)
 
 

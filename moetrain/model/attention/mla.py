@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from moetrain.config.schema import ModelConfig
-from moetrain.model.attention.kernels import Core, attend
+from moetrain.model.attention.kernels import Core, Rule, attend
 from moetrain.model.norm import RMSNorm
 from moetrain.model.places import Places, rotate
 from moetrain.model.rope import yarn_mscale
@@ -60,5 +60,5 @@ class MultiHeadLatentAttention(nn.Module):
         q_rope = rotate(q_rope, places, self.interleaved)
         k_rope = rotate(k_rope.unsqueeze(2), places, self.interleaved).expand(-1, -1, k_nope.shape[2], -1)
         q, k = torch.cat((q_nope, q_rope), -1), torch.cat((k_nope, k_rope), -1)
-        out = self.core(q, k, v, places, window, scale=self.scale, backend=self.backend)
+        out = self.core(q, k, v, places, Rule(self.scale, window, backend=self.backend))
         return self.wo(out.flatten(2))

@@ -8,16 +8,17 @@ from moetrain.config.errors import ConfigError
 from moetrain.config.presets import nearest
 
 
-def read_words(command: str, words: Sequence[str], known: Sequence[str]) -> dict[str, str]:
-    """``words`` like "seed=1" by their names. Raises ConfigError for one that is unknown or given twice."""
+def read_words(command: str, words: Sequence[str], known: Sequence[str] | None) -> dict[str, str]:
+    """``words`` like "seed=1" by their names. Raises ConfigError for one that is unknown (``known`` None: none is) or
+    given twice."""
     given: dict[str, str] = {}
     for word in words:
         name, equals, value = word.partition("=")
-        if not equals:
+        if not equals or not name:
             raise ConfigError(
                 f"{command}: '{word}' is no word of it; write name=value, see 'moetrain {command} --help'"
             )
-        if name not in known:
+        if known is not None and name not in known:
             raise ConfigError(f"{command} takes no {name}=; {nearest(name, known)}")
         if name in given:
             raise ConfigError(f"{command}: {name}= is given twice")
@@ -52,9 +53,16 @@ def real(command: str, given: dict[str, str], name: str, default: float, low: fl
     return number
 
 
+def required(command: str, given: dict[str, str], *names: str) -> None:
+    """Raises ConfigError unless ``given`` has a value for all ``names``."""
+    for name in names:
+        if not given.get(name):
+            raise ConfigError(f"{command} needs {name}=; see 'moetrain {command} --help'")
+
+
 def one_of(command: str, given: dict[str, str], name: str, allowed: Sequence[str]) -> str:
     """What ``given`` has for ``name``, or the first that is allowed. Raises ConfigError for another."""
     value = given.get(name, allowed[0])
     if value not in allowed:
-        raise ConfigError(f"{command}: {name}= takes one of {', '.join(allowed)}; got '{value}'")
+        raise ConfigError(f"{command}: {name}={value} is not known; {nearest(value, allowed)}")
     return value

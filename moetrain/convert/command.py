@@ -12,8 +12,8 @@ import torch
 from moetrain.checkpoint.weights import Spec, blocks, write_weights
 from moetrain.config import load, save
 from moetrain.config.errors import ConfigError, ConvertError
-from moetrain.config.presets import nearest
 from moetrain.config.schema_data import TokenizerConfig
+from moetrain.config.words import one_of, read_words, required
 from moetrain.convert.export import export_hf
 from moetrain.convert.files import TensorWriter
 from moetrain.convert.open import MODEL_ENTRY, Opened, model_entry, open_weights
@@ -61,25 +61,14 @@ class Asked:
 
 def parse(words: Sequence[str]) -> Asked:
     """Read words like "to=hf". Raises ConfigError for one that is unknown, missing, given twice, or out of place."""
-    given: dict[str, str] = {}
-    for word in words:
-        name, equals, value = word.partition("=")
-        if not equals or not value:
-            raise ConfigError(f"convert: '{word}' is no word of it; write name=value, see 'moetrain convert --help'")
-        if name not in WORDS:
-            raise ConfigError(f"convert takes no {name}=; {nearest(name, WORDS)}")
-        if name in given:
-            raise ConfigError(f"convert: {name}= is given twice")
-        given[name] = value
-    for name in ("to", "from", "out"):
-        if name not in given:
-            raise ConfigError(f"convert needs {name}=; see 'moetrain convert --help'")
-    to = _choice(given, "to", TARGETS)
+    given = read_words("convert", words, WORDS)
+    required("convert", given, "to", "from", "out")
+    to = one_of("convert", given, "to", TARGETS)
     for name in ONLY_HF:
         if name in given and to != "hf":
             raise ConfigError(f"convert: {name}= goes with to=hf, not with to={to}")
-    dtype = getattr(torch, _choice(given, "dtype", DTYPES)) if "dtype" in given else None
-    layout = _choice(given, "layout", ("per_expert", "fused")) if "layout" in given else "per_expert"
+    dtype = getattr(torch, one_of("convert", given, "dtype", DTYPES)) if "dtype" in given else None
+    layout = one_of("convert", given, "layout", ("per_expert", "fused"))
     out = Path(given["out"])
     if to == "safetensors" and out.suffix != ".safetensors":
         raise ConfigError(f"convert to=safetensors writes one file, so out={out} must end in .safetensors")
@@ -157,9 +146,3 @@ def _cast(source: Source, dtype: torch.dtype | None) -> dict[str, Spec]:
         name: Spec(spec.shape, dtype) if dtype is not None and spec.dtype.is_floating_point else spec
         for name, spec in source.specs.items()
     }
-
-
-def _choice(given: dict[str, str], name: str, known: Sequence[str]) -> str:
-    if given[name] not in known:
-        raise ConfigError(f"convert: {name}={given[name]} is not known; {nearest(given[name], known)}")
-    return given[name]

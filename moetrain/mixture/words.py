@@ -11,6 +11,7 @@ from pathlib import Path
 from moetrain.config.errors import ConfigError
 from moetrain.config.presets import Presets, nearest
 from moetrain.config.schema import Config
+from moetrain.config.words import one_of, whole
 from moetrain.mixture.plot import check_plot
 from moetrain.mixture.predictors import PREDICTORS
 from moetrain.mixture.propose import DRAWS
@@ -109,17 +110,17 @@ def parse(words: Sequence[str]) -> Asked:
         test=given.get("test", ""),
         target=given.get("target", MEAN),
         predictor=predictor,
-        rows=whole(given, "rows", LEAST_FIT) if "rows" in given else None,
+        rows=whole("mixture", given, "rows", 0, LEAST_FIT) if "rows" in given else None,
         cap=read_cap(given["cap"]) if "cap" in given else None,
-        draws=whole(given, "draws", 1000) if "draws" in given else DRAWS,
-        seed=whole(given, "seed", 0) if "seed" in given else 0,
+        draws=whole("mixture", given, "draws", DRAWS, 1000),
+        seed=whole("mixture", given, "seed", 0, 0),
         plot=given.get("plot", ""),
         runs=read_rounds(given["runs"]) if "runs" in given else (),
-        proxy=choice(given, "proxy", ("trained", "merged")),
-        start=whole(given, "start", 0) if "start" in given else None,
+        proxy=one_of("mixture", given, "proxy", ("trained", "merged")),
+        start=whole("mixture", given, "start", 0, 0) if "start" in given else None,
         models=given.get("models", ""),
-        run=choice(given, "run", ("true", "false")) == "true",
-        clusters=whole(given, "clusters", 2) if "clusters" in given else 20,
+        run=one_of("mixture", given, "run", ("true", "false")) == "true",
+        clusters=whole("mixture", given, "clusters", 20, 2),
         embed=given.get("embed", ""),
         settings=settings,
     )
@@ -180,22 +181,6 @@ def check_together(asked: Asked) -> None:
     for name, folder in (("embed", asked.embed), ("models", asked.models)):
         if folder and not Path(folder).is_dir():
             raise ConfigError(f"{name}={folder}: there is no such folder")
-
-
-def choice(given: dict[str, str], name: str, values: tuple[str, ...]) -> str:
-    """The value of ``name``, the first of ``values`` if it is not there. Raises ConfigError."""
-    value = given.get(name, values[0])
-    if value not in values:
-        raise ConfigError(f"{name} takes {' or '.join(values)}; got '{value}'")
-    return value
-
-
-def whole(given: dict[str, str], name: str, least: int) -> int:
-    """The whole number given to ``name``. Raises ConfigError."""
-    value = given[name]
-    if not (value.isascii() and value.isdigit()) or int(value) < least:
-        raise ConfigError(f"{name} takes a whole number of {least} or more; got '{value}'")
-    return int(value)
 
 
 def read_rounds(value: str) -> tuple[int, ...]:

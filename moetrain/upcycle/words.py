@@ -12,6 +12,7 @@ from moetrain.config.errors import ConfigError
 from moetrain.config.presets import nearest
 from moetrain.config.registry import UPCYCLERS
 from moetrain.config.typed import fields_of, type_name, validate
+from moetrain.config.words import one_of, read_words, required, whole
 
 USAGE = "moetrain upcycle method=NAME from=DIR[,DIR...] out=DIR [key=value ...]"
 HELP = f"""usage: {USAGE}
@@ -29,6 +30,7 @@ Make a model with experts, of dense ones, or grow or shrink one. docs/upcycling.
   measure=false    print no losses: they need parents and result in memory, one after the other
 """
 TOKENS = 2048
+OWN = ("method", "from", "out", "seed", "text", "tokens", "measure", "to", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -49,35 +51,33 @@ class Asked:
 
 def parse(words: Sequence[str]) -> Asked:
     """Read words like "method=sparse". Raises ConfigError for one that is missing, unknown, or has no such value."""
-    given = dict(_split(words))
-    values = {name: given.pop(name, "") for name in ("method", "from", "out")}
-    for name, value in values.items():
-        if not value:
-            raise ConfigError(f"upcycle: {name}= is missing; usage: {USAGE}")
+    given = read_words("upcycle", words, None)
+    required("upcycle", given, "method", "from", "out")
     try:
-        entry = UPCYCLERS.get(values["method"])
+        entry = UPCYCLERS.get(given["method"])
     except ConfigError as error:
-        raise ConfigError(f"method={values['method']}: {error}") from None
-    parents = tuple(part for part in values["from"].split(",") if part)
-    texts = tuple(Path(part) for part in given.pop("text").split(",")) if "text" in given else ()
+        raise ConfigError(f"method={given['method']}: {error}") from None
+    settings = {name: _value(given[name]) for name in given if name not in OWN}
+    known = [*fields_of(entry.options), *OWN]
+    for name in settings:
+        if name not in known:
+            raise ConfigError(f"method={entry.name} has no setting '{name}'; {nearest(name, known)}")
+    parents = tuple(part for part in given["from"].split(",") if part)
+    texts = tuple(Path(part) for part in given["text"].split(",")) if "text" in given else ()
     for text in texts:
         if not text.is_file():
             raise ConfigError(f"text={text}: there is no such file")
-    measure = _choice(given, "measure", ("true", "false"))
-    to = _choice(given, "to", ("hf", "moetrain", "safetensors"))
-    if to == "safetensors" and not values["out"].endswith(".safetensors"):
-        raise ConfigError(f"to=safetensors writes one file, so out={values['out']} must end in .safetensors")
-    optimizer = _choice(given, "optimizer", ("false", "true")) == "true"
+    measure = one_of("upcycle", given, "measure", ("true", "false"))
+    to = one_of("upcycle", given, "to", ("hf", "moetrain", "safetensors"))
+    if to == "safetensors" and not given["out"].endswith(".safetensors"):
+        raise ConfigError(f"to=safetensors writes one file, so out={given['out']} must end in .safetensors")
+    optimizer = one_of("upcycle", given, "optimizer", ("false", "true")) == "true"
     if optimizer and to != "moetrain":
         raise ConfigError(f"optimizer=true goes with to=moetrain, not with to={to}")
-    seed, tokens = _whole(given, "seed", 0, 0), _whole(given, "tokens", TOKENS, 2)
-    known = [*fields_of(entry.options), "method", "from", "out", "seed", "text", "tokens", "measure", "to", "optimizer"]
-    for name in given:
-        if name not in known:
-            raise ConfigError(f"method={entry.name} has no setting '{name}'; {nearest(name, known)}")
-    options: Any = validate(entry.options, {name: _value(value) for name, value in given.items()})
+    seed, tokens = whole("upcycle", given, "seed", 0, 0), whole("upcycle", given, "tokens", TOKENS, 2)
+    options: Any = validate(entry.options, settings)
     return Asked(
-        entry.name, parents, Path(values["out"]), options, seed, texts, tokens, measure == "true", to, optimizer
+        entry.name, parents, Path(given["out"]), options, seed, texts, tokens, measure == "true", to, optimizer
     )
 
 
@@ -91,32 +91,6 @@ def help_lines() -> Iterator[str]:
             default = json.dumps(field.get_default(call_default_factory=True)).strip('"')
             yield f"  {key:16} {type_name(field.annotation, field.metadata)} = {default}: {field.description}"
         yield ""
-
-
-def _split(words: Sequence[str]) -> Iterator[tuple[str, str]]:
-    seen = set()
-    for word in words:
-        name, equals, value = word.partition("=")
-        if not equals or not name:
-            raise ConfigError(f"upcycle: '{word}' is not key=value; usage: {USAGE}")
-        if name in seen:
-            raise ConfigError(f"upcycle: {name} is given twice")
-        seen.add(name)
-        yield name, value
-
-
-def _choice(given: dict[str, str], name: str, known: tuple[str, ...]) -> str:
-    value = given.pop(name, known[0])
-    if value not in known:
-        raise ConfigError(f"{name} takes {' or '.join(known)}; got '{value}'")
-    return value
-
-
-def _whole(given: dict[str, str], name: str, default: int, least: int) -> int:
-    value = given.pop(name, str(default))
-    if not (value.isascii() and value.isdigit()) or int(value) < least:
-        raise ConfigError(f"{name} takes a whole number of {least} or more; got '{value}'")
-    return int(value)
 
 
 def _value(text: str) -> Any:

@@ -149,7 +149,7 @@ def test_files_written_row_by_row_are_what_safetensors_reads(tmp_path: Path) -> 
         ("to=hf from=run out=x dtyp=float32", "convert takes no dtyp=; did you mean 'dtype'?"),
         ("to=hf from=run out=x dtype=int8", "dtype=int8 is not known"),
         ("to=hf to=hf from=run out=x", "to= is given twice"),
-        ("to=hf from=run out=x layout=", "write name=value"),
+        ("to=hf from=run out=x layout=", "layout= is not known; known: per_expert, fused"),
         ("to=safetensors from=run out=x", "must end in .safetensors"),
         ("to=safetensors from=run out=x.safetensors layout=fused", "layout= goes with to=hf"),
         ("to=hf from=nowhere out=x", "'nowhere': there is no such file or folder"),

@@ -142,11 +142,11 @@ WRONG = [
     (["search=s", "runs=10", "run_dir=x"], "has its own folders"),
     (["search=s", "runs=10", "mixer=dga", "mixer.target=[code]"], "runs of a mixture need mixer=none"),
     (["search=s", "runs=10", "start=5"], "for proxy=merged"),
-    (["search=s", "runs=10", "proxy=merge"], "proxy takes trained or merged"),
+    (["search=s", "runs=10", "proxy=merge"], "proxy=merge is not known; did you mean 'merged'"),
     (["search=s", "runs=10", "proxy=merged", "models=nowhere"], "there is no such folder"),
     (["search=s", "fit=s"], "search and fit do not go together"),
     (["search=s", "runs=10", "rows=10"], "rows= does not go with search="),
-    (["cluster=c", "clusters=1"], "clusters takes a whole number of 2 or more"),
+    (["cluster=c", "clusters=1"], "clusters= takes a whole number of 2 or more"),
     (["cluster=c", "embed=nowhere"], "there is no such folder"),
     ([], "give one of search, fit, cluster, collect"),
 ]

@@ -118,7 +118,7 @@ def test_wrong_files_are_one_line(
         (["predictor=lightgmb"], "no predictor is called 'lightgmb'; did you mean 'lightgbm'"),
         (["target=cod"], "no target is called 'cod'; did you mean 'code'"),
         (["rows=41"], "has only 40 runs"),
-        (["rows=few"], "rows takes a whole number"),
+        (["rows=few"], "rows= takes a whole number"),
         (["cap=1"], "cap takes a number above 1"),
         (["plot=picture.txt"], "ends in .png"),
         (["fit=nowhere"], "given twice"),

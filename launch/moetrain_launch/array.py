@@ -18,6 +18,11 @@ from moetrain_launch import slurm
 from moetrain_launch.job import Job, LaunchError, Note, ask, write_note
 
 
+def ignore_warning() -> None:
+    """In a child, before it becomes the run: SIGUSR2, submitit's signal ahead of the time limit, is not for it."""
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+
+
 class Run:
     """What a task does: one command, which goes on where it was when it is run again."""
 
@@ -26,8 +31,11 @@ class Run:
         self.pid = 0
 
     def __call__(self) -> None:
-        """Raises CalledProcessError when the run fails; submitit keeps it."""
-        with subprocess.Popen(self.command) as process:
+        """Raises CalledProcessError when the run fails; submitit keeps it.
+
+        Slurm's signal goes to all processes of the task, and would end the run: it ignores it.
+        """
+        with subprocess.Popen(self.command, preexec_fn=ignore_warning) as process:
             self.pid = process.pid
             code = process.wait()
         if code:

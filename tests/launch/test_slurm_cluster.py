@@ -207,7 +207,6 @@ def test_a_partition_that_does_not_exist_is_named_with_those_that_do(cluster: Pa
         slurm.submit(Job(run_dir, ("stand_in",), LaunchConfig(kind="slurm", slurm=SlurmConfig(mem="900G"))))
 
 
-@pytest.mark.skip(reason="the way back through the queue of a submitit array has not been seen working yet")
 def test_a_sweep_is_an_array_through_submitit(cluster: Path) -> None:
     """Three stand-ins; one is told that its time is nearly up, saves, and is run again from the queue."""
     array = pytest.importorskip("moetrain_launch.array")

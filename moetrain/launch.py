@@ -97,8 +97,8 @@ def start_sweep(overrides: Sequence[str], config_dirs: Sequence[str]) -> str:
 
     ``moetrain train -m --resume DIR`` later runs what is left of it. Raises LaunchError, ConfigError.
     """
+    from moetrain.sweep.plan import note_sweep, plan_sweep
     from moetrain.train.rundir import keep_config
-    from moetrain.train.sweep import note_sweep, plan_sweep
 
     runs = plan_sweep(overrides, config_dirs)
     if runs[0].cfg.launch.kind != "slurm":

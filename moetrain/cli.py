@@ -50,11 +50,13 @@ def train(argv: Sequence[str]) -> int:
     )
     if cfg.dry_run:
         return show_dry_run(cfg)
+    if cfg.sweep.params:
+        raise ConfigError(f"these settings are a sweep, over {', '.join(cfg.sweep.params)}; add -m to run it")
     if args.resume:
         cfg.run_dir = str(args.resume)
     elif goes_on(cfg):
         args.resume = Path(cfg.run_dir)
-    if local.reports_for_me():
+    if local.reports_for_me() or local.ENDS_WITH_PARENT in os.environ:
         local.end_with_parent()
     if not started:
         if not args.resume:

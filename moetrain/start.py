@@ -109,18 +109,21 @@ def may_go_on(outcome: local.Outcome) -> bool:
 
 
 def sweep(overrides: Sequence[str], config_dirs: Sequence[str], resume: Path | None) -> int:
-    """Every combination of the sweeps in ``overrides``, one after the other, each in a directory of its own; or the
-    rest of the sweep in ``resume``. All configs are checked before the first run starts."""
-    from moetrain.sweep.plan import plan_sweep, resume_sweep, start_sweep
+    """The runs that ``overrides`` and the settings of ``sweep`` ask for, each in a directory of its own; or the rest
+    of the sweep in ``resume``. What can be checked is checked before the first run starts."""
+    from moetrain.sweep.drive import run_sweep
+    from moetrain.sweep.plan import note_sweep, plan_sweep, read_sweep
 
     if resume:
-        if overrides or config_dirs:
-            raise ConfigError("-m --resume DIR goes on with a sweep as it is; it takes no settings")
-        resume_sweep(resume)
+        if config_dirs:
+            raise ConfigError("-m --resume DIR has the presets that the sweep was started with; take out --config-dir")
+        run_sweep(read_sweep(resume, overrides))
         return 0
-    jobs = plan_sweep(overrides, config_dirs)
+    planned, cfg = plan_sweep(overrides, config_dirs)
     asked = asks("run_dir", overrides)
     if not asked:
-        jobs[0].cfg.run_dir += "-sweep"
-    start_sweep(pick_run_dir(jobs[0].cfg, asked), jobs, config_dirs)
+        cfg.run_dir += "-sweep"
+    planned.folder = pick_run_dir(cfg, asked)
+    note_sweep(planned)
+    run_sweep(planned)
     return 0

@@ -16,7 +16,7 @@ from moetrain.sweep.chooser import FULL, PRUNED, Chooser, Trial
 from moetrain.sweep.launchers import Handle, Launcher, at_a_time
 from moetrain.sweep.metric import Tail
 from moetrain.sweep.plan import TRIALS, Sweep, end, exit_reason, load_words
-from moetrain.sweep.space import corners
+from moetrain.sweep.space import axes, corners
 from moetrain.train.lock import locked
 from moetrain.train.rundir import keep_config
 from moetrain.train.signals import Requeue
@@ -66,14 +66,16 @@ class Work:
 
     def __init__(self, sweep: Sweep, launcher: Launcher, chooser: Chooser, stop: Stop) -> None:
         self.sweep, self.launcher, self.chooser, self.stop = sweep, launcher, chooser, stop
+        self._composing = threading.Lock()  # Hydra composes one config at a time
 
     def one(self, trial: Trial) -> None:
         """Run ``trial`` to its end, or until the sweep is stopped."""
         run, settings = self.sweep.folder / trial.name, self.sweep.settings
         total = (settings.trials or TRIALS) if self.sweep.adaptive else len(self.sweep.runs)
-        print(f"sweep {self.sweep.folder}: run {trial.name} of {total}: {' '.join(trial.words)}", flush=True)
+        print(f"sweep {self.sweep.folder}: run {trial.name} of {total}: {varied(self.sweep, trial.name)}", flush=True)
         try:
-            cfg = self.sweep.config(trial.name)
+            with self._composing:
+                cfg = self.sweep.config(trial.name)
             if not (run / "config.yaml").is_file():
                 keep_config(run, cfg)
             tail = Tail(run, settings.metric)
@@ -130,6 +132,12 @@ class Work:
         self.stop.set()
 
 
+def varied(sweep: Sweep, name: str) -> str:
+    """The words of a run that are not those of all."""
+    keys = {axis.key for axis in axes(sweep.space)}
+    return " ".join(word for word in sweep.runs[name] if word.partition("=")[0] in keys)
+
+
 def conclude(sweep: Sweep, chooser: Chooser) -> None:
     """Print the best run. Raises TrainError where some failed."""
     folder, settings = sweep.folder, sweep.settings
@@ -141,7 +149,7 @@ def conclude(sweep: Sweep, chooser: Chooser) -> None:
             values[name] = tail.value
     if values:
         best = (min if settings.goal == "min" else max)(values, key=lambda name: values[name])
-        print(f"sweep {folder}: best is run {best}, {settings.metric} {values[best]:.4f}: {' '.join(sweep.runs[best])}")
+        print(f"sweep {folder}: best is run {best}, {settings.metric} {values[best]:.4f}: {varied(sweep, best)}")
         print(f"sweep {folder}: for a page about it: moetrain report {folder}", flush=True)
     failed = [name for name, reason in chooser.ended.items() if reason not in FULL and not reason.startswith(PRUNED)]
     if failed:

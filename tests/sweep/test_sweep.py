@@ -124,7 +124,7 @@ def test_tpe_learns_from_the_runs_before_and_chance_does_not() -> None:
         sampler: sum(abs(math.log10(lr) + 3) for lr in choose(sampler, sampler, 40)[-15:]) / 15
         for sampler in ("random", "tpe")
     }
-    assert far["tpe"] < 0.6 < 0.9 < far["random"] < 1.8
+    assert far["tpe"] < 0.8 < 1.0 < far["random"] < 1.8
 
 
 @pytest.mark.parametrize("sampler", ["random", "tpe"])
@@ -166,7 +166,10 @@ BAD = [
 
 
 @pytest.mark.parametrize(("words", "says"), BAD)
-def test_a_sweep_that_cannot_run_is_one_line(words: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_that_cannot_run_is_one_line(
+    words: str, says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
     for package in ("optuna", "submitit"):
         pytest.importorskip(package)
     assert cli.main(["train", "-m", *words.split(), "run_dir=s"]) == 2
@@ -206,5 +209,5 @@ def test_settings_that_are_a_sweep_need_m(capsys: pytest.CaptureFixture[str], st
     assert "these settings are a sweep, over seed, optim.lr; add -m to run it" in capsys.readouterr().err
     assert cli.main(["train", "-m", *words, "seed=4"]) == 0
     runs = yaml.safe_load(Path("s/sweep.yaml").read_text())["runs"]
-    assert [words[-1] for words in runs.values()] == ["optim.lr=1e-3", "optim.lr=1e-2"]
+    assert [words[-1] for words in runs.values()] == ["optim.lr=0.001", "optim.lr=0.01"]
     assert started("s") == ["000", "001"]

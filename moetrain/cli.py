@@ -5,25 +5,21 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import NoReturn
 
 from moetrain_launch import local
 from moetrain_launch.job import LaunchError
 
 from moetrain import __version__
-from moetrain.config import Config, load, save
+from moetrain.config import Config
 from moetrain.config.check import check_mapping, resolve_sizes
 from moetrain.config.errors import ConfigError, UserError
+from moetrain.start import asks, get_ready, goes_on, load_run, pick_run_dir, refuse_no_run, start_ranks, sweep
 from moetrain.terminal import Parser, command_parser, show_help, wide_console
-
-if TYPE_CHECKING:
-    pass
 
 USAGE = "moetrain COMMAND [options] [key=value ...]"
 
@@ -54,11 +50,13 @@ def train(argv: Sequence[str]) -> int:
     )
     if cfg.dry_run:
         return show_dry_run(cfg)
+    if cfg.sweep.params:
+        raise ConfigError(f"these settings are a sweep, over {', '.join(cfg.sweep.params)}; add -m to run it")
     if args.resume:
         cfg.run_dir = str(args.resume)
     elif goes_on(cfg):
         args.resume = Path(cfg.run_dir)
-    if local.reports_for_me():
+    if local.reports_for_me() or local.ENDS_WITH_PARENT in os.environ:
         local.end_with_parent()
     if not started:
         if not args.resume:
@@ -437,14 +435,6 @@ def show_dry_run(cfg: Config) -> int:
     return 0
 
 
-def refuse_no_run(folder: Path, what: str = "--resume") -> None:
-    """Raise ConfigError unless ``folder``, which was given to ``what``, is a run directory."""
-    if not folder.is_dir():
-        raise ConfigError(f"{what} {folder}: there is no such folder")
-    if not (folder / "config.yaml").is_file():
-        raise ConfigError(f"{what} {folder}: not a run directory, it has no config.yaml")
-
-
 def take_numbers(words: Sequence[str], names: Sequence[str]) -> tuple[dict[str, int], list[str]]:
     """The whole numbers that ``words`` like "world=16" give to ``names``, and the other words. Raises ConfigError."""
     numbers, others = {}, []
@@ -457,108 +447,6 @@ def take_numbers(words: Sequence[str], names: Sequence[str]) -> tuple[dict[str, 
         else:
             numbers[name] = int(value)
     return numbers, others
-
-
-def load_run(overrides: Sequence[str], **how: Any) -> Config:
-    """``config.load``, where ``init=PATH`` brings its model and tokenizer."""
-
-    def start(path: str) -> dict[str, Any]:
-        from moetrain.convert.open import brings
-
-        return brings(path)
-
-    return load(overrides, start=start, **how)
-
-
-def asks(key: str, overrides: Sequence[str]) -> bool:
-    """Whether the user gave the setting ``key``."""
-    return any(word.lstrip("+").startswith(f"{key}=") for word in overrides)
-
-
-def goes_on(cfg: Config) -> bool:
-    """Whether a command without --resume means the run in ``cfg.run_dir``, which a signal stopped, or which torchrun or
-    Slurm has started again. Only a run of the same config."""
-    from moetrain.train.rundir import same_run, was_stopped
-
-    again = any(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
-    folder = Path(cfg.run_dir)
-    return (again or was_stopped(folder)) and same_run(folder, cfg)
-
-
-def pick_run_dir(cfg: Config, asked: bool) -> Path:
-    """``cfg.run_dir``; where it is taken and was not asked for, the first of NAME-2, NAME-3 ... that is free."""
-    wanted = Path(cfg.run_dir)
-    if asked:
-        return wanted
-    number, folder = 1, wanted
-    while (folder / "config.yaml").exists() or (folder / "sweep.yaml").exists():
-        number += 1
-        folder = wanted.with_name(f"{wanted.name}-{number}")
-    return folder
-
-
-def get_ready(cfg: Config, resume: bool) -> None:
-    """What is better done once, before there are ranks: refuse a taken run directory, prepare and check the data."""
-    from moetrain.data.prepare import prepare as prepare_data
-    from moetrain.train.preflight import preflight
-    from moetrain.train.rundir import refuse_taken
-
-    if not resume:
-        refuse_taken(Path(cfg.run_dir))
-    prepare_data(cfg.data)
-    preflight(cfg, resume)
-
-
-def start_ranks(cfg: Config, resume: Path | None, show_traceback: bool) -> int:
-    """Run ``cfg`` on ``cfg.launch.ranks`` processes of this machine. Raises TrainError with the first rank's error."""
-    ranks = cfg.launch.ranks
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    threads = cfg.train.threads or (int(given) if given.isdigit() else 0) or max(1, local.cores() // ranks)
-    with tempfile.TemporaryDirectory(prefix="moetrain-config-") as folder:
-        config = Path(folder) / "config.yaml"
-        save(cfg, config)
-        for restart in range(cfg.faults.restarts + 1):
-            command = [sys.executable, "-m", "moetrain.cli", "train", "--config", str(config)]
-            command += ["--resume", str(resume)] if resume else []
-            command += ["--traceback"] if show_traceback else []
-            outcome = local.run_ranks(command, ranks, {"OMP_NUM_THREADS": str(threads)})
-            if not may_go_on(outcome) or restart == cfg.faults.restarts:
-                break
-            print(f"moetrain: {outcome.message}; starting the ranks again, {restart + 1} of {cfg.faults.restarts}",
-                  file=sys.stderr, flush=True)  # fmt: skip
-            if (Path(cfg.run_dir) / "config.yaml").exists():
-                resume = Path(cfg.run_dir)
-    if outcome.message:
-        killed = outcome.code > 128 and "--resume" not in outcome.message
-        again = f"; to go on: moetrain train --resume {cfg.run_dir}" if killed else ""
-        print(f"moetrain: error: {outcome.message}{again}", file=sys.stderr)
-    return outcome.code
-
-
-def may_go_on(outcome: local.Outcome) -> bool:
-    """Whether the ranks ended because one died or hung, and not by an error or because they were told to."""
-    from moetrain.train.exit_codes import LOST
-
-    told = outcome.code in (128 + signal.SIGINT, 128 + signal.SIGTERM)
-    return outcome.code == LOST or (outcome.code > 128 and not told)
-
-
-def sweep(overrides: Sequence[str], config_dirs: Sequence[str], resume: Path | None) -> int:
-    """Every combination of the sweeps in ``overrides``, one after the other, each in a directory of its own; or the
-    rest of the sweep in ``resume``. All configs are checked before the first run starts."""
-    from moetrain.train.sweep import plan_sweep, resume_sweep, start_sweep
-
-    if resume:
-        if overrides or config_dirs:
-            raise ConfigError("-m --resume DIR goes on with a sweep as it is; it takes no settings")
-        resume_sweep(resume)
-        return 0
-    jobs = plan_sweep(overrides, config_dirs)
-    asked = asks("run_dir", overrides)
-    if not asked:
-        jobs[0].cfg.run_dir += "-sweep"
-    start_sweep(pick_run_dir(jobs[0].cfg, asked), jobs, config_dirs)
-    return 0
 
 
 def set_up_log() -> None:

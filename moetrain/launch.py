@@ -97,20 +97,23 @@ def start_sweep(overrides: Sequence[str], config_dirs: Sequence[str]) -> str:
 
     ``moetrain train -m --resume DIR`` later runs what is left of it. Raises LaunchError, ConfigError.
     """
+    from moetrain.sweep.plan import note_sweep, plan_sweep
     from moetrain.train.rundir import keep_config
-    from moetrain.train.sweep import note_sweep, plan_sweep
 
-    runs = plan_sweep(overrides, config_dirs)
-    if runs[0].cfg.launch.kind != "slurm":
+    sweep, cfg = plan_sweep(overrides, config_dirs)
+    if cfg.launch.kind != "slurm":
         raise ConfigError("launch -m is for launch=slurm; on this machine use 'moetrain train -m'")
-    folder = Path(runs[0].cfg.run_dir).resolve()
-    slurm.refuse_partition(runs[0].cfg.launch.slurm.partition)
-    note_sweep(folder, runs, config_dirs)
+    if sweep.adaptive or sweep.settings.prune != "none":
+        raise ConfigError("launch -m submits all runs at once; to choose or stop them by those before, use 'moetrain "
+                          "train -m sweep.launcher=slurm' on a login node")  # fmt: skip
+    slurm.refuse_partition(cfg.launch.slurm.partition)
+    folder = sweep.folder = sweep.folder.resolve()
+    note_sweep(sweep)
     jobs = []
-    for run in runs:
-        run.cfg.run_dir = str(folder / run.name)
-        jobs.append(job_of(run.cfg))
-        keep_config(jobs[-1].run_dir, run.cfg)
+    for name in sweep.runs:
+        cfg = sweep.config(name)
+        jobs.append(job_of(cfg))
+        keep_config(jobs[-1].run_dir, cfg)
     return f"array {array.submit(folder, jobs)} of {len(jobs)} runs; see 'moetrain launch status {folder}'"
 
 

@@ -15,10 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 
 from moetrain import cli
-from moetrain.config import Config, load, read, save
+from moetrain.config import Config, load, save
 from moetrain.config.typed import paths_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,7 +44,7 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
         ("train --resume .", 2, "--resume .: not a run directory, it has no config.yaml"),
         ("train --config nothing.yaml", 2, "nothing.yaml cannot be read"),
         ("train --config-dir nowhere", 2, "is not a folder"),
-        ("train -m --resume . seed=1,2", 2, "-m --resume DIR goes on with a sweep as it is; it takes no settings"),
+        ("train -m --resume . seed=1,2", 2, "-m --resume .: not a sweep, it has no sweep.yaml that can be read"),
         ("train -m seed=1,2 train.steps=0,1", 2, "train.steps takes int >= 1; got 0"),
         ("train --help trian", 2, "'trian' is not a setting or a group"),
         ("mapping world=6 parallel.tp=4", 2, "tp 4 = 4 must divide the world size 6"),
@@ -150,57 +149,6 @@ def test_under_a_launcher_a_rank_trains_at_once(monkeypatch: pytest.MonkeyPatch)
     assert cli.main(["train", "parallel.ep=4", "train.global_batch=16"]) == 0
     assert cli.main(["train", "parallel.ep=8"]) == 2
     assert len(seen) == 1
-
-
-def test_a_sweep_runs_each_combination_in_a_directory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in for the subprocess notes the config of each job; the second one fails, and the rest still run."""
-    ran: list[Config] = []
-
-    def job(command: list[str]) -> subprocess.CompletedProcess[str]:
-        ran.append(read(command[command.index("--config") + 1]))
-        return subprocess.CompletedProcess(command, returncode=int(len(ran) == 2))
-
-    monkeypatch.setattr(subprocess, "run", job)
-    assert cli.main(["train", "-m", "seed=1,2", "optim.lr=0.1,0.2", "run_dir=s"]) == 1
-    assert [(cfg.seed, cfg.optim.lr) for cfg in ran] == [(1, 0.1), (1, 0.2), (2, 0.1), (2, 0.2)]
-    assert [cfg.run_dir for cfg in ran] == [f"s/{number:03d}" for number in range(4)]
-    table = yaml.safe_load(Path("s/sweep.yaml").read_text())
-    assert table["runs"]["002"] == ["seed=2", "optim.lr=0.1", "run_dir=s"]
-    assert cli.main(["train", "-m", "seed=1,2", "run_dir=s"]) == 2
-
-
-def test_a_sweep_goes_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of four runs, the first finished, the second has lost its loss, the third was stopped, the fourth never began:
-    the third is resumed and the fourth started, from the words and the presets that the sweep was started with."""
-    Path("mine/mixture").mkdir(parents=True)
-    for number in range(4):
-        Path(f"mine/mixture/m{number}.yaml").write_text(f"# @package _global_\nseed: {number}\n")
-    ran: list[list[str]] = []
-    seeds: list[int] = []
-
-    def job(command: list[str]) -> subprocess.CompletedProcess[str]:
-        if "--config" in command:
-            seeds.append(read(command[command.index("--config") + 1]).seed)
-        ran.append(command[3:])
-        return subprocess.CompletedProcess(command, returncode=0)
-
-    monkeypatch.setattr(subprocess, "run", job)
-    assert cli.main(["train", "-m", "--config-dir", "mine", "+mixture=glob(m*)", "run_dir=s"]) == 0
-    assert seeds == [0, 1, 2, 3]
-    ran.clear()
-    for number, reason in enumerate(("finished", "loss is nan", None)):
-        Path(f"s/00{number}").mkdir()
-        save(load(), f"s/00{number}/config.yaml")
-        if reason is not None:
-            Path(f"s/00{number}/summary.json").write_text(json.dumps({"exit_reason": reason}))
-    capsys.readouterr()
-    assert cli.main(["train", "-m", "--resume", "s"]) == 1
-    assert "1 of 4 runs of the sweep s failed: 001" in capsys.readouterr().err
-    assert ran[0] == ["train", "--resume", "s/002"]
-    assert ran[1][:2] == ["train", "--config"]
-    assert (len(ran), seeds[4:]) == (2, [3])
-    assert cli.main(["train", "-m", "--resume", "mine"]) == 2
-    assert cli.main(["train", "-m", "--resume", "s", "seed=1"]) == 2
 
 
 RANK = """

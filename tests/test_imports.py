@@ -25,7 +25,8 @@ FLOORS: list[set[str]] = [
     {"moetrain.data", "moetrain.mixture", "moetrain.optim", "moetrain.checkpoint"}
     | {"moetrain.convert", "moetrain.upcycle", "moetrain.planner", "moetrain.report", "moetrain.evaluate"},
     {"moetrain.train"},
-    {"moetrain.launch"},
+    {"moetrain.sweep"},
+    {"moetrain.launch", "moetrain.start"},
     {"moetrain.terminal"},
     {"moetrain.cli"},
 ]

@@ -10,7 +10,8 @@ import re
 import shlex
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +60,31 @@ def submit(folder: Path, jobs: Sequence[Job]) -> str:
 
     Raises LaunchError: no submitit, no sbatch, or what they say.
     """
-    s = jobs[0].settings
+    executor = executor_of(folder, jobs[0])
+    with refusals(), executor.batch():
+        made = [executor.submit(Run([job.python, "-m", *job.command])) for job in jobs]
+    number = str(made[0].job_id).split("_")[0]
+    write_note(folder, "array", number, folder / "submitit")
+    return number
+
+
+def executor_of(folder: Path, job: Job, local: bool = False) -> Any:
+    """submitit's executor for jobs like ``job``, with its files in ``folder/submitit``; local: one that makes processes
+    of this machine. Raises LaunchError: no submitit, no sbatch, settings that such jobs cannot have."""
+    s = job.settings
     try:
         import submitit
     except ImportError:
         raise LaunchError("launch -m needs submitit, which is not installed here: pip install submitit") from None
     if s.nodes > 1 or s.container:
         raise LaunchError("launch -m starts runs of one node each, without a container; launch others one by one")
+    limit = int(slurm.minutes(str(s.slurm.time)))
+    if local:
+        executor = submitit.LocalExecutor(folder=folder / "submitit", python=shlex.quote(job.python))
+        executor.update_parameters(timeout_min=limit, signal_delay_s=s.slurm.signal_s, setup=s.setup)
+        return executor
     slurm.refuse_partition(s.slurm.partition)
-    limit = slurm.minutes(str(s.slurm.time))
-    executor = submitit.SlurmExecutor(folder=folder / "submitit", python=jobs[0].python, max_num_timeout=10**6)
+    executor = submitit.SlurmExecutor(folder=folder / "submitit", python=job.python, max_num_timeout=10**6)
     asked = {
         "partition": s.slurm.partition, "account": s.slurm.account, "qos": s.slurm.qos, "mem": s.slurm.mem,
         "constraint": s.slurm.constraint, "cpus_per_task": s.cpus * s.ranks or None, "gpus_per_node": s.gpus or None,
@@ -77,20 +93,24 @@ def submit(folder: Path, jobs: Sequence[Job]) -> str:
         job_name=folder.name,
         nodes=1,
         ntasks_per_node=1,
-        time=int(limit),
+        time=limit,
         signal_delay_s=s.slurm.signal_s,
         array_parallelism=s.at_once,
         setup=[*(f"export {name}={shlex.quote(value)}" for name, value in sorted(s.env.items())), *s.setup],
         **{name: value for name, value in asked.items() if value is not None},
     )
+    return executor
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Turns sbatch's refusal in the body into LaunchError."""
+    from submitit.core.utils import FailedJobError
+
     try:
-        with executor.batch():
-            made = [executor.submit(Run([job.python, "-m", *job.command])) for job in jobs]
-    except submitit.core.utils.FailedJobError as error:
+        yield
+    except FailedJobError as error:
         raise LaunchError(f"sbatch refused: {str(error).splitlines()[-1]}") from None
-    number = str(made[0].job_id).split("_")[0]
-    write_note(folder, "array", number, folder / "submitit")
-    return number
 
 
 def state(note: Note) -> str:

@@ -21,6 +21,8 @@ from typing import Any
 
 # Set for the ranks: whoever started them reports the first error of all ranks, once, so they do not print their own.
 REPORTED = "MOETRAIN_ERRORS_REPORTED"
+# Set for runs that are to end with the process that started them, as those of a sweep.
+ENDS_WITH_PARENT = "MOETRAIN_ENDS_WITH_PARENT"
 STOPPED_LATE_S = 10  # the agent waits 30 s before it kills a rank that does not heed SIGTERM
 REQUEUE = 85  # exit code of ranks that a signal stopped; they leave a message, but are never the cause
 NO_FILE = "<N/A>"  # what the agent says of a rank that left no message

@@ -169,22 +169,35 @@ def expand_sweep(overrides: Sequence[str], config_dirs: Sequence[Path | str] = (
 
     Takes Hydra's grammar: ``a=1,2``, ``a=range(1,4)``, ``a=choice(x,y)``, and ``model=glob(tiny*)`` over presets.
     """
-    from hydra.core.override_parser.types import Glob
-
     groups = Presets.find(config_dirs).groups()
-    choices: list[list[str]] = []
-    for override in parse(overrides):
-        key = override.get_key_element()
-        if not override.is_sweep_override():
-            choices.append([str(override.input_line)])
-        elif isinstance(value := override.value(), Glob):
-            choices.append([f"{key}={name}" for name in value.filter(groups.get(override.key_or_group, []))])
-            if not choices[-1]:
-                raise ConfigError(f"'{override.input_line}' matches no preset")
-        else:
-            choices.append([f"{key}={element}" for element in override.sweep_string_iterator()])
+    choices = [
+        [f"{override.get_key_element()}={value}" for value in sweep_values(override, groups)]
+        if override.is_sweep_override()
+        else [str(override.input_line)]
+        for override in parse(overrides)
+    ]
     for combination in itertools.product(*choices):
         yield list(combination)
+
+
+def sweep_values(override: Override, groups: dict[str, list[str]]) -> list[str]:
+    """The values of a sweep over single values, as words have them. Raises ConfigError: there are none, or it is an
+    interval."""
+    from hydra.core.override_parser.types import Glob
+
+    value = override.value()
+    if isinstance(value, Glob):
+        found = list(value.filter(groups.get(override.key_or_group, [])))
+    elif override.is_discrete_sweep():
+        found = [str(element) for element in override.sweep_string_iterator()]
+    else:
+        raise ConfigError(
+            f"'{override.input_line}' is an interval, which has no single values; use sweep.sampler=random or tpe, or "
+            f"list the values: choice(...), range(...)"
+        )
+    if not found:
+        raise ConfigError(f"'{override.input_line}' matches no {'preset' if isinstance(value, Glob) else 'value'}")
+    return found
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

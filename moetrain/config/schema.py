@@ -16,6 +16,7 @@ from pydantic.dataclasses import dataclass
 from moetrain.config.fields import STRICT, Kind, NonNegative, PerLayerFloat, PerLayerInt, Positive
 from moetrain.config.schema_data import DataConfig
 from moetrain.config.schema_faults import FaultsConfig
+from moetrain.config.schema_sweep import SweepConfig
 
 # Those of ``moe_kernels``. The first five are gated, with two input matrices; gelu and relu2 are plain, with one.
 Activation: TypeAlias = Literal["swiglu", "geglu", "reglu", "gpt_oss", "swiglu_clamped", "gelu", "relu2"]
@@ -415,3 +416,4 @@ class Config:
     export: ExportConfig = Field(default_factory=ExportConfig, description="Hugging Face export")
     generate: GenerateConfig = Field(default_factory=GenerateConfig, description="sample text")
     launch: LaunchConfig = Field(default_factory=LaunchConfig, description="how and where it starts")
+    sweep: SweepConfig = Field(default_factory=SweepConfig, description="the runs of 'train -m'")

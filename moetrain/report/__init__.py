@@ -8,41 +8,37 @@ from pathlib import Path
 from moetrain.config.errors import ConfigError
 from moetrain.report.page import page
 from moetrain.report.read import Run, read_run
+from moetrain.report.sweep import read_sweep_runs, sweep_page
 
 SWEEP = "sweep.yaml"
 
 
 def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
-    """Write the page of the runs in ``folders``, several beside each other; a folder of a sweep stands for its runs.
+    """Write the page of the runs in ``folders``, several beside each other, or of one sweep; beside others a sweep
+    stands for its runs.
 
     out: the file; None: ``report.html`` in the first folder. Raises ConfigError where there is no run to show, or the
     page cannot be written.
     """
-    runs: list[Run] = []
-    for folder in folders:
-        if (folder / SWEEP).is_file():
-            runs += sweep_runs(folder)
-        else:
-            runs.append(read_run(folder))
-    tell_apart(runs)
+    if len(folders) == 1 and (folders[0] / SWEEP).is_file():
+        text = sweep_page(read_sweep_runs(folders[0]))
+    else:
+        runs: list[Run] = []
+        for folder in folders:
+            ranked = read_sweep_runs(folder).entries if (folder / SWEEP).is_file() else []
+            runs += [entry.run for entry in ranked if entry.run is not None] or [read_run(folder)]
+        tell_apart(runs)
+        text = page(runs)
     file = out or folders[0] / "report.html"
     temporary = file.with_name(file.name + ".tmp")
     try:
-        temporary.write_text(page(runs), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(file)
     except OSError as error:
         raise ConfigError(
             f"report {file} cannot be written: {error.strerror}; choose another file with --out"
         ) from None
     return file
-
-
-def sweep_runs(folder: Path) -> list[Run]:
-    """The runs of a sweep that have begun, best held-out loss first. Raises ConfigError where none has."""
-    runs = [read_run(path.parent) for path in sorted(folder.glob("*/metrics.jsonl")) if path.stat().st_size]
-    if not runs:
-        raise ConfigError(f"report {folder}: no run of this sweep has written metrics yet; wait for the first log step")
-    return sorted(runs, key=lambda run: (run.last("val_loss") is None, run.last("val_loss") or 0.0))
 
 
 def tell_apart(runs: Sequence[Run]) -> None:

@@ -47,6 +47,10 @@ background:linear-gradient(90deg,#f7fbff,#9ecae1,#3182bd,#08306b,#140a28)}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:14px;width:100%}
 th,td{padding:4px 10px 4px 0;text-align:left;border-bottom:1px solid var(--rule);white-space:nowrap}
 th{color:var(--soft);font-weight:500}code{font-size:13px}
+.command{white-space:pre-wrap;overflow-wrap:anywhere;margin:6px 0 14px;padding:10px 12px;background:var(--card);
+border:1px solid var(--rule);border-radius:8px}svg .halo{paint-order:stroke;stroke:var(--card);stroke-width:4px}
+.bar{display:flex;gap:8px;align-items:center;margin:6px 0;font-size:13px}.bar span{flex:0 0 34%;overflow-wrap:anywhere}
+.bar i{height:12px;border-radius:2px;background:#0072b2;min-width:1px}
 """
 
 
@@ -59,6 +63,11 @@ def page(runs: Sequence[Run]) -> str:
         head = "" if len(runs) == 1 else f"{run.name}: "
         body += [section(head + "data and time", own(run)), section(head + "experts", experts.cards(run))]
         body.append(event_list(run, head))
+    return html(title, body)
+
+
+def html(title: str, body: Sequence[str]) -> str:
+    """``body`` as a whole page."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1"><link rel="icon" href="data:,">'

@@ -38,7 +38,8 @@ class Checkpointer:
 
     folder: belongs to this run alone, since left-overs of a killed one are cleared here. keep: checkpoints to keep.
     asynchronous: write in a thread; ``save`` then only copies the state. timeout_s: how long ranks wait for each other.
-    Collective, as are all methods but ``last_good``. Raises CheckpointError when the folder cannot be written.
+    Collective, as are all methods but ``last_good`` and ``last_good_step``. Raises CheckpointError when the folder
+    cannot be written.
     """
 
     def __init__(self, folder: Path, keep: int, asynchronous: bool, timeout_s: float = 1800) -> None:
@@ -89,6 +90,10 @@ class Checkpointer:
     def last_good(self) -> str:
         """Path of the newest checkpoint known to be whole, for messages; "none" when there is none."""
         return str(self._whole or "none")
+
+    def last_good_step(self) -> int:
+        """Its step; 0 when there is none."""
+        return int(self._whole.name.removeprefix("step-")) if self._whole else 0
 
     def _save(self, step: int, staged: dict[str, Any] | Exception) -> None:
         temporary = layout.path_of(self.folder, step).with_suffix(".tmp")

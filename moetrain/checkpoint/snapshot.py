@@ -56,6 +56,7 @@ class Snapshots:
         about = {**mapping, "world": ranks.size}
         self._mapping = zlib.crc32(json.dumps(about, sort_keys=True).encode())
         self._nodes: list[str] = ranks.gather(node_of(root))
+        self._cleans = self._nodes.index(self._nodes[ranks.rank]) == ranks.rank  # one rank of each node
         keepers = neighbours(self._nodes)
         self._to, self._of = keepers[ranks.rank], keepers.index(ranks.rank)
         self._slots: dict[str, Slot] = {}
@@ -141,7 +142,7 @@ class Snapshots:
 
         def clear() -> None:
             self._slots.clear()
-            for name in self.folder.files():
+            for name in self.folder.files() if self._cleans else ():
                 header = Slot(self.folder.path / name).header()
                 if found is None or header is None or header.step != found.step:
                     (self.folder.path / name).unlink(missing_ok=True)
@@ -237,7 +238,7 @@ class Snapshots:
         here = [rank for rank, node in enumerate(self._nodes) if node == self._nodes[self._ranks.rank]]
         keepers = neighbours(self._nodes)
         owners = {"own": set(here), "copy": {owner for owner, keeper in enumerate(keepers) if keeper in here}}
-        for name in self.folder.files():
+        for name in self.folder.files() if self._cleans else ():
             kind, owner, _ = name.split("-")
             if int(owner) not in owners[kind]:
                 (self.folder.path / name).unlink(missing_ok=True)

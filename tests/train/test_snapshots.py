@@ -116,7 +116,7 @@ def damage(kept: Path, kind: str, owner: int, step: int) -> None:
 
 
 def test_what_must_not_be_loaded(folder: Path) -> None:
-    """Another world size, a copy of the run's folder, and a run whose checkpoints were taken away to go back behind them."""
+    """Another world size, a copy of the run's folder, and a run whose checkpoints were taken away to go back."""
     run_dir = folder / "other"
     cfg = load(folder, [*WORDS, f"run_dir={run_dir}", "checkpoint.every=4"])
     with pytest.raises((RuntimeError, FileNotFoundError)):

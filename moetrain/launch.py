@@ -77,6 +77,8 @@ def start(cfg: Config, resume: bool) -> str:
     if cfg.launch.kind == "kubernetes":
         return kubernetes.submit(job, as_text(cfg))
     show(cfg)  # raises for what cannot be submitted, before anything is written
+    if cfg.launch.kind == "slurm":
+        slurm.refuse_partition(cfg.launch.slurm.partition)
     if not resume and not holds(job.run_dir, cfg):
         refuse_taken(job.run_dir)
     if cfg.launch.kind == "slurm" or cfg.launch.nodes == 1:  # else another machine's launcher may have begun

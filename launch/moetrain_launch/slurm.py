@@ -128,10 +128,9 @@ def log_of(run_dir: Path) -> Path:
 def submit(job: Job) -> str:
     """Submit the job; its number. Leaves the batch file and a note in the run directory.
 
-    Raises LaunchError: no sbatch here, a partition that does not exist, or what sbatch says.
+    Raises LaunchError: no sbatch here, or what it says. Partitions are looked at before: ``refuse_partition``.
     """
     text = script(job)
-    refuse_partition(job.settings.slurm.partition)
     file = job.run_dir / "job.sbatch"
     file.write_text(text)
     number = ask(["sbatch", "--parsable", str(file)], ABSENT).strip().split(";")[0]

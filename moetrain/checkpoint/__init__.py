@@ -3,6 +3,7 @@
 from moetrain.checkpoint.checkpointer import Checkpointer
 from moetrain.checkpoint.load import load, newest
 from moetrain.checkpoint.rng import seed_step
+from moetrain.checkpoint.snapshot import Snapshots
 from moetrain.checkpoint.state import apply_state, gather_state
 
-__all__ = ["Checkpointer", "apply_state", "gather_state", "load", "newest", "seed_step"]
+__all__ = ["Checkpointer", "Snapshots", "apply_state", "gather_state", "load", "newest", "seed_step"]

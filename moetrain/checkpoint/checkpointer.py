@@ -20,7 +20,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from moetrain.checkpoint import layout
 from moetrain.checkpoint.layout import FileHash
-from moetrain.checkpoint.load import newest
+from moetrain.checkpoint.load import damage, newest
 from moetrain.checkpoint.state import to_cpu
 from moetrain.checkpoint.writer import HashingWriter
 from moetrain.comm.ranks import RankError, Ranks, lost_connection, one_line
@@ -34,16 +34,19 @@ class Checkpointer:
     """Writes checkpoints of one run to a folder that all ranks share: step-N, each complete or absent (see ``layout``).
 
     A save that fails on any rank (disk full, say) fails on all of them: one line in the log says so, what was written
-    of it is deleted, older checkpoints stay, and training goes on. ``failed`` lists the steps of these saves.
+    of it is deleted, older checkpoints stay, and training goes on. ``failed`` lists the steps of these saves. After
+    each save the older ones are read again; ``rotten`` lists those that have gone bad.
 
     folder: belongs to this run alone, since left-overs of a killed one are cleared here. keep: checkpoints to keep.
     asynchronous: write in a thread; ``save`` then only copies the state. timeout_s: how long ranks wait for each other.
-    Collective, as are all methods but ``last_good``. Raises CheckpointError when the folder cannot be written.
+    Collective, as are all methods but ``last_good`` and ``last_good_step``. Raises CheckpointError when the folder
+    cannot be written.
     """
 
     def __init__(self, folder: Path, keep: int, asynchronous: bool, timeout_s: float = 1800) -> None:
         self.folder, self.keep, self.asynchronous = folder, keep, asynchronous
         self.failed: list[int] = []
+        self.rotten: list[int] = []
         self._whole: Path | None = None
         self._thread: threading.Thread | None = None
         # A group of its own: the thread's collectives run beside those of training.
@@ -90,6 +93,10 @@ class Checkpointer:
         """Path of the newest checkpoint known to be whole, for messages; "none" when there is none."""
         return str(self._whole or "none")
 
+    def last_good_step(self) -> int:
+        """Its step; 0 when there is none."""
+        return int(self._whole.name.removeprefix("step-")) if self._whole else 0
+
     def _save(self, step: int, staged: dict[str, Any] | Exception) -> None:
         temporary = layout.path_of(self.folder, step).with_suffix(".tmp")
         ranks = self._ranks
@@ -106,7 +113,8 @@ class Checkpointer:
             return
         ranks.say(logging.INFO, f"checkpoint of step {step} saved")
         try:
-            ranks.first(lambda: self._prune(step))
+            proven = self._prove(step)
+            ranks.first(lambda: self._prune(proven))
         except Exception as error:  # also a rank that is gone, of which training will hear
             ranks.say(logging.WARNING, f"old checkpoints in {self.folder} could not be deleted: {one_line(error)}")
 
@@ -126,9 +134,26 @@ class Checkpointer:
         about = {"world_size": ranks.size, "torch": torch.__version__}
         ranks.first(lambda: _finish(temporary, step, files, about))
 
-    def _prune(self, step: int) -> None:
-        """Delete all but the newest ``keep`` checkpoints up to ``step``, which has just been proved whole."""
-        for old in [s for s in layout.steps(self.folder) if s <= step][self.keep :]:
+    def _prove(self, step: int) -> list[int]:
+        """``step``, which has just been proved whole, and the newest before it that still are, ``keep`` between them.
+        Each that has gone bad since is named, once: before it is needed, and while there is another."""
+        ranks, proven = self._ranks, [step]
+        for old in ranks.first(lambda: [s for s in layout.steps(self.folder) if s < step]):
+            if len(proven) == self.keep:
+                break
+            path = layout.path_of(self.folder, old)
+            problem = damage(path, True, ranks, fresh=True)
+            if problem is None:
+                proven.append(old)
+            elif old not in self.rotten:
+                self.rotten.append(old)
+                others = f"newest that is whole: {layout.path_of(self.folder, step)}"
+                ranks.say(logging.ERROR, f"checkpoint {path} has gone bad on its disk: {problem}; {others}")
+        return proven
+
+    def _prune(self, proven: list[int]) -> None:
+        """Delete what is older than the ``keep`` checkpoints that are known to be whole; with fewer, nothing."""
+        for old in [s for s in layout.steps(self.folder) if s < proven[-1] and len(proven) == self.keep]:
             layout.discard(layout.path_of(self.folder, old))
 
 

@@ -48,9 +48,11 @@ def steps(folder: Path) -> list[int]:
     return sorted((int(match[1]) for match in found if match), reverse=True)
 
 
-def hash_file(path: Path) -> FileHash:
-    """Size and hash of the file as the disk gives it. Raises OSError."""
+def hash_file(path: Path, fresh: bool = False) -> FileHash:
+    """Size and hash of the file; ``fresh``: as the disk has it now, not as memory still has it. Raises OSError."""
     with path.open("rb") as file:
+        if fresh and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return FileHash(os.fstat(file.fileno()).st_size, digest)
 
@@ -89,10 +91,10 @@ def read_manifest(path: Path) -> dict[str, FileHash]:
     return files
 
 
-def check_file(path: Path, name: str, expected: FileHash) -> None:
-    """Raise DamagedError unless file ``name`` of checkpoint ``path`` has the expected content."""
+def check_file(path: Path, name: str, expected: FileHash, fresh: bool = False) -> None:
+    """Raise DamagedError unless file ``name`` of checkpoint ``path`` has the expected content. fresh: see hash_file."""
     try:
-        actual = hash_file(path / name)
+        actual = hash_file(path / name, fresh)
     except FileNotFoundError:
         raise DamagedError(f"{name} is missing") from None
     except OSError as error:

@@ -47,12 +47,13 @@ def newest(folder: Path, verify: bool = True, ranks: Ranks | None = None) -> Pat
     return None
 
 
-def damage(path: Path, verify: bool, ranks: Ranks) -> str | None:
-    """What is wrong with checkpoint ``path``, or None when it is whole. Collective."""
+def damage(path: Path, verify: bool, ranks: Ranks, fresh: bool = False) -> str | None:
+    """What is wrong with checkpoint ``path``, or None when it is whole. fresh: files are read from the disk, also those
+    that memory still has. Collective."""
     try:
         files = ranks.first(lambda: layout.read_manifest(path))
         if verify:
-            ranks.each(lambda: _check_share(path, files, ranks))
+            ranks.each(lambda: _check_share(path, files, ranks, fresh))
     except RankError as error:
         return str(error)
     return None
@@ -89,10 +90,10 @@ def load(path: Path, state: dict[str, Any]) -> None:
             state[section].update(values)
 
 
-def _check_share(path: Path, files: dict[str, FileHash], ranks: Ranks) -> None:
+def _check_share(path: Path, files: dict[str, FileHash], ranks: Ranks, fresh: bool) -> None:
     by_size = sorted(files, key=lambda name: (-files[name].size, name))
     for name in by_size[ranks.rank :: ranks.size]:
-        layout.check_file(path, name, files[name])
+        layout.check_file(path, name, files[name], fresh)
 
 
 def _metadata(reader: FileSystemReader) -> Metadata:

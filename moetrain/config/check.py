@@ -41,6 +41,11 @@ def check_config(cfg: Config) -> None:
         )
     if cfg.init_optimizer and cfg.init is None:
         raise ConfigError("init_optimizer=true goes with init=PATH, which is null")
+    if cfg.train.snapshot.every and cfg.parallel.engine == "deepspeed":
+        raise ConfigError(
+            f"train.snapshot.every={cfg.train.snapshot.every} is for parallel.engine=torch; set it to 0, and "
+            "checkpoint.every to what may be lost"
+        )
     check_data(cfg)
 
 

@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass
 
 from moetrain.config.fields import STRICT, Kind, NonNegative, PerLayerFloat, PerLayerInt, Positive
 from moetrain.config.schema_data import DataConfig
-from moetrain.config.schema_faults import FaultsConfig
+from moetrain.config.schema_faults import FaultsConfig, SnapshotConfig
 from moetrain.config.schema_sweep import SweepConfig
 
 # Those of ``moe_kernels``. The first five are gated, with two input matrices; gelu and relu2 are plain, with one.
@@ -317,6 +317,7 @@ class TrainConfig:
     eval_sequences: NonNegative = Field(default=0, description="held-out sequences per domain and evaluation; 0: all")
     threads: NonNegative = Field(default=0, description="CPU threads per rank; 0: cores divided by ranks")
     profile: ProfileConfig = Field(default_factory=ProfileConfig, description="traces, and where a step's time goes")
+    snapshot: SnapshotConfig = Field(default_factory=SnapshotConfig, description="state in shared memory")
 
 
 @dataclass(config=STRICT)

@@ -9,6 +9,17 @@ from moetrain.config.fields import STRICT, NonNegative, Positive
 
 
 @dataclass(config=STRICT)
+class SnapshotConfig:
+    """State in shared memory, so that a lost rank costs fewer steps than there are between checkpoints."""
+
+    every: NonNegative | None = Field(
+        default=None,
+        description="steps between snapshots, kept in shared memory here and on a neighbour's node; 0: none; null: 50 "
+        "where half of the free memory is enough",
+    )
+
+
+@dataclass(config=STRICT)
 class FaultsConfig:
     """Bad steps, lost ranks, and checks across ranks."""
 

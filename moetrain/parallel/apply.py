@@ -106,7 +106,8 @@ def spread(model: Decoder, cfg: Config, dims: ParallelDims) -> None:
             _split_experts(layer, cfg, dims, dispatchers)
             router: Any = layer.router
             router.group = dims.stage_group
-            router.sequence_group = dims.sequence_group if sizes.cp * sizes.tp > 1 else None
+            if sizes.cp * sizes.tp > 1:
+                router.sequence_group, router.own_index = dims.sequence_group, dims.own_index
     # 4. Recompute: wraps the computation that FSDP's hooks will surround.
     for block in model.layers.values():
         assert isinstance(block, Block)

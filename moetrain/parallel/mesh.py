@@ -72,6 +72,11 @@ class ParallelDims:
             return torch.arange(seq_len)
         return head_tail_index(seq_len, self.sizes.cp, self.rank("cp"))
 
+    def own_index(self, seq_len: int) -> Tensor:
+        """The same of the tokens that this rank holds between blocks, where tensor parallelism splits them again."""
+        index_S = self.index_of(seq_len)
+        return index_S.chunk(self.sizes.tp)[self.rank("tp")] if self.sizes.tp > 1 else index_S
+
     @property
     def data_rank(self) -> int:
         """Which share of the global batch this rank reads, from 0 to ``data_size`` - 1."""

@@ -72,7 +72,9 @@ def _run(cfg: Config, resume: bool, signals: Signals) -> None:
                 finish(trainer, evaluation)
         except TrainError as error:
             stopped(trainer, error)
+            trainer.forget_snapshots()
             raise
+        trainer.forget_snapshots()
         if evaluation is not None and trainer.step in trainer.checkpointer.failed:
             good = trainer.checkpointer.last_good()
             raise TrainError(

@@ -81,6 +81,10 @@ class Engine(Protocol):
         """Put a loaded ``state`` in place; its progress."""
         ...
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What a snapshot holds: all tensors of ``state`` by name, the live ones, found in little time."""
+        ...
+
 
 def build_engine(cfg: Config, dims: ParallelDims, device: torch.device) -> Engine:
     """The engine that ``cfg.parallel.engine`` names."""
@@ -198,3 +202,9 @@ class TorchEngine:
         progress = apply_state(self.model, self.optimizer, state)
         self.runner.weights_updated()
         return progress
+
+    def tensors(self) -> dict[str, Tensor]:
+        found = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        for name, p in self.model.named_parameters():
+            found |= {f"optim.{name}.{key}": value for key, value in self.optimizer.state.get(p, {}).items()}
+        return found

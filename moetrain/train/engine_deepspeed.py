@@ -121,6 +121,10 @@ class DeepSpeedEngine:
         """See ``Engine``."""
         return self.zero_state.apply(state)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """See ``Engine``. None: what DeepSpeed gives are copies."""
+        raise ConfigError("parallel.engine=deepspeed takes no snapshots; use torch, or train.snapshot.every=0")
+
     def _forward(self, batch: Inputs, step: int) -> tuple[Tensor, Carry]:
         tokens, arguments = local_inputs(self.model, batch)
         return self.engine(tokens, step=step, **arguments)

@@ -43,12 +43,9 @@ def load_metrics(loads: Loads) -> dict[str, Any]:
 
 
 def position_metrics(loads: Loads) -> dict[str, list[float]]:
-    """``dropped_by_position``; nothing without a capacity, and where ranks share sequences or stages share layers, so
-    that the parts are not known."""
+    """``dropped_by_position``; nothing without a capacity."""
     shares = []
     for name, dropped_P in loads.dropped_P.items():
-        if int(dropped_P.sum()) != loads.dropped[name]:
-            return {}
         shares.append(dropped_P.double() * len(dropped_P) / max(int(loads.counts[name].sum()), 1))
     return {"dropped_by_position": torch.stack(shares).mean(0).tolist()} if shares else {}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from moetrain.checkpoint.layout import steps
@@ -15,12 +16,14 @@ from moetrain.convert.family import family_of
 from moetrain.convert.open import check_init, has_optimizer, open_weights
 from moetrain.data.asked import Asked, ask, domains_of
 from moetrain.data.dataset import TokenData
+from moetrain.data.loader import Loader
 from moetrain.data.objectives import Objective, build_objective
 from moetrain.data.packing import pack
 from moetrain.data.position import refuse_other_order, saved_position
 from moetrain.data.sampler import Sampler
 from moetrain.mixture.online import build_mixer
 from moetrain.parallel.freeze import frozen_sizes
+from moetrain.parallel.mesh import ParallelDims
 
 
 def preflight(cfg: Config, resume: bool = False) -> None:
@@ -78,6 +81,13 @@ def open_sampler(cfg: Config, data: TokenData) -> tuple[Sampler, Asked]:
 def open_objective(cfg: Config, data: TokenData) -> Objective | None:
     """What rewrites the run's samples; None for next tokens. Raises DataError."""
     return build_objective(cfg.data, data.tokenizer(), data.eos_id, cfg.train.seq_len, cfg.seed)
+
+
+def open_loader(cfg: Config, dims: ParallelDims, data: TokenData, sampler: Sampler, device: torch.device) -> Loader:
+    """What brings this rank's batches, on pages that a GPU can copy from where there is one. Raises DataError."""
+    objective, batch = open_objective(cfg, data), (cfg.train.global_batch, cfg.train.micro_batch)
+    share, pin = (dims.data_rank, dims.data_size), device.type == "cuda"
+    return Loader(data, sampler, *batch, *share, cfg.data.workers, cfg.data.document_mask, pin, objective)
 
 
 def asked_of(cfg: Config, data: TokenData, step: int = 0, sample: int = 0) -> Asked:

@@ -66,9 +66,7 @@ class RoutingWatch:
 
     def begin(self, source: int, batch: Batch) -> None:
         """The next forward pass is over ``batch``, of the source of this number."""
-        index_S = self.dims.index_of(self.seq_len)
-        if self.dims.sizes.tp > 1:  # sequence parallel: each rank has a stretch
-            index_S = index_S.chunk(self.dims.sizes.tp)[self.dims.rank("tp")]
+        index_S = self.dims.own_index(self.seq_len)
         device = self.counts_LGE.device
         self.domain = self.data.domains.index(self.data.domain_of[self.data.sources[source]])
         self.valid_T = (batch.targets_BS[:, index_S] >= 0).flatten().to(device)

@@ -18,6 +18,7 @@ from moetrain.config.schema import ModelConfig
 from moetrain.data.loader import Batch
 from moetrain.moe.balance import Loads, end_of_step
 from moetrain.moe.layer import MoELayer
+from moetrain.moe.routers import POSITIONS
 from moetrain.parallel.mesh import ParallelDims
 from moetrain.parallel.run import Inputs, sum_dtype
 
@@ -129,14 +130,16 @@ def all_loads(model: nn.Module, cfg: ModelConfig, dims: ParallelDims, step: int)
     device = next(model.parameters()).device
     parts = []
     for name, n in sizes.items():
-        known = name in mine.counts
-        counts = mine.counts[name] if known else torch.zeros(n, dtype=torch.int64, device=device)
-        parts += [counts, counts.new_tensor([mine.dropped[name] if known else 0])]
+        none = torch.zeros(max(n, POSITIONS), dtype=torch.int64, device=device)  # of other stages' layers
+        counts = mine.counts.get(name, none[:n])
+        parts += [counts, counts.new_tensor([mine.dropped.get(name, 0)]), mine.dropped_P.get(name, none[:POSITIONS])]
     total = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64, device=device)
     dist.all_reduce(total, group=dims.group("pp"))
     split = total.split([len(part) for part in parts])
-    dropped = [int(d) for d in split[1::2]]
-    return Loads(dict(zip(sizes, split[::2], strict=True)), dict(zip(sizes, dropped, strict=True)))
+    dropped = torch.cat(split[1::3]).tolist() if parts else []
+    limited = [f"layers.{i}.moe" for i in cfg.moe_layers() if cfg.layer_value("capacity_factor", i) is not None]
+    dropped_P = {name: part for name, part in zip(sizes, split[2::3], strict=True) if name in limited}
+    return Loads(dict(zip(sizes, split[::3], strict=True)), dict(zip(sizes, dropped, strict=True)), dropped_P)
 
 
 def forget_loads(model: nn.Module) -> Loads:

@@ -12,30 +12,28 @@ from typing import Any
 
 import torch.distributed as dist
 
-from moetrain.checkpoint import Checkpointer, load, seed_step
-from moetrain.comm.ranks import Ranks
+from moetrain.checkpoint import Checkpointer, seed_step
 from moetrain.config import to_dict
 from moetrain.config.check import Sizes
 from moetrain.config.schema import Config
-from moetrain.convert.features import differences
-from moetrain.convert.open import check_init, open_weights
 from moetrain.data.forecast import why_end
-from moetrain.data.loader import Batch, Loader
-from moetrain.data.position import position, restore
+from moetrain.data.loader import Batch
+from moetrain.data.position import position
 from moetrain.model.count import count_parameters, flops_per_token
 from moetrain.moe.balance import Loads
 from moetrain.optim.schedule import lr_factor
 from moetrain.parallel.mesh import ParallelDims
-from moetrain.train import runtime
+from moetrain.train import begin, runtime
 from moetrain.train.engine import build_engine
 from moetrain.train.evaluate import Evaluation, evaluate
 from moetrain.train.guard import Guard
 from moetrain.train.metrics import Meter, load_metrics
 from moetrain.train.mixing import Mixing
-from moetrain.train.preflight import asked_of, open_data, open_objective, open_sampler
+from moetrain.train.preflight import open_data, open_loader, open_sampler
 from moetrain.train.replicas import Checks
 from moetrain.train.routing import RoutingWatch
 from moetrain.train.sinks import Writer
+from moetrain.train.snapshots import open_snapshots
 from moetrain.train.spans import Spans
 from moetrain.train.step import Accept, StepFigures, bad_step
 
@@ -51,11 +49,12 @@ class Trainer:
         self.dims = ParallelDims.build(sizes, self.device.type)
         self.data = open_data(cfg)
         self.sampler, self.asked = open_sampler(cfg, self.data)
-        self.loader = self._loader()
+        self.loader = open_loader(cfg, self.dims, self.data, self.sampler, self.device)
         self.engine = build_engine(cfg, self.dims, self.device)
         self.mixing = Mixing(cfg, self.engine, self.loader, self.dims)
         self.peak_lr: float = cfg.optim.lr
         self.checkpointer = Checkpointer(run_dir / "checkpoints", cfg.checkpoint.keep, cfg.checkpoint.asynchronous)
+        self.snapshots, self.snapshot_plan = open_snapshots(cfg, sizes, run_dir, self.engine)
         self.guard = Guard(cfg.faults, skips=cfg.parallel.engine == "torch")
         self.checks = Checks(weights=cfg.parallel.engine == "torch")
         self.parameters = count_parameters(cfg.model)
@@ -67,47 +66,12 @@ class Trainer:
         self.events: list[dict[str, Any]] = []  # what the next line of metrics tells beside figures
 
     def start(self) -> None:
-        """Begin at step 0, from the weights that ``init`` names if there are any. Collective. Raises a UserError."""
-        cfg = self.cfg
-        if cfg.init is None:
-            return
-        opened = open_weights(cfg.init, ranks=Ranks())
-        check_init(cfg, opened)
-        self.engine.load_weights(opened.source)
-        if cfg.init_optimizer:
-            state = self.engine.state(self._progress())
-            load(opened.path, {"optim": state["optim"]})
-            self.engine.load_state(state)
-        log.info("%s from %s", "state     " if cfg.init_optimizer else "weights   ", opened.path)
-        if unlike := differences(cfg.model, opened.model):
-            log.warning("weights    of another model: here it has %s", ", ".join(unlike))
+        """Begin at step 0: see ``begin``."""
+        begin.start(self)
 
     def resume(self) -> None:
-        """Continue from the newest whole checkpoint, or from the start when there is none. Raises DataError when the
-        data is not what it was."""
-        cfg = self.cfg
-        newest = self.checkpointer.newest()
-        if newest is None:
-            log.info("no checkpoint in %s yet: starting from step 0", self.run_dir)
-            self.start()
-            return
-        state = self.engine.state(self._progress())
-        load(newest, state)
-        progress = self.engine.load_state(state)
-        self.step, self.tokens, self.seconds = progress["step"], progress["tokens"], progress["seconds"]
-        self.waited_s = progress.get("data_wait_s", 0.0)
-        if "guard" in progress:
-            self.guard.load_state(progress["guard"])
-        self.events.append({"event": "resumed", "step": self.step})
-        log.info("resumed from %s", newest)
-        if "data" in progress:
-            samples = progress["data"]["samples"]
-            self.loader.begin(self.step, samples)
-            self.asked = asked_of(cfg, self.data, self.step, samples)
-            for line in restore(self.sampler, self.asked, progress["data"]):
-                log.info("data       %s", line)
-        for line in self.mixing.load_state(progress.get("mixer"), self.step):
-            log.info("mixer      %s", line)
+        """Go on from where the run was left: see ``begin``."""
+        begin.resume(self)
 
     @property
     def last_step(self) -> int:
@@ -145,7 +109,10 @@ class Trainer:
             if (saves or self._due(cfg.faults.checksum_every)) and cfg.faults.checksum_every:
                 self.checks.run(self.engine.model, self.step, self.checkpointer.last_good())
             if saves:
-                self.checkpointer.save(self.step, self.engine.state(self._progress()))
+                self.checkpointer.save(self.step, self.engine.state(self.progress()))
+            if self.snapshots is not None and self._due(self.snapshot_plan.every):
+                base = self.checkpointer.last_good_step()
+                self.snapshots.take(self.step, self.engine.tensors(), self.progress(), base)
         self.checkpointer.wait()
         self.loader.close()
         writer.close()
@@ -155,20 +122,16 @@ class Trainer:
             log.info("data       has run out after step %d of %d: %s", self.step, cfg.train.steps, why_end(self.loader))
         return evaluation or self.evaluate()
 
+    def forget_snapshots(self) -> None:
+        """The run has ended in a way that needs none."""
+        if self.snapshots is not None:
+            self.snapshots.close(remove=True)
+
     def evaluate(self, document_mask: bool | None = None, watch: RoutingWatch | None = None) -> Evaluation:
         """Loss on the held-out text of every domain. document_mask: None: as ``data.document_mask`` says."""
         t, masked = self.cfg.train, self.cfg.data.document_mask if document_mask is None else document_mask
-        return evaluate(
-            self.engine,
-            self.data,
-            t.seq_len,
-            t.micro_batch,
-            t.eval_sequences,
-            self.dims,
-            self.step,
-            masked,
-            watch=watch,
-        )
+        lengths = t.seq_len, t.micro_batch, t.eval_sequences
+        return evaluate(self.engine, self.data, *lengths, self.dims, self.step, masked, watch=watch)
 
     def train_step(self) -> dict[str, Any]:
         """One optimizer step; its figures by name, of the whole model. Raises TrainError when it and those before it
@@ -180,9 +143,8 @@ class Trainer:
         schedule = lr_factor(cfg.schedule, step, cfg.train.steps)
         for skipped in self.guard.due(step):
             samples = skipped.samples
-            self.events += self.guard.again(
-                skipped, step, self._runs(self.loader.again(samples), skipped.step, schedule)
-            )
+            again = self._runs(self.loader.again(samples), skipped.step, schedule)
+            self.events += self.guard.again(skipped, step, again)
         batches = self.loader.step(step)
         waited = time.perf_counter() - began
         factor, samples = schedule * self.guard.lr_factor(step), self.loader.sample_ids(step)
@@ -232,17 +194,11 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
-    def _progress(self) -> dict[str, Any]:
+    def progress(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside tensors."""
         data = position(self.sampler, self.asked, self.loader.first_sample(self.step))
         counts = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "data_wait_s": self.waited_s}
         return {**counts, "data": data, "mixer": self.mixing.state(), "guard": self.guard.state()}
-
-    def _loader(self) -> Loader:
-        cfg, t = self.cfg, self.cfg.train
-        rank, size = self.dims.data_rank, self.dims.data_size
-        masked, pin, objective = cfg.data.document_mask, self.device.type == "cuda", open_objective(cfg, self.data)
-        batch = t.global_batch, t.micro_batch
-        return Loader(self.data, self.sampler, *batch, rank, size, cfg.data.workers, masked, pin, objective)
 
 
 def number(value: float) -> float | None:

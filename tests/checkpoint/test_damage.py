@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from moetrain_launch.fork import run_ranks
 
-from moetrain.checkpoint import Checkpointer, newest
+from moetrain.checkpoint import Checkpointer, layout, newest
+from moetrain.comm.ranks import Ranks
 from moetrain.config.errors import CheckpointError
 from tests.checkpoint.saving import Lines, assert_holds, state
 
@@ -119,3 +121,23 @@ def test_the_damaged_one_does_not_push_out_the_whole_ones(folder: Path) -> None:
         checkpointer.save(5, state(5))
     assert checkpointer.newest() == folder / "step-5"
     assert [p.name for p in folder.iterdir()] == ["step-5"]
+
+
+def test_a_checkpoint_that_rots_is_named_before_it_is_needed(tmp_path: Path) -> None:
+    """And it takes no place among those that are kept: the last whole one before it stays."""
+
+    def rot() -> tuple[list[int], list[list[int]], list[str]]:
+        checkpointer, kept = Checkpointer(tmp_path, keep=2, asynchronous=True), []
+        with Lines() as lines:
+            for step in (1, 2, 3, 4, 5):
+                checkpointer.save(step, state(step))
+                checkpointer.wait()
+                if step == 2 and dist.get_rank() == 0:
+                    flip(tmp_path / "step-2/__1_0.distcp", 5000)
+                kept.append(Ranks().first(lambda: layout.steps(tmp_path)))
+        return checkpointer.rotten, kept, [line for line in lines if line.startswith("ERROR")]
+
+    rotten, kept, [line] = run_ranks(2, rot)[0]
+    assert rotten == [2] and kept == [[1], [2, 1], [3, 2, 1], [4, 3], [5, 4]]
+    assert f"checkpoint {tmp_path / 'step-2'} has gone bad on its disk: " in line and "__1_0.distcp was altered" in line
+    assert line.endswith(f"newest that is whole: {tmp_path / 'step-3'}")

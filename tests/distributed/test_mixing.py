@@ -191,7 +191,7 @@ def test_a_resumed_run_decides_the_same(prepared: Path, tmp_path: Path, kind: st
         trainer = build(cfg)
         for _ in range(5):
             trainer.train_step()
-        trainer.checkpointer.save(5, trainer.engine.state(trainer._progress()))
+        trainer.checkpointer.save(5, trainer.engine.state(trainer.progress()))
         trainer.checkpointer.wait()
         trainer.train_step()  # what is done after the checkpoint is lost
 
@@ -235,7 +235,7 @@ def test_what_is_changed_on_resume_holds(prepared: Path, tmp_path: Path, change:
         trainer = build(cfg)
         for _ in range(4):
             trainer.train_step()
-        trainer.checkpointer.save(4, trainer.engine.state(trainer._progress()))
+        trainer.checkpointer.save(4, trainer.engine.state(trainer.progress()))
         trainer.checkpointer.wait()
 
     def resumed(cfg: Config) -> Any:

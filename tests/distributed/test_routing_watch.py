@@ -15,6 +15,7 @@ from moetrain import config
 from moetrain.config.check import resolve_sizes
 from moetrain.moe.layer import MoELayer
 from moetrain.report.read import Run, read_run
+from moetrain.train.metrics import load_metrics
 from moetrain.train.routing import RoutingWatch
 from moetrain.train.trainer import Trainer
 from tests.distributed.toy_run import load
@@ -99,3 +100,23 @@ def test_entropy_is_that_of_the_probabilities(prepared: Path) -> None:
     cfg = load(prepared, ["train.precision=float64", f"run_dir={prepared / 'entropy'}"])
     found, expected = run_ranks(1, work, cfg)[0]
     assert found == pytest.approx(expected, rel=1e-6) and min(found) > 0.5 and max(found) < 1
+
+
+@pytest.mark.parametrize(("world", "words"), [(2, ["parallel.pp=2"]), (4, ["parallel.tp=2", "parallel.cp=2"])])
+def test_drops_by_position_add_up_under_every_split(world: int, words: list[str], prepared: Path) -> None:
+    """Early tokens are kept first, on each rank: of a rank's stretch the first half, wherever it stands."""
+    words = [*words, "model.moe.capacity_factor=0.5", "model.moe.drop_policy=position", "train.micro_batch=1"]
+    cfg = load(prepared, [*words, "train.global_batch=4", f"run_dir={prepared / f'drops-{world}'}"])
+
+    def step() -> dict[str, Any]:
+        trainer = Trainer(cfg, resolve_sizes(cfg.parallel, world), Path(cfg.run_dir))
+        trainer.train_step()
+        return load_metrics(trainer.last_loads)
+
+    found = run_ranks(world, step)
+    assert all(other == found[0] for other in found)
+    by_position = found[0]["dropped_by_position"]
+    assert np.mean(by_position) == pytest.approx(found[0]["dropped_share"]) and found[0]["dropped_share"] > 0.3
+    # Of eighths 0 to 7, cp=2 gives 0, 1, 6, 7 to one rank and 2 to 5 to the other; tp=2 halves each of these.
+    first, last = ([0, 2, 4, 6], [1, 3, 5, 7]) if world == 4 else ([0, 1], [6, 7])
+    assert sum(by_position[i] for i in first) < sum(by_position[i] for i in last)

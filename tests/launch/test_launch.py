@@ -135,6 +135,21 @@ def test_what_cannot_start_is_one_line(
     assert not list(tmp_path.rglob("launch*.json"))
 
 
+def test_a_partition_is_looked_up_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """sinfo is stood in for by a script that says what it was asked; the real one is in the Slurm tests."""
+    (tmp_path / "sinfo").write_text('#!/bin/sh\n[ "$*" = "--noheader --format=%R" ] && printf "main\nh100\nmain\n"\n')
+    (tmp_path / "sinfo").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    assert cli.main(["launch", "launch=slurm", "launch.slurm.partition='main,gpu'", "run_dir=a"]) == 2
+    says = "launch.slurm.partition=gpu: the cluster has no such partition; it has h100, main"
+    assert capsys.readouterr().err == f"moetrain: error: {says}\n"
+    assert not list((tmp_path / "cwd").iterdir())
+
+
 def test_print_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -130,9 +130,7 @@ def test_loads_are_summed_over_stretches_and_cut_at_a_resume(tmp_path: Path) -> 
 
 
 def test_drops_by_position_are_shares_of_each_eighth() -> None:
-    """160 choices, 20 an eighth: 5 dropped of the first, 10 of the last. Not known where ranks share sequences."""
+    """160 choices, 20 an eighth: 5 dropped of the first, 10 of the last."""
     parts = torch.tensor([5, 0, 0, 0, 0, 0, 0, 10])
     loads = Loads({"layers.0.moe": torch.full((8,), 20)}, {"layers.0.moe": 15}, {"layers.0.moe": parts})
     assert load_metrics(loads)["dropped_by_position"] == pytest.approx([0.25, 0, 0, 0, 0, 0, 0, 0.5])
-    unknown = Loads(loads.counts, loads.dropped, {"layers.0.moe": torch.zeros(8, dtype=torch.int64)})
-    assert "dropped_by_position" not in load_metrics(unknown)

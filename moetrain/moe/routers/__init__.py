@@ -29,7 +29,7 @@ class Router(nn.Module):
 
     balance: the layer's balance methods by name, in the order of Carry.aux_A.
     counts_E, dropped: int64, the choices of each expert and the dropped choices in this step so far, on this rank.
-    dropped_P: the same dropped choices by eighths of the sequence; all 0 where ranks share sequences.
+    dropped_P: the same dropped choices by eighths of the sequence.
     watch: called outside training with (probs_TE, ids_TK) of every forward pass; see ``train.routing``.
     group: ranks that share a micro-batch, sequence_group: ranks that each hold a part of the same sequences; None
         where this rank has it all. The model's parallel form sets them.
@@ -52,9 +52,11 @@ class Router(nn.Module):
         self.balance = balance
         self.group: dist.ProcessGroup | None = None
         self.sequence_group: dist.ProcessGroup | None = None
+        self.own_index: Callable[[int], Tensor] | None = None
         self.register_buffer("counts_E", torch.zeros(self.n_experts, dtype=torch.int64), persistent=False)
         self.register_buffer("dropped", torch.zeros((), dtype=torch.int64), persistent=False)
         self.register_buffer("dropped_P", torch.zeros(POSITIONS, dtype=torch.int64), persistent=False)
+        self._parts_of: dict[tuple[int, torch.device], Tensor] = {}
         self.watch: Callable[[Tensor, Tensor], None] | None = None
 
     def methods(self) -> list[BalanceMethod]:
@@ -130,10 +132,17 @@ class Router(nn.Module):
         }[self.drop_policy]()
         kept_A = within_capacity(expert_A, priority_A, self.n_experts, limit)
         self.dropped += len(expert_A) - len(kept_A)
-        if self.sequence_group is None:
-            part_A = token_A % context.seq_len * POSITIONS // context.seq_len
-            self.dropped_P += count(part_A, POSITIONS) - count(part_A.index_select(0, kept_A), POSITIONS)
+        part_A = self._parts(context.seq_len, token_A.device).index_select(0, token_A % context.seq_len)
+        self.dropped_P += count(part_A, POSITIONS) - count(part_A.index_select(0, kept_A), POSITIONS)
         return kept_A
+
+    def _parts(self, seq_len: int, device: torch.device) -> Tensor:
+        """The eighth of the sequence, int64 (S,), in which each of ``seq_len`` tokens stands that are here of it."""
+        if (seq_len, device) not in self._parts_of:
+            whole = seq_len if self.sequence_group is None else seq_len * self.sequence_group.size()
+            index_S = torch.arange(seq_len) if self.own_index is None else self.own_index(whole)
+            self._parts_of[seq_len, device] = (index_S * POSITIONS // whole).to(device)
+        return self._parts_of[seq_len, device]
 
 
 def build_router(cfg: ModelConfig, layer: int, balance: Mapping[str, Any]) -> Router:

@@ -1,0 +1,173 @@
+"""A run of two ranks loses one between two checkpoints, again and again, and goes on from what shared memory kept: with
+the same losses, bit for bit, as a run that nothing happened to."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from moetrain_launch.fork import run_ranks
+
+from moetrain import config
+from moetrain.checkpoint import slots
+from moetrain.config.check import resolve_sizes
+from moetrain.config.errors import ConfigError
+from moetrain.data.prepare import prepare
+from moetrain.train.snapshots import forget, open_snapshots, run_key
+from moetrain.train.trainer import Trainer
+from tests.checkpoint.saving import Lines
+from tests.distributed.toy_run import load
+
+STEPS = 16
+WORDS = [f"train.steps={STEPS}", "train.micro_batch=1", "checkpoint.every=10", "train.snapshot.every=2", "device=cpu"]
+
+
+def live(cfg: config.Config, die_at: int, done: Path) -> None:
+    """Go on, and end, or lose rank 1 in step ``die_at`` once the snapshot before it is whole. Leaves the rank's steps,
+    and what rank 0 said of the start."""
+    with Lines() as lines:
+        trainer = Trainer(cfg, resolve_sizes(cfg.parallel, dist.get_world_size()), Path(cfg.run_dir))
+        trainer.resume()
+    first, step_of = trainer.step, trainer.engine.train_step
+    if dist.get_rank() == 0:
+        done.write_text(json.dumps([first, lines]))
+
+    def train_step(*args: Any, **kwargs: Any) -> Any:
+        if trainer.step + 1 == die_at and trainer.snapshots is not None:
+            trainer.snapshots.wait()
+            dist.barrier()
+            if dist.get_rank() == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return step_of(*args, **kwargs)
+
+    engine: Any = trainer.engine
+    engine.train_step = train_step
+    trainer.fit()
+    trainer.forget_snapshots()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("snapshots")
+    prepare(load(folder, []).data)
+    return folder
+
+
+def curve(run_dir: Path) -> list[tuple[float, float]]:
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    return [(row["loss"], row["grad_norm"]) for row in rows]
+
+
+def test_a_lost_rank_costs_the_steps_since_the_snapshot(folder: Path) -> None:
+    run_dir = folder / "faults"
+    cfg = load(folder, [*WORDS, "parallel.ep=2", f"run_dir={run_dir}"])
+
+    def lose(die_at: int) -> tuple[int, str]:
+        (folder / "began").unlink(missing_ok=True)
+        with pytest.raises((RuntimeError, FileNotFoundError)) as error:
+            run_ranks(2, live, cfg, die_at, folder / "began")
+        assert (folder / "began").exists(), error.value
+        first, lines = json.loads((folder / "began").read_text())
+        return first, "\n".join(lines)
+
+    assert lose(6)[0] == 0
+    kept = slots.SHARED / f"moetrain-{run_key(run_dir)}"
+    assert {path.name for path in kept.iterdir()} == {
+        "lock", *(f"{kind}-{rank}-{i}" for kind in ("own", "copy") for rank in (0, 1) for i in (0, 1))
+    }  # fmt: skip
+
+    first, lines = lose(9)  # there is no checkpoint yet
+    assert first == 4 and "resumed from the snapshot of step 4; newest checkpoint: none" in lines
+
+    for file in kept.glob("own-1-*"):  # as if its node were lost: the neighbour's copy is taken
+        file.unlink()
+    first, lines = lose(14)
+    assert first == 8 and "snapshot of step 8" in lines
+
+    for kind in ("own", "copy"):  # one byte of rank 0's state of step 12, wherever it is
+        damage(kept, kind, 0, 12)
+    first, lines = lose(15)
+    assert first == 10 and lines.count("is damaged") == 2 and "resumed from" in lines and "step-10" in lines
+    # That of step 10, all that was whole, was no newer than the checkpoint.
+
+    run_ranks(2, live, cfg, -1, folder / "began")
+    assert json.loads((folder / "began").read_text())[0] == 14
+    assert not kept.exists(), "a run that has ended leaves nothing"
+    straight = load(folder, [*WORDS, "parallel.ep=2", f"run_dir={folder / 'straight'}", "train.snapshot.every=0"])
+    run_ranks(2, live, straight, -1, folder / "began")
+    assert curve(run_dir) == curve(folder / "straight")
+
+
+def damage(kept: Path, kind: str, owner: int, step: int) -> None:
+    for i in (0, 1):
+        slot = slots.Slot(kept / f"{kind}-{owner}-{i}")
+        header = slot.header()
+        if header is not None and header.step == step:
+            slot.data(header.size)[1234] ^= 1
+
+
+def test_what_must_not_be_loaded(folder: Path) -> None:
+    """Another world size, a copy of the run's folder, and a run whose checkpoints were taken away to go back."""
+    run_dir = folder / "other"
+    cfg = load(folder, [*WORDS, f"run_dir={run_dir}", "checkpoint.every=4"])
+    with pytest.raises((RuntimeError, FileNotFoundError)):
+        run_ranks(2, live, cfg, 7, folder / "began")
+
+    def begins(cfg: config.Config, world: int = 2) -> tuple[int, str]:
+        def begin() -> tuple[int, str]:
+            with Lines() as lines:
+                trainer = Trainer(cfg, resolve_sizes(cfg.parallel, dist.get_world_size()), Path(cfg.run_dir))
+                trainer.resume()
+            return trainer.step, "\n".join(lines)
+
+        return run_ranks(world, begin)[0]
+
+    shutil.copytree(run_dir, folder / "copied")
+    copied = load(folder, [*WORDS, f"run_dir={folder / 'copied'}"])
+    assert begins(copied)[0] == 4
+    shutil.move(run_dir / "checkpoints/step-4", folder / "aside")
+    step, lines = begins(cfg)
+    assert step == 0 and "snapshot of step 6 is passed over: the checkpoint of step 4" in lines
+    shutil.move(folder / "aside", run_dir / "checkpoints/step-4")
+    with pytest.raises((RuntimeError, FileNotFoundError)):
+        run_ranks(2, live, cfg, 7, folder / "began")
+    assert begins(cfg, world=1)[0] == 4
+    assert begins(cfg)[0] == 4, "what one process could not use is gone"
+    forget(run_dir)
+
+
+def test_memory_that_is_not_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for, a run is refused before it starts; unasked, it goes without, and says so."""
+    monkeypatch.setattr("moetrain.train.snapshots.room", lambda root: 2**17)
+
+    def plan(*words: str) -> str:
+        cfg = load(folder, [*WORDS, f"run_dir={folder / 'small'}", *words])
+        Path(cfg.run_dir).mkdir(exist_ok=True)
+
+        class Engine:
+            model = torch.nn.Linear(100, 100)
+
+        with Lines() as lines:
+            engine: Any = Engine()
+            snapshots, plan = open_snapshots(cfg, resolve_sizes(cfg.parallel, 2), Path(cfg.run_dir), engine)
+        assert snapshots is None and not lines
+        return plan.describe()
+
+    def refused() -> str:
+        with pytest.raises(ConfigError) as error:
+            plan()
+        return str(error.value)
+
+    [line, _] = run_ranks(2, refused)
+    assert line.startswith("train.snapshot.every=2 needs 0.000903 GiB of a node that has 0.000122 GiB free in /dev/shm")
+    unasked: Callable[[], str] = lambda: plan("train.snapshot.every=null")  # noqa: E731
+    assert "none: they need 0.000903 GiB" in run_ranks(2, unasked)[0]

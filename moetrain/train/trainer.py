@@ -30,7 +30,7 @@ from moetrain.train import runtime
 from moetrain.train.engine import build_engine
 from moetrain.train.evaluate import Evaluation, evaluate
 from moetrain.train.guard import Guard
-from moetrain.train.metrics import Meter, load_metrics
+from moetrain.train.metrics import Meter, compression_metrics, load_metrics
 from moetrain.train.mixing import Mixing
 from moetrain.train.preflight import asked_of, open_data, open_objective, open_sampler
 from moetrain.train.replicas import Checks
@@ -139,6 +139,8 @@ class Trainer:
                 metrics |= evaluation.metrics() | watch.collect(self.step, self.run_dir)
             saves = self._due(cfg.checkpoint.every) or (cfg.checkpoint.at_end and done) or stop > 0
             metrics |= self._told(saves)
+            if self._due(cfg.log.every):
+                metrics |= compression_metrics(self.engine.model, cfg)
             if self._due(cfg.log.every) or metrics.keys() & {"val_loss", "mixture", "events"}:
                 metrics |= spans.read(metrics["step_s"], metrics["data_wait_s"])
                 writer.write(self.step, metrics | meter.read() | self.read() | load_metrics(self.last_loads))

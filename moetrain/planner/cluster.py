@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 from moetrain.config.errors import ConfigError
 from moetrain.config.fields import STRICT
 from moetrain.config.presets import config_root, nearest
-from moetrain.config.typed import validate
+from moetrain.config.typed import fields_of, validate
 
 Precision = Literal["float32", "bf16", "fp8", "fp4"]
 # (least, most) that a number of any accelerator or CPU so far can be; outside it is a slip of the pen or of units.
@@ -73,6 +73,13 @@ def read_cluster(file: Path) -> Cluster:
         raise ConfigError(f"cluster file {file} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"cluster file {file} holds no settings; see configs/cluster/h100.yaml")
+    known = fields_of(Cluster)
+    for name in tree:
+        if name not in known:
+            raise ConfigError(f"cluster file {file}: {name} is not a setting; {nearest(str(name), list(known))}")
+    for name, field in known.items():
+        if field.is_required() and name not in tree:
+            raise ConfigError(f"cluster file {file}: {name} is missing ({field.description})")
     try:
         cluster = validate(Cluster, tree)
     except ConfigError as error:

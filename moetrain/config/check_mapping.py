@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from moetrain.config.advice import Broken, Rule, enforce
 from moetrain.config.check_deepspeed import check_deepspeed
+from moetrain.config.check_placement import placement
 from moetrain.config.schema import Config
 from moetrain.config.sizes import STAGES_PER_RANK, ZERO_BUBBLE, Sizes, divisors, resolve_sizes
 
@@ -296,6 +297,7 @@ RULES: list[Rule] = [
     split_experts,
     expert_shards,
     dispatcher,
+    placement,
     batch,
     micro_batches,
     zero_bubble,

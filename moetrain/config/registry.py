@@ -91,6 +91,7 @@ class Registry:
 ROUTERS = Registry("router", "moetrain.moe.routers")
 BALANCE = Registry("balance method", "moetrain.moe.balance")
 DISPATCHERS = Registry("dispatcher", "moetrain.moe.dispatch")
+PLACEMENTS = Registry("placement of experts", "moetrain.moe.placement")
 OPTIMIZERS = Registry("optimizer", "moetrain.optim.optimizers")
 MIXERS = Registry("mixer", "moetrain.mixture.online")
 FAMILIES = Registry("model family", "moetrain.convert.families")

@@ -214,6 +214,11 @@ class ExpertsConfig:
         default=False,
         description="products of the routed experts in FP8 after DeepSeek-V3: on Hopper or later, emulated on CPU",
     )
+    placement: Kind = Field(
+        default_factory=lambda: {"kind": "ep"},
+        description="which expert parallel ranks hold which experts",
+        json_schema_extra={"registry": "PLACEMENTS"},
+    )
 
 
 @dataclass(config=STRICT)

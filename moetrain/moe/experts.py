@@ -30,6 +30,9 @@ class Experts(nn.Module):
     Where F is split over the ranks of ``split_group``, outputs are parts of a sum over them. Each rank then holds the
     entries of b2 that ``output_slice`` tells, and adds them alone, so that no gradient is spread over ranks. None: all
     is here.
+
+    placed: gives w13, w2, b13, b2 of the experts to compute with, where they are not just the parameters
+    (``moe.placement``); a rank may then have none at all.
     """
 
     def __init__(self, cfg: ModelConfig, layer: int, backend: str = "auto", fp8: bool = False) -> None:
@@ -45,13 +48,20 @@ class Experts(nn.Module):
         self.recompute = False
         self.split_group: dist.ProcessGroup | None = None
         self.output_slice: slice | None = None
+        self.placed: Callable[[], tuple[Tensor, Tensor, Tensor | None, Tensor | None]] | None = None
 
     def forward(self, rows: Rows) -> Tensor:
         """y_RD (R, D): the output of each row's expert, times the row's weight if it has one."""
-        w13, w2, b13, b2 = (local_part(p) for p in (self.w13, self.w2, self.b13, self.b2))
+        w13, w2, b13, b2 = self.weights() if self.placed is None else self.placed()
+        if not len(w13):  # no expert, so no row; autograd must still reach both
+            return rows.x_ND + w13.sum() + w2.sum()
         if b2 is not None and self.output_slice is not None:
             b2 = F.pad(b2, (self.output_slice.start, rows.x_ND.shape[1] - self.output_slice.stop))
         return _maybe_checkpoint(self.recompute, self._run, rows, w13, w2, b13, b2)
+
+    def weights(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """w13, w2, b13, b2: what this rank holds of them."""
+        return tuple(local_part(p) for p in (self.w13, self.w2, self.b13, self.b2))  # type: ignore[return-value]
 
     def _run(self, rows: Rows, w13: Tensor, w2: Tensor, b13: Tensor | None, b2: Tensor | None) -> Tensor:
         if self.ternary:

@@ -22,6 +22,7 @@ from moetrain.optim.offload import keep_state_on_host
 from moetrain.parallel import tensor
 from moetrain.parallel.apply import build_parallel
 from moetrain.parallel.mesh import ParallelDims
+from moetrain.parallel.placement import Placement, build_placement
 from moetrain.parallel.run import Inputs, LossScale
 from moetrain.train.step import (
     Accept,
@@ -122,6 +123,7 @@ class TorchEngine:
         self.peak_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.aux_names = aux_names(cfg.balance)
         self.copies = tensor.copies(self.model) if dims.sizes.tp > 1 else []
+        self.placement: Placement | None = build_placement(cfg, self.model, dims)
 
     def train_step(
         self, batches: list[Batch], step: int, lr_factor: float, accept: Accept = both_finite
@@ -141,6 +143,8 @@ class TorchEngine:
             self.runner.weights_updated()
         self.optimizer.zero_grad(set_to_none=True)
         loads = all_loads(self.model, self.cfg.model, self.dims, step) if accepted else forget_loads(self.model)
+        if self.placement is not None and accepted:
+            self.placement.end_step(step + 1, loads, self.optimizer)
         return StepFigures(loss / max(targets, 1), aux, tokens, targets, grad_norm, loads)
 
     def loss(self, batch: Batch, step: int) -> Tensor:
@@ -185,16 +189,26 @@ class TorchEngine:
         return sums
 
     def weights(self) -> dict[str, Tensor]:
-        return self.model.state_dict()
+        weights = self.model.state_dict()
+        return weights if self.placement is None else self.placement.as_ep(weights)
 
     def load_weights(self, source: Source) -> None:
+        if self.placement is not None:
+            self.placement.to_ep(self.optimizer)
         fill(self.weights(), source)
         self.runner.weights_updated()
 
     def state(self, progress: dict[str, Any]) -> dict[str, Any]:
-        return gather_state(self.model, self.optimizer, progress)
+        if self.placement is None:
+            return gather_state(self.model, self.optimizer, progress)
+        state = gather_state(self.model, self.optimizer, {**progress, "placement": self.placement.state()})
+        return {**state, **{part: self.placement.as_ep(state[part]) for part in ("model", "optim")}}
 
     def load_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        if self.placement is not None:
+            self.placement.to_ep(self.optimizer)
         progress = apply_state(self.model, self.optimizer, state)
+        if self.placement is not None:
+            self.placement.load_state(progress.get("placement"), self.optimizer)
         self.runner.weights_updated()
         return progress

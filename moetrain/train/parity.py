@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moetrain.config.check import check_config, check_mapping, resolve_sizes
 from moetrain.config.errors import TrainError
-from moetrain.config.registry import DISPATCHERS
+from moetrain.config.registry import DISPATCHERS, PLACEMENTS
 from moetrain.config.schema import Config, ParallelConfig
 from moetrain.data.prepare import prepare
 from moetrain.data.toy import toy_data
@@ -98,6 +98,7 @@ def one_process(cfg: Config, world: int) -> Config:
     alone.experts.backend, alone.experts.overlap = "loop", False
     alone.model.attention.backend = "math"
     alone.dispatch = DISPATCHERS.get("auto").options()
+    alone.experts.placement = PLACEMENTS.get("ep").options()
     return alone
 
 

@@ -141,7 +141,8 @@ def _alike(parameters: list[Tensor]) -> list[list[Tensor]]:
     groups: dict[Any, list[Tensor]] = defaultdict(list)
     for p in parameters:
         sharding = (p.device_mesh, p.placements) if isinstance(p, DTensor) else None
-        groups[p.shape, p.dtype, sharding].append(p)
+        here = p.to_local().shape if isinstance(p, DTensor) else p.shape  # ranks may own unequal numbers of experts
+        groups[p.shape, here, p.dtype, sharding].append(p)
     return list(groups.values())
 
 

@@ -1,0 +1,155 @@
+"""Placement of experts, made real: copies for each step, homes that change with their optimizer state along.
+
+The plan of a step follows from the loads of finished steps, which all ranks know alike, and so do all ranks' plans.
+Where a rank owns other experts than plain expert parallelism gives it, the local part of a parameter (a DTensor that
+says Shard(0)) holds these, ascending, however many they are; all that looks at global rows goes through ``as_ep``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from moetrain.comm.sparse import Atoms, sparse_all_gather
+from moetrain.config.advice import enforce
+from moetrain.config.check_placement import kind_of, placement
+from moetrain.config.schema import Config
+from moetrain.moe.balance import Loads
+from moetrain.moe.dispatch.placed import PlacedDispatcher
+from moetrain.moe.experts import Experts
+from moetrain.moe.layer import MoELayer
+from moetrain.moe.placement import build_policy
+from moetrain.moe.placement.copies import Copies
+from moetrain.moe.placement.plan import WINDOW, Homes, at_home, ep_homes, predict
+from moetrain.parallel.mesh import ParallelDims
+
+log = logging.getLogger("moetrain")
+
+
+def build_placement(cfg: Config, model: nn.Module, dims: ParallelDims) -> Placement | None:
+    """What moves experts of ``model`` between ranks; None where none ever moves. Raises ConfigError where the mapping
+    does not allow ``cfg.experts.placement``."""
+    enforce([placement], cfg, dims.sizes)
+    kind = kind_of(cfg)
+    return None if kind == "ep" or dims.sizes.ep == 1 else Placement(cfg, model, dims)
+
+
+class Placement:
+    """The experts of ``model``, which ``build_parallel`` made, under ``cfg.experts.placement``.
+
+    history: loads of each layer in the last steps. copied: experts' weights that travel in a step of the plan in force.
+    """
+
+    def __init__(self, cfg: Config, model: nn.Module, dims: ParallelDims) -> None:
+        self.layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, MoELayer)}
+        self.group, self.ranks = dims.group("ep"), dims.sizes.ep
+        self.policy = build_policy(cfg.experts.placement, self.ranks)
+        self.overlap = cfg.experts.overlap
+        self.history: dict[str, list[list[int]]] = {name: [] for name in self.layers}
+        self.copies: dict[str, Copies] = {}
+        for name, layer in self.layers.items():
+            router: Any = layer.router
+            assert isinstance(layer.experts, Experts)
+            copies = Copies(layer.experts, ep_homes(router.n_experts, self.ranks), dims.stage_group)
+            layer.experts.placed = copies.weights
+            self.copies[name] = copies
+        if getattr(self.policy.options, "slots", 1) == 0:
+            log.warning("experts    no slots for copies (experts.placement.slots=0): plain expert parallelism")
+        chain = list(self.copies.values())
+        for before, after in itertools.pairwise(chain):
+            before.after = after
+        if chain:
+            model.register_forward_pre_hook(lambda *_: chain[0].start())
+        self.plan()
+
+    def plan(self) -> None:
+        """Place the experts for the next step."""
+        for name, layer in self.layers.items():
+            copies, n = self.copies[name], len(self.copies[name].homes)
+            placement = self.policy.place(copies.homes, predict(self.history[name], n))
+            copies.placement = placement
+            layer.dispatcher = PlacedDispatcher(n, self.group, placement, self.policy.topology)
+            layer.dispatcher.overlap = self.overlap
+
+    def end_step(self, step: int, loads: Loads, optimizer: torch.optim.Optimizer) -> None:
+        """Learn from the last of ``step`` finished steps; move homes; plan the next step. Collective."""
+        if not self.layers:
+            return
+        counts = [loads.counts[name] for name in self.layers]
+        flat = torch.cat(counts).tolist()  # one transfer to the host
+        for history, part in zip(self.history.values(), counts, strict=True):
+            history.append(flat[: len(part)])
+            del history[:-WINDOW], flat[: len(part)]
+        now = [copies.homes for copies in self.copies.values()]
+        predicted = [predict(history, len(homes)) for history, homes in zip(self.history.values(), now, strict=True)]
+        self.move(dict(zip(self.layers, self.policy.rehome(step, now, predicted), strict=True)), optimizer)
+        self.plan()
+
+    @torch.no_grad()
+    def move(self, homes: Mapping[str, Homes], optimizer: torch.optim.Optimizer) -> None:
+        """Move weights and optimizer state to ``homes`` of each layer, in one exchange of each dtype. Collective."""
+        tensors: list[tuple[DTensor, str]] = []
+        for name, new in homes.items():
+            if new == self.copies[name].homes:
+                continue
+            for p in self.layers[name].experts.parameters():
+                assert isinstance(p, DTensor)
+                tensors.append((p, name))
+                tensors += [(v, name) for v in optimizer.state.get(p, {}).values() if isinstance(v, DTensor)]
+        moved = self._exchange([(t.to_local(), self.copies[name].homes, homes[name]) for t, name in tensors])
+        for (tensor, _), local in zip(tensors, moved, strict=True):
+            tensor._local_tensor = local
+        for name, new in homes.items():
+            self.copies[name].homes = new
+
+    def as_ep(self, values: dict[str, Any]) -> dict[str, Any]:
+        """``values`` of a state (their names contain a parameter's) with rows where plain expert parallelism
+        has them: copies, where that is elsewhere. Collective."""
+        found, parts = dict(values), []
+        for key, value in values.items():
+            name = next((name for name in self.layers if f"{name}.experts." in key), None)
+            if name is not None and isinstance(value, DTensor):
+                homes = self.copies[name].homes
+                ep = ep_homes(len(homes), self.ranks)
+                if homes != ep:
+                    parts.append((key, (value.to_local(), homes, ep)))
+        for (key, _), local in zip(parts, self._exchange([part for _, part in parts]), strict=True):
+            old = values[key]
+            found[key] = DTensor.from_local(
+                local, old.device_mesh, old.placements, run_check=False, shape=old.shape, stride=old.stride()
+            )
+        return found
+
+    def to_ep(self, optimizer: torch.optim.Optimizer) -> None:
+        """Move all experts to the homes of plain expert parallelism. Collective."""
+        self.move({name: ep_homes(len(c.homes), self.ranks) for name, c in self.copies.items()}, optimizer)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside weights: equal on all ranks."""
+        homes = {name: list(copies.homes) for name, copies in self.copies.items()}
+        return {"ranks": self.ranks, "homes": homes, "history": {name: list(h) for name, h in self.history.items()}}
+
+    def load_state(self, state: dict[str, Any] | None, optimizer: torch.optim.Optimizer) -> None:
+        """Go on from ``state``, from homes of plain expert parallelism. Homes on other ranks are not taken over, loads
+        are. Collective."""
+        if state is not None and state["history"].keys() == self.history.keys():
+            self.history = {name: list(h) for name, h in state["history"].items()}
+            if state["ranks"] == self.ranks:
+                self.move({name: tuple(homes) for name, homes in state["homes"].items()}, optimizer)
+        self.plan()
+
+    def _exchange(self, parts: list[tuple[Tensor, Homes, Homes]]) -> list[Tensor]:
+        """Rows of each tensor, of experts at the first homes, brought to the second."""
+        found: list[Tensor] = [x for x, _, _ in parts]
+        for dtype in dict.fromkeys((x.dtype, x.device) for x, _, _ in parts):
+            chosen = [i for i, (x, _, _) in enumerate(parts) if (x.dtype, x.device) == dtype]
+            atoms = [Atoms(parts[i][0].detach(), parts[i][1], at_home(parts[i][2])) for i in chosen]
+            for i, x in zip(chosen, sparse_all_gather(atoms, self.group), strict=True):
+                found[i] = x
+        return found

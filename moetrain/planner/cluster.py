@@ -39,6 +39,9 @@ class Cluster:
     host_gb_s: Rate = Field(description="bandwidth to host memory for each GPU, one way, 10^9 bytes/s")
     host_gib: float = Field(ge=1, le=65536, description="host memory of a machine, GiB")
     kind: Literal["gpu", "cpu"] = Field(default="gpu", description="what computes: a CPU hides no communication")
+    cards: int | None = Field(
+        default=None, ge=1, description="network cards of a machine, which its GPUs share evenly; null: one for each"
+    )
     launch_us: Latency | None = Field(default=None, description="time to start one operation; null: the stack's")
     price: float | None = Field(default=None, gt=0, le=1e4, description="money for one GPU-hour; null: not known")
 
@@ -100,6 +103,8 @@ def _absurd(c: Cluster) -> list[str]:
             found.append(f"tflops.{narrow}={fast:g} is below tflops.{wide}={slow:g}; narrower numbers are no slower")
     if c.domain % c.node and c.node % c.domain:
         found.append(f"domain={c.domain} must be a multiple of node={c.node}, or divide it")
+    if c.cards is not None and c.node % c.cards:
+        found.append(f"cards={c.cards} must divide node={c.node}, so that each serves as many GPUs")
     if c.network_gb_s > 4 * c.link_gb_s:
         found.append(
             f"network_gb_s={c.network_gb_s:g} is over 4 x link_gb_s={c.link_gb_s:g}; are they exchanged, or in Gb/s?"

@@ -136,7 +136,8 @@ def all_loads(model: nn.Module, cfg: ModelConfig, dims: ParallelDims, step: int)
     dist.all_reduce(total, group=dims.group("pp"))
     split = total.split([len(part) for part in parts])
     dropped = [int(d) for d in split[1::2]]
-    return Loads(dict(zip(sizes, split[::2], strict=True)), dict(zip(sizes, dropped, strict=True)))
+    summed = dict(zip(sizes, split[::2], strict=True))
+    return Loads(summed, dict(zip(sizes, dropped, strict=True)), mine=mine.mine)
 
 
 def forget_loads(model: nn.Module) -> Loads:

@@ -38,6 +38,7 @@ from moetrain.train.routing import RoutingWatch
 from moetrain.train.sinks import Writer
 from moetrain.train.spans import Spans
 from moetrain.train.step import Accept, StepFigures, bad_step
+from moetrain.train.trace import Tracer
 
 log = logging.getLogger("moetrain")
 
@@ -123,6 +124,7 @@ class Trainer:
         flops = flops_per_token(cfg.model, cfg.train.seq_len)
         peak = runtime.peak_tflops(self.device, cfg.log.peak_tflops)
         meter = Meter(self.device, flops, peak, dist.get_world_size())
+        tracer = Tracer(cfg.model, self.run_dir) if cfg.train.trace else None
         spans = Spans(cfg, self.engine, self.device, self.run_dir)
         evaluation = None
         while self.step < self.last_step and not self.guard.stop:
@@ -130,6 +132,8 @@ class Trainer:
                 metrics = self.train_step()
             meter.add(metrics.pop("step_tokens"), metrics["step_s"])
             writer.count(self.step, self.last_loads)
+            if tracer is not None:
+                tracer.count(self.step, self.last_loads)
 
             done, stop = self.step == self.last_step, self.guard.stop
             if self._due(cfg.train.eval_every) or done:
@@ -146,6 +150,8 @@ class Trainer:
                 writer.write(self.step, metrics | meter.read() | self.read() | load_metrics(self.last_loads))
             if (saves or self._due(cfg.faults.checksum_every)) and cfg.faults.checksum_every:
                 self.checks.run(self.engine.model, self.step, self.checkpointer.last_good())
+            if tracer is not None and (saves or done):
+                tracer.flush()
             if saves:
                 self.checkpointer.save(self.step, self.engine.state(self._progress()))
         self.checkpointer.wait()

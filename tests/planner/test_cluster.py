@@ -16,7 +16,7 @@ from moetrain.planner.cluster import load_cluster, names
 def test_clusters_that_ship() -> None:
     """Peaks of datasheets; a precision that a GPU lacks runs in the next wider one."""
     expected = {"v100", "a100", "h100", "h800", "h200", "b200", "b300", "gb200", "gb300", "mi250x", "this-machine"}
-    assert set(names()) == expected
+    assert set(names()) == expected | {"p3dn", "p4d"}
     clusters = {name: load_cluster(name) for name in names()}
     assert clusters["h100"].peak("fp8") == 1979e12
     assert clusters["a100"].peak("fp4") == 312e12
@@ -36,6 +36,7 @@ def test_clusters_that_ship() -> None:
         ({"tflops": {"fp16": 989.5}}, "tflops"),
         ({"node": 0}, "node"),
         ({"domain": 12}, "must be a multiple of node=8"),
+        ({"cards": 3}, "must divide node=8"),
         ({"link_us": "3 us"}, "link_us"),
         ({"nvlink": 900}, "nvlink"),
         ({"link_gb_s": 9000, "network_gb_s": 3000}, "above memory_gb_s"),

@@ -44,10 +44,11 @@ def compressed(x_TD: Tensor, layer: Any, options: dict[str, Any]) -> Tensor:
     weights_TK, ids_TK = scores.topk(K)
     weights_TK = weights_TK / weights_TK.sum(1, keepdim=True)
     turned = rotations(D, options["hashes"], options["axes"], 0, layer.router.layer).double()
-    hashed = hash_rows(x_TD.detach(), turned).tolist()
     out = [layer.shared(x) for x in x_TD]
     for e in range(E):
         buckets: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+        mine_TD = x_TD.detach()[(ids_TK == e).any(1)]
+        hashed = hash_rows(x_TD.detach() - mine_TD.mean(0), turned).tolist()
         for t, k in (ids_TK == e).nonzero().tolist():
             buckets.setdefault(tuple(hashed[t]), []).append((t, k))
         for bucket in buckets.values():

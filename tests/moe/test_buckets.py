@@ -28,6 +28,10 @@ def rows(seed: int = 0) -> Tensor:
     return torch.randn(R, D, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
+def by_expert(x: Tensor) -> list[Tensor]:
+    return [x[e == EXPERT_R] for e in range(E)]
+
+
 def rotation(hashes: int, axes: int, step: int = 0, layer: int = 0) -> Tensor:
     return rotations(D, hashes, axes, step, layer).double()
 
@@ -64,7 +68,7 @@ def test_a_bucket_holds_the_rows_of_one_expert_that_agree_in_all_hashes(hashes: 
     """40 hashes of 12 directions are more keys than int64 can tell apart."""
     x, turned = rows(), rotation(hashes, axes)
     buckets = bucket_rows(x, EXPERT_R, E, turned)
-    hashed = hash_rows(x, turned).tolist()
+    hashed = hash_rows(torch.cat([part - part.mean(0) for part in by_expert(x)]), turned).tolist()
     expected: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for row in range(R):
         expected[(int(EXPERT_R[row]), *hashed[row])].append(row)
@@ -73,6 +77,14 @@ def test_a_bucket_holds_the_rows_of_one_expert_that_agree_in_all_hashes(hashes: 
     assert buckets.counts_J.tolist() == [len(b) for b in found]
     assert buckets.expert_J.tolist() == [int(EXPERT_R[b[0]]) for b in found] == sorted(buckets.expert_J.tolist())
     assert buckets.alone_R.tolist() == [len(found[int(buckets.order.token_R[row])]) == 1 for row in range(R)]
+
+
+def test_what_all_rows_of_an_expert_have_in_common_does_not_matter() -> None:
+    x, turned = rows(), rotation(3, 2)
+    common = 50 * torch.randn(E, D, dtype=torch.float64)
+    assert members(bucket_rows(x + common[EXPERT_R], EXPERT_R, E, turned)) == members(
+        bucket_rows(x, EXPERT_R, E, turned)
+    )
 
 
 def test_more_hashes_split_buckets_and_never_join_them() -> None:

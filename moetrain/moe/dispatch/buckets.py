@@ -2,8 +2,10 @@
 
 Cross-polytope hash (Andoni et al., arXiv 1509.02897): turn a vector at random and say which of the 2n directions
 +-e_1 .. +-e_n is nearest, which is the sign and the place of the largest coordinate. Here n coordinates of a turned
-vector are kept (``axes``), and a bucket holds the rows of one expert for which several such hashes all agree. LSH-MoE
-(arXiv 2411.08446) leaves open how hashes combine and how many coordinates they keep; both are chosen here.
+vector are kept (``axes``; 1 is the hash by the side of a plane), and a bucket holds the rows of one expert for which
+several such hashes all agree. LSH-MoE (arXiv 2411.08446) leaves open how hashes combine and how many coordinates they
+keep. What is hashed is a row minus the mean of its expert's rows here: activations have a large part in common, which
+would send most rows to a few buckets, and ever more as a run goes wrong.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ def bucket_rows(x_RD: Tensor, expert_R: Tensor, n_experts: int, rotation_HAD: Te
     """The buckets of rows in order of expert. A row that is not finite has one of its own, it harms no other."""
     finite_R = x_RD.isfinite().all(dim=1)
     own_R = torch.arange(1, len(x_RD) + 1, device=x_RD.device).masked_fill(finite_R, 0)
-    hash_RH = hash_rows(x_RD.masked_fill(~finite_R[:, None], 0), rotation_HAD)
+    hash_RH = hash_rows(_from_experts_mean(x_RD, expert_R, n_experts, finite_R), rotation_HAD)
     key_R, keys = expert_R, n_experts
     for digit_R, base in [(own_R, len(x_RD) + 1), *((h, 2 * rotation_HAD.shape[1]) for h in hash_RH.T)]:
         if keys > MOST_KEYS // base:  # number those in use anew, in the same order
@@ -65,6 +67,15 @@ def bucket_rows(x_RD: Tensor, expert_R: Tensor, n_experts: int, rotation_HAD: Te
         key_R, keys = key_R * base + digit_R, keys * base
     _, bucket_R, counts_J = torch.unique(key_R, return_inverse=True, return_counts=True)
     return _buckets(bucket_R, counts_J, expert_R)
+
+
+def _from_experts_mean(x_RD: Tensor, expert_R: Tensor, n_experts: int, finite_R: Tensor) -> Tensor:
+    """The finite rows minus their mean over each expert; others 0."""
+    R, E = (torch.arange(n, device=x_RD.device) for n in (len(x_RD), n_experts))
+    order = RowOrder(assignment_R=R, row_A=R, token_R=expert_R, start_T=torch.searchsorted(expert_R, E))
+    x_RD = x_RD.masked_fill(~finite_R[:, None], 0).to(torch.promote_types(x_RD.dtype, torch.float32))
+    n_E1 = sum_rows(finite_R[:, None].to(x_RD.dtype), order).clamp(min=1)
+    return x_RD - gather_rows(sum_rows(x_RD, order) / n_E1, order)
 
 
 def one_each(expert_R: Tensor) -> Buckets:

@@ -29,13 +29,15 @@ LSH_PASSES = 8
 class Work:
     """One MoE layer and the dense part before it, on one rank. Bytes of rows and weights in the run's precision.
 
-    row_bytes: of a token's vector. expert: parameters of one expert. dense_flops: forward, of this rank's tokens.
+    row_bytes: of a token's vector. expert: parameters of one expert. dense_flops, dense_bytes: forward, of this rank's
+    tokens: arithmetic, and what is read and written in memory besides.
     """
 
     row_bytes: int
     expert: int
     width: int
     dense_flops: float
+    dense_bytes: float = 0.0
 
     @property
     def expert_bytes(self) -> int:
@@ -103,13 +105,16 @@ class Figures:
 
 def replay(trace: Trace, model: Model, system: System, clock: Clock, warm_up: int = WINDOW) -> Figures:
     """The figures of ``system`` on ``trace``, whose ranks are those of ``clock``. warm_up: first steps that only teach
-    the policy; at least one step counts."""
+    the policy, which then may move homes, at a cost spread over the steps between two such moves; at least one step
+    counts."""
     state = _State(model, system, clock)
     warm_up = min(warm_up, len(trace.steps) - 1)
     total = Figures()
     for i, (step, counts_LRE) in enumerate(zip(trace.steps, trace.counts_SLRE, strict=True)):
+        if i == warm_up:
+            total = _scaled(state.rehome(0), (len(trace.steps) - warm_up) / state.every)
         figures = state.step(counts_LRE)
-        state.learn(step, counts_LRE, figures)
+        _add(figures, state.learn(step, counts_LRE))
         if i >= warm_up:
             _add(total, figures)
     return _scaled(total, 1 / (len(trace.steps) - warm_up))
@@ -123,6 +128,8 @@ class _State:
         self.policy: Policy = build_policy(system.policy, clock.ranks)
         self.homes: list[Homes] = [ep_homes(model.experts, clock.ranks) for _ in model.layers]
         self.history: list[list[list[int]]] = [[] for _ in model.layers]
+        options = self.policy.options
+        self.every = getattr(options, "reshard_every", 0) or getattr(options, "every", 0) or 1
 
     def step(self, counts_LRE: np.ndarray) -> Figures:
         """One step."""
@@ -136,11 +143,17 @@ class _State:
         figures.memory = self._memory(placements)
         return figures
 
-    def learn(self, step: int, counts_LRE: np.ndarray, figures: Figures) -> None:
-        """After a step: remember its loads, and move homes where the policy says so."""
+    def learn(self, step: int, counts_LRE: np.ndarray) -> Figures:
+        """After ``step`` steps: remember the last one's loads, and move homes where the policy says so; what that
+        took."""
         for history, loads_E in zip(self.history, counts_LRE.sum(1).tolist(), strict=True):
             history.append(loads_E)
             del history[:-WINDOW]
+        return self.rehome(step)
+
+    def rehome(self, step: int) -> Figures:
+        """Move homes, if the policy does so after ``step`` steps."""
+        figures = Figures()
         predicted = [predict(history, self.model.experts) for history in self.history]
         new = self.policy.rehome(step, list(self.homes), predicted)
         for work, before, after in zip(self.model.layers, self.homes, new, strict=True):
@@ -148,6 +161,7 @@ class _State:
             figures.moved_bytes += float(moved.sum())
             figures.moved_s += self.clock.exchange(moved) if moved.any() else 0.0
         self.homes = new
+        return figures
 
     def _layer(self, figures: Figures, work: Work, homes: Homes, placement: Placement, counts_RE: np.ndarray) -> None:
         system, clock = self.system, self.clock
@@ -157,7 +171,7 @@ class _State:
         figures.rows_s += 2 * clock.exchange(bytes_RR) + 2 * clock.exchange(bytes_RR.T)
         figures.rows_bytes += 4.0 * float(bytes_RR.sum() - np.trace(bytes_RR))
         figures.experts_s += 3 * clock.compute(2.0 * work.expert * float(sent_RRE.sum((0, 2)).max()))
-        dense = clock.compute(work.dense_flops)
+        dense = dense_seconds(work, clock)
         figures.dense_s += 3 * dense
         if system.sent < 1:
             figures.dense_s += clock.memory(LSH_PASSES * float(counts_RE.sum(1).max()) * work.row_bytes)
@@ -181,10 +195,22 @@ class _State:
         return float((m.dense * STATE + own_LR.sum(0) + weights_R + copies_LR.max(0)).max())
 
 
+def dense_seconds(work: Work, clock: Clock) -> float:
+    """Forward of a layer's dense part."""
+    return clock.compute(work.dense_flops) + clock.memory(work.dense_bytes)
+
+
 def rows_sent(counts_RE: np.ndarray, placement: Placement, topology: Topology, share: float) -> np.ndarray:
     """Rows that each rank sends to each rank for each expert, int64 (R, R, E), what stays included. share: of the rows
     of a sender and an expert, rounded up."""
-    sent_RRE = np.array(routes(counts_RE.tolist(), placement, topology))
+    R, E = counts_RE.shape
+    sent_RRE = np.zeros((R, R, E), dtype=np.int64)
+    many = [e for e, ranks in enumerate(placement) if len(ranks) > 1]
+    one = [e for e, ranks in enumerate(placement) if len(ranks) == 1]
+    sent_RRE[:, [placement[e][0] for e in one], one] = counts_RE[:, one]
+    if many:  # experts do not depend on each other
+        few = tuple(placement[e] for e in many)
+        sent_RRE[:, :, many] = routes(counts_RE[:, many].tolist(), few, topology)
     return sent_RRE if share == 1 else np.ceil(sent_RRE * share - 1e-9).astype(np.int64)
 
 

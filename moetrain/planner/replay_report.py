@@ -13,7 +13,7 @@ from moetrain.config.schema import Config
 from moetrain.model.count import count_parameters, flops_per_token
 from moetrain.moe.placement.plan import overlap_degree
 from moetrain.planner.cluster import load_cluster
-from moetrain.planner.replay import Figures, Model, System, Work, replay
+from moetrain.planner.replay import Figures, Model, System, Work, dense_seconds, replay
 from moetrain.planner.replay_time import Clock
 from moetrain.planner.trace import Trace, read_trace, synthetic
 
@@ -34,11 +34,14 @@ and others. Settings are those of 'moetrain train': the model, train.seq_len, tr
   seed=0           of what is made up
   slots=8          copies of experts that a rank has room for in each layer
   sent=0.2         share of rows that dispatch=lsh sends (lsh_sent_share of a run's metrics)
+  attention=flash  how attention runs: flash, or unfused, which writes and reads its scores
   efficiency=0.4   share of the peak that matrix products reach
   copies=broadcast how copies travel: broadcast (NCCL's, pipelined) or direct (from home to each rank, as training does)
   systems=a,b      only these"""
 
 SYSTEMS = ("ep", "fssdp", "fssdp-rm", "lsh", "shadow", "static", "migrate")
+# Times that unfused attention writes or reads its scores, forward: product, softmax, dropout, product.
+SCORES = 6
 WIDTHS = {"float32": 4, "float64": 8, "bf16": 2}
 
 
@@ -54,6 +57,7 @@ class Asked:
     seed: int = 0
     slots: int = 8
     sent: float = 0.2
+    attention: str = "flash"
     efficiency: float = 0.4
     copies: str = "broadcast"
     systems: tuple[str, ...] = SYSTEMS
@@ -69,6 +73,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "sent": (0.001, 1),
     "efficiency": (0.01, 1),
 }
+CHOICES = {"copies": ("broadcast", "direct"), "attention": ("flash", "unfused")}
 WHOLE = ("ranks", "steps", "seed", "slots")
 
 
@@ -86,8 +91,8 @@ def parse(words: Sequence[str]) -> tuple[Asked, list[str]]:
             given[name] = _number(name, value)
         elif name == "systems":
             given[name] = _systems(value)
-        elif name == "copies" and value not in ("broadcast", "direct"):
-            raise ConfigError(f"copies takes broadcast or direct; got '{value}'")
+        elif name in CHOICES and value not in CHOICES[name]:
+            raise ConfigError(f"{name} takes {' or '.join(CHOICES[name])}; got '{value}'")
         else:
             given[name] = value
     for name in ("cluster", "ranks"):
@@ -131,7 +136,7 @@ class Replayed:
 def simulate(asked: Asked, cfg: Config) -> Replayed:
     """Replay all that is asked. Raises ConfigError where model, trace and ranks do not fit."""
     cluster = load_cluster(asked.cluster)
-    model = model_of(cfg)
+    model = model_of(cfg, asked.attention == "unfused")
     if model.experts % asked.ranks:
         raise ConfigError(
             f"model.moe.num_experts={model.experts} experts cannot be split evenly over ranks={asked.ranks}; "
@@ -141,7 +146,7 @@ def simulate(asked: Asked, cfg: Config) -> Replayed:
     precision = "bf16" if cfg.train.precision == "bf16" else "float32"
     clock = Clock(cluster, asked.ranks, precision, asked.efficiency)
     first = model.layers[0]
-    budget = overlap_degree(clock.compute(first.dense_flops), clock.domain_rate, first.expert_bytes)
+    budget = overlap_degree(dense_seconds(first, clock), clock.domain_rate, first.expert_bytes)
     figures = {
         system.name: replay(trace, model, system, clock)
         for system in systems(asked, model, clock, budget)
@@ -194,9 +199,9 @@ def trace_of(asked: Asked, model: Model) -> Trace:
     return Trace(found.steps[:n], found.layers[:L], found.counts_SLRE[:n, :L]).scaled(asked.ranks, rows)
 
 
-def model_of(cfg: Config) -> Model:
-    """What a replay needs to know of ``cfg``. Raises ConfigError for a model without MoE layers, or with unequal
-    ones."""
+def model_of(cfg: Config, unfused: bool = False) -> Model:
+    """What a replay needs to know of ``cfg``. unfused: attention writes its scores. Raises ConfigError for a model
+    without MoE layers, or with unequal ones."""
     m, t = cfg.model, cfg.train
     layers = m.moe_layers()
     if not layers:
@@ -214,7 +219,8 @@ def model_of(cfg: Config) -> Model:
         raise ConfigError(f"model.moe.top_k={top_k} of num_experts={experts}: every token goes to all experts")
     head = 2.0 * m.vocab_size * m.dim * tokens
     dense = flops_per_token(m, t.seq_len) / 3 * tokens - head - 2.0 * expert * top_k * tokens * len(layers)
-    work = Work(m.dim * width, expert, width, dense / len(layers))
+    scores = SCORES * tokens * t.seq_len * m.attention.n_heads * width * m.n_layers if unfused else 0.0
+    work = Work(m.dim * width, expert, width, dense / len(layers), scores / len(layers))
     other = counts.total - expert * experts * len(layers)
     return Model([work] * len(layers), tokens, top_k, experts, other, head)
 

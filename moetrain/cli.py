@@ -332,6 +332,25 @@ def suggest(argv: Sequence[str]) -> int:
     return 0
 
 
+def simulate(argv: Sequence[str]) -> int:
+    """Replay routing over a described cluster: step time and memory of ep, fssdp, lsh ...: simulate cluster=NAME."""
+    parser = command_parser("simulate")
+    parser.add_argument("--json", action="store_true", help="print all of it as JSON")
+    args = parser.parse_intermixed_args(argv)
+    from moetrain.planner import replay_report
+
+    if args.help or not args.overrides:
+        print(replay_report.HELP)
+        return 0 if args.help else 2
+    asked, settings = replay_report.parse(args.overrides)
+    found = replay_report.simulate(asked, load_run(settings, config_dirs=args.config_dir))
+    if args.json:
+        print(json.dumps(replay_report.as_json(found)))
+    else:
+        wide_console().print(replay_report.heading(found), replay_report.as_table(found), sep="\n")
+    return 0
+
+
 def make_report(argv: Sequence[str]) -> int:
     """Write one HTML page about a run, several runs side by side, or a sweep: report RUN_DIR [RUN_DIR ...]."""
     parser = Parser(prog="moetrain report", allow_abbrev=False)
@@ -381,6 +400,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "eval": evaluate,
     "generate": generate,
     "suggest": suggest,
+    "simulate": simulate,
     "report": make_report,
     "watch": watch,
     "version": version,

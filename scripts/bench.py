@@ -4,6 +4,8 @@ step: tokens per second of a whole training step against transformers' model of 
 experts: rates of the experts on CPU as shares of a dense product's, against torch's grouped_mm (``bench_experts.py``).
 dispatch: bytes, time and overlap of the dispatchers, against DeepSpeed's MoE layer (``bench_dispatch.py``).
 data: a mixture of 1,000 sources, against Hugging Face datasets and megatron-core (``bench_data.py``).
+lsh: rows sent and loss of dispatch=lsh against uncompressed dispatch (``bench_lsh.py``).
+simulate: the simulator of expert placement beside Hecate's paper (``bench_simulate.py``).
 convert: a 30B-shaped checkpoint there and back, against a file copy and transformers (``bench_convert.py``).
 """
 
@@ -19,6 +21,8 @@ import bench_convert
 import bench_data
 import bench_dispatch
 import bench_experts
+import bench_lsh
+import bench_simulate
 import bench_step
 
 
@@ -41,7 +45,14 @@ def main() -> int:
     convert = commands.add_parser("convert", help="checkpoints there and back", description=bench_convert.__doc__,
                                   formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     bench_convert.add_arguments(convert)
-    for command in (step, experts, dispatch, data, convert):
+    lsh = commands.add_parser("lsh", help="compressed dispatch: rows sent and loss", description=bench_lsh.__doc__,
+                              formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    bench_lsh.add_arguments(lsh)
+    simulate = commands.add_parser("simulate", help="placements beside Hecate's paper",
+                                   description=bench_simulate.__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    bench_simulate.add_arguments(simulate)
+    for command in (step, experts, dispatch, data, convert, lsh, simulate):
         command.add_argument("--json", type=Path, metavar="FILE", help="write the rows here as JSON")
     args = parser.parse_args()
     if args.json is not None and not args.json.parent.is_dir():
@@ -53,6 +64,8 @@ def main() -> int:
         "dispatch": bench_dispatch,
         "data": bench_data,
         "convert": bench_convert,
+        "lsh": bench_lsh,
+        "simulate": bench_simulate,
     }
     result = benches[args.command].main(args)
     if args.json is not None:

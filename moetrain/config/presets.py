@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
 PRIMARY = "config"
+# Folders of configs/ that are no part of a run: what ``planner.cluster`` reads.
+NO_GROUPS = ("cluster",)
 
 
 def config_root() -> Path:
@@ -56,7 +58,7 @@ class Presets:
         for folder in self.folders:
             for file in folder.rglob("*.yaml"):
                 group = file.parent.relative_to(folder).as_posix()
-                if group != ".":
+                if group not in (".", *NO_GROUPS):
                     names.setdefault(group, set()).add(file.stem)
         return {group: sorted(names[group]) for group in sorted(names)}
 

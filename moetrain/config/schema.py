@@ -321,6 +321,9 @@ class TrainConfig:
     eval_every: NonNegative = Field(default=0, description="steps between evaluations; 0: only at the end")
     eval_sequences: NonNegative = Field(default=0, description="held-out sequences per domain and evaluation; 0: all")
     threads: NonNegative = Field(default=0, description="CPU threads per rank; 0: cores divided by ranks")
+    trace: bool = Field(
+        default=False, description="record how often each rank's tokens chose each expert, for 'moetrain simulate'"
+    )
     profile: ProfileConfig = Field(default_factory=ProfileConfig, description="traces, and where a step's time goes")
     snapshot: SnapshotConfig = Field(default_factory=SnapshotConfig, description="state in shared memory")
 

@@ -56,6 +56,7 @@ class Routing:
     Ids run from 0 to ``n_experts`` - 1; ids from there upward are free experts, which no dispatcher sees.
     n_tokens: T, which the list form alone does not tell.
     memo: the block's memo; the dispatcher keeps its layout there, so that recomputation reuses it.
+    layer, step, training: the decoder layer, and as in TokenContext; for dispatchers that draw numbers or count.
     """
 
     n_experts: int
@@ -66,6 +67,9 @@ class Routing:
     token_A: Tensor | None = None
     expert_A: Tensor | None = None
     weight_A: Tensor | None = None
+    layer: int = 0
+    step: int = 0
+    training: bool = True
 
     def assignments(self) -> tuple[Tensor, Tensor, Tensor]:
         """(token_A, expert_A, weight_A) of either form."""

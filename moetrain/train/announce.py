@@ -14,6 +14,7 @@ from moetrain.data.forecast import describe, warnings
 from moetrain.data.packing import padding
 from moetrain.model.attention.kernels import PACKED, choose
 from moetrain.model.attention.packed import Setting
+from moetrain.moe.dispatch.lsh import LshOptions
 from moetrain.parallel.freeze import frozen_sizes
 from moetrain.parallel.stages import all_stages
 from moetrain.train.trainer import Trainer
@@ -52,6 +53,8 @@ def announce(trainer: Trainer) -> None:
         name, why = kernels(cfg, trainer.device)
         in_fp8 = " in FP8" if cfg.experts.fp8 else ""
         log.info("experts    kernels %s%s: %s", name, in_fp8, why)
+        if isinstance(cfg.dispatch, LshOptions):
+            log.warning("%s", lsh(cfg.dispatch, s.ep))
     log.info("memory     per rank: weights, gradients and optimizer %.2f GiB, activations about %.2f GiB",
              state, activation_gib(cfg))  # fmt: skip
     log.info("snapshots  %s", trainer.snapshot_plan.describe())
@@ -66,6 +69,14 @@ def announce(trainer: Trainer) -> None:
         log.info("mixer      %s", trainer.mixing.describe())
     log.info("tokens     %d steps x %d sequences x %d = %s (%d micro-batches a step and rank)",
              t.steps, t.global_batch, t.seq_len, short(t.steps * t.global_batch * t.seq_len), accumulate)  # fmt: skip
+
+
+def lsh(options: LshOptions, ep: int) -> str:
+    """What dispatch=lsh does to the run, in one line."""
+    kept = "their distances from it are added back" if options.residual else "what sets them apart is lost"
+    alone = "; parallel.ep=1, so no traffic is saved" if ep == 1 else ""
+    return (f"dispatch   lsh changes the function while training: rows that agree in {options.hashes} hashes share one "
+            f"output, {kept}{alone}")  # fmt: skip
 
 
 def packing(trainer: Trainer) -> list[tuple[int, str]]:

@@ -6,8 +6,13 @@ import math
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import nn
 
+from moetrain.config.schema import Config
 from moetrain.moe.balance import Loads
+from moetrain.moe.dispatch.lsh import LshDispatcher, LshOptions
+from moetrain.moe.layer import MoELayer
 from moetrain.train.runtime import memory_gib
 
 
@@ -48,6 +53,32 @@ def position_metrics(loads: Loads) -> dict[str, list[float]]:
     for name, dropped_P in loads.dropped_P.items():
         shares.append(dropped_P.double() * len(dropped_P) / max(int(loads.counts[name].sum()), 1))
     return {"dropped_by_position": torch.stack(shares).mean(0).tolist()} if shares else {}
+
+
+def compression_metrics(model: nn.Module, cfg: Config) -> dict[str, Any]:
+    """What dispatch=lsh did in the training steps since it was last asked, one number per MoE layer in order; nothing
+    with another dispatcher. Collective.
+
+    lsh_sent_share_by_layer: means that travelled over rows; lsh_error_by_layer: root of the mean square of a row's
+    distance from the mean that stood for it, over that of the rows. lsh_sent_share: of all layers together.
+    """
+    layers = cfg.model.moe_layers()
+    if not isinstance(cfg.dispatch, LshOptions) or not layers:
+        return {}
+    totals_L4 = torch.zeros(len(layers), 4, dtype=torch.float64, device=next(model.parameters()).device)
+    dispatchers = {id(m.dispatcher): m.dispatcher for m in model.modules() if isinstance(m, MoELayer)}
+    for dispatcher in dispatchers.values():
+        assert isinstance(dispatcher, LshDispatcher)
+        for layer, sums in dispatcher.tally.items():
+            totals_L4[layers.index(layer)] += sums
+        dispatcher.tally.clear()
+    dist.all_reduce(totals_L4)
+    rows, sent, error2, norm2 = totals_L4.cpu().clamp(min=0).unbind(1)
+    return {
+        "lsh_sent_share": float(sent.sum() / rows.sum().clamp(min=1)),
+        "lsh_sent_share_by_layer": (sent / rows.clamp(min=1)).tolist(),
+        "lsh_error_by_layer": (error2 / norm2.clamp(min=1e-30)).sqrt().tolist(),
+    }
 
 
 class Meter:

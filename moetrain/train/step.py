@@ -139,7 +139,8 @@ def all_loads(model: nn.Module, cfg: ModelConfig, dims: ParallelDims, step: int)
     dropped = torch.cat(split[1::3]).tolist() if parts else []
     limited = [f"layers.{i}.moe" for i in cfg.moe_layers() if cfg.layer_value("capacity_factor", i) is not None]
     dropped_P = {name: part for name, part in zip(sizes, split[2::3], strict=True) if name in limited}
-    return Loads(dict(zip(sizes, split[::3], strict=True)), dict(zip(sizes, dropped, strict=True)), dropped_P)
+    loads = dict(zip(sizes, split[::3], strict=True))
+    return Loads(loads, dict(zip(sizes, dropped, strict=True)), dropped_P, mine.mine)
 
 
 def forget_loads(model: nn.Module) -> Loads:

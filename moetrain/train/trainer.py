@@ -27,7 +27,7 @@ from moetrain.train import begin, runtime
 from moetrain.train.engine import build_engine
 from moetrain.train.evaluate import Evaluation, evaluate
 from moetrain.train.guard import Guard
-from moetrain.train.metrics import Meter, load_metrics
+from moetrain.train.metrics import Meter, compression_metrics, load_metrics
 from moetrain.train.mixing import Mixing
 from moetrain.train.preflight import open_data, open_loader, open_sampler
 from moetrain.train.replicas import Checks
@@ -36,6 +36,7 @@ from moetrain.train.sinks import Writer
 from moetrain.train.snapshots import open_snapshots
 from moetrain.train.spans import Spans
 from moetrain.train.step import Accept, StepFigures, bad_step
+from moetrain.train.trace import Tracer
 
 log = logging.getLogger("moetrain")
 
@@ -87,6 +88,7 @@ class Trainer:
         flops = flops_per_token(cfg.model, cfg.train.seq_len)
         peak = runtime.peak_tflops(self.device, cfg.log.peak_tflops)
         meter = Meter(self.device, flops, peak, dist.get_world_size())
+        tracer = Tracer(cfg.model, self.run_dir) if cfg.train.trace else None
         spans = Spans(cfg, self.engine, self.device, self.run_dir)
         evaluation = None
         while self.step < self.last_step and not self.guard.stop:
@@ -94,6 +96,8 @@ class Trainer:
                 metrics = self.train_step()
             meter.add(metrics.pop("step_tokens"), metrics["step_s"])
             writer.count(self.step, self.last_loads)
+            if tracer is not None:
+                tracer.count(self.step, self.last_loads)
 
             done, stop = self.step == self.last_step, self.guard.stop
             if self._due(cfg.train.eval_every) or done:
@@ -103,11 +107,15 @@ class Trainer:
                 metrics |= evaluation.metrics() | watch.collect(self.step, self.run_dir)
             saves = self._due(cfg.checkpoint.every) or (cfg.checkpoint.at_end and done) or stop > 0
             metrics |= self._told(saves)
+            if self._due(cfg.log.every):
+                metrics |= compression_metrics(self.engine.model, cfg)
             if self._due(cfg.log.every) or metrics.keys() & {"val_loss", "mixture", "events"}:
                 metrics |= spans.read(metrics["step_s"], metrics["data_wait_s"])
                 writer.write(self.step, metrics | meter.read() | self.read() | load_metrics(self.last_loads))
             if (saves or self._due(cfg.faults.checksum_every)) and cfg.faults.checksum_every:
                 self.checks.run(self.engine.model, self.step, self.checkpointer.last_good())
+            if tracer is not None and (saves or done):
+                tracer.flush()
             if saves:
                 self.checkpointer.save(self.step, self.engine.state(self.progress()))
             if self.snapshots is not None and self._due(self.snapshot_plan.every):

@@ -95,11 +95,13 @@ class Loads:
 
     counts: how many times each expert was chosen, int64 (E,). dropped: how many of those choices capacity dropped.
     dropped_P: the dropped ones by parts of the sequence, int64 (P,), of layers with a capacity.
+    mine: as counts, of this rank's tokens, for the layers that it has.
     """
 
     counts: dict[str, Tensor]
     dropped: dict[str, int]
     dropped_P: dict[str, Tensor] = field(default_factory=dict)
+    mine: dict[str, Tensor] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -114,6 +116,7 @@ def end_of_step(model: nn.Module, group: dist.ProcessGroup | None, step: int) ->
     }
     if not routers:
         return Loads({}, {})
+    mine = {name: router.counts_E.clone() for name, router in routers.items()}
     parts = [part for router in routers.values() for part in (router.counts_E, router.dropped.view(1))]
     limited = {name: router.dropped_P for name, router in routers.items() if router.capacity_factor is not None}
     parts += limited.values()
@@ -129,4 +132,4 @@ def end_of_step(model: nn.Module, group: dist.ProcessGroup | None, step: int) ->
         for method in router.balance.values():
             method.after_step(counts[name], step)
         router.reset_buffers()
-    return Loads(counts, dropped, dropped_P)
+    return Loads(counts, dropped, dropped_P, mine)

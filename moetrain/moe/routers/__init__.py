@@ -6,6 +6,7 @@ A new kind is one new file here, with a subclass of Router, and one preset in co
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -84,7 +85,10 @@ class Router(nn.Module):
 
         logits_TE, probs: see Decision. ids_TK must come from the memo. weights_TK: with gradient.
         """
-        routing = Routing(self.n_experts, len(ids_TK), context.memo, ids_TK, weights_TK)
+        routing = Routing(
+            self.n_experts, len(ids_TK), context.memo, ids_TK, weights_TK,
+            layer=self.layer, step=context.step, training=context.training,
+        )  # fmt: skip
         if not context.training:
             if self.watch is not None:
                 self.watch(probs(), ids_TK)
@@ -113,10 +117,10 @@ class Router(nn.Module):
         """The list form of ``routing``, with at most ``capacity`` rows per expert. Weights stay as they are."""
         token_A, expert_A, weight_A = routing.assignments()
         kept_A = context.memo.once("router.kept", lambda: self._keep(token_A, expert_A, weight_A.detach(), context))
-        return Routing(
-            self.n_experts,
-            routing.n_tokens,
-            context.memo,
+        return replace(
+            routing,
+            ids_TK=None,
+            weights_TK=None,
             token_A=token_A.index_select(0, kept_A),
             expert_A=expert_A.index_select(0, kept_A),
             weight_A=weight_A.index_select(0, kept_A),

@@ -80,7 +80,7 @@ def executor_of(folder: Path, job: Job, local: bool = False) -> Any:
         raise LaunchError("launch -m starts runs of one node each, without a container; launch others one by one")
     limit = int(slurm.minutes(str(s.slurm.time)))
     if local:
-        executor = submitit.LocalExecutor(folder=folder / "submitit", python=shlex.quote(job.python))
+        executor: Any = submitit.LocalExecutor(folder=folder / "submitit", python=shlex.quote(job.python))
         executor.update_parameters(timeout_min=limit, signal_delay_s=s.slurm.signal_s, setup=s.setup)
         return executor
     slurm.refuse_partition(s.slurm.partition)

@@ -88,7 +88,8 @@ def test_help_shows_every_setting_with_type_default_and_description(capsys: pyte
     assert cli.main(["train", "--help"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     shown = {words[0]: " ".join(words[1:]) for words in lines if words}
-    kinds = {"model.router": "model.router.kind", "optim": "optim.kind", "dispatch": "dispatch.kind"}
+    seams = ("model.router", "optim", "dispatch", "experts.placement")
+    kinds = {name: f"{name}.kind" for name in seams}
     groups = {path.rpartition(".")[0] for path in paths_of(Config)}
     for path in set(paths_of(Config)) - groups - {"balance", "data.sources", "data.domains"}:
         assert kinds.get(path, path) in shown, f"{path} is missing"

@@ -183,18 +183,24 @@ def _say(cls: type, tree: dict[str, Any], path: str, problem: Any) -> str:
     return f"{where} takes {takes}; got {_show(node)}{quote}"
 
 
+def _near(name: str, names: list[str], shown: list[str], cutoff: float) -> list[str]:
+    """How the nearest of ``names`` is shown, if there is one."""
+    return [shown[names.index(near)] for near in difflib.get_close_matches(name, names, n=1, cutoff=cutoff)]
+
+
 def _unknown(where: str, parent: type, tree: dict[str, Any], path: str) -> str:
     group, _, name = where.rpartition(".")
     siblings = list(fields_of(parent))
-    near = difflib.get_close_matches(name, siblings, n=1)
-    prefix = f"{group}." if group else ""
-    if near:
-        return f"{where} is not a setting; did you mean {prefix}{near[0]}?"
+    beside = [f"{group}.{sibling}" if group else sibling for sibling in siblings]
     known = {*paths_of(Config), *(_tree_paths(tree) if not path else ())}
     everywhere = [p for p in known if not p.startswith(where) and not where.startswith(p)]
     by_depth = sorted(everywhere, key=lambda p: (p.count("."), p))
-    same_name = [p for p in by_depth if p.rpartition(".")[2] == name]
-    near = same_name or difflib.get_close_matches(where, everywhere, n=1, cutoff=0.75)
+    near = (
+        _near(name, siblings, beside, cutoff=0.75)
+        or [p for p in by_depth if p.rpartition(".")[2] == name]
+        or _near(name, siblings, beside, cutoff=0.6)
+        or difflib.get_close_matches(where, everywhere, n=1, cutoff=0.75)
+    )
     if near:
         return f"{where} is not a setting; did you mean {near[0]}?"
     return f"{where} is not a setting; {group or 'the config'} has {', '.join(siblings) or 'none'}"

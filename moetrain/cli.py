@@ -18,7 +18,17 @@ from moetrain import __version__
 from moetrain.config import Config
 from moetrain.config.check import check_mapping, resolve_sizes
 from moetrain.config.errors import ConfigError, UserError
-from moetrain.start import asks, get_ready, goes_on, load_run, pick_run_dir, refuse_no_run, start_ranks, sweep
+from moetrain.start import (
+    asks,
+    get_ready,
+    goes_on,
+    load_run,
+    pick_run_dir,
+    refuse_no_run,
+    refuse_sweep,
+    start_ranks,
+    sweep,
+)
 from moetrain.terminal import Parser, command_parser, show_help, wide_console
 
 USAGE = "moetrain COMMAND [options] [key=value ...]"
@@ -50,8 +60,7 @@ def train(argv: Sequence[str]) -> int:
     )
     if cfg.dry_run:
         return show_dry_run(cfg)
-    if cfg.sweep.params:
-        raise ConfigError(f"these settings are a sweep, over {', '.join(cfg.sweep.params)}; add -m to run it")
+    refuse_sweep(cfg)
     if args.resume:
         cfg.run_dir = str(args.resume)
     elif goes_on(cfg):
@@ -95,6 +104,7 @@ def launch(argv: Sequence[str]) -> int:
         refuse_no_run(args.resume)
     base = args.resume / "config.yaml" if args.resume else None
     cfg = load_run(args.overrides, base=base, config_dirs=args.config_dir, check=launching.check_nodes)
+    refuse_sweep(cfg)
     if args.resume:
         cfg.run_dir = str(args.resume)
     try:

@@ -24,6 +24,12 @@ def refuse_no_run(folder: Path, what: str = "--resume") -> None:
         raise ConfigError(f"{what} {folder}: not a run directory, it has no config.yaml")
 
 
+def refuse_sweep(cfg: Config) -> None:
+    """Raise ConfigError for settings of many runs, where one is to start."""
+    if cfg.sweep.params:
+        raise ConfigError(f"these settings are a sweep, over {', '.join(cfg.sweep.params)}; add -m to run it")
+
+
 def load_run(overrides: Sequence[str], **how: Any) -> Config:
     """``config.load``, where ``init=PATH`` brings its model and tokenizer."""
 

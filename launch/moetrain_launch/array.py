@@ -79,9 +79,10 @@ def executor_of(folder: Path, job: Job, local: bool = False) -> Any:
     if s.nodes > 1 or s.container:
         raise LaunchError("launch -m starts runs of one node each, without a container; launch others one by one")
     limit = int(slurm.minutes(str(s.slurm.time)))
+    setup = [*(f"export {name}={shlex.quote(value)}" for name, value in sorted(s.env.items())), *s.setup]
     if local:
         executor: Any = submitit.LocalExecutor(folder=folder / "submitit", python=shlex.quote(job.python))
-        executor.update_parameters(timeout_min=limit, signal_delay_s=s.slurm.signal_s, setup=s.setup)
+        executor.update_parameters(timeout_min=limit, signal_delay_s=s.slurm.signal_s, setup=setup)
         return executor
     slurm.refuse_partition(s.slurm.partition)
     executor = submitit.SlurmExecutor(folder=folder / "submitit", python=job.python, max_num_timeout=10**6)
@@ -96,7 +97,7 @@ def executor_of(folder: Path, job: Job, local: bool = False) -> Any:
         time=limit,
         signal_delay_s=s.slurm.signal_s,
         array_parallelism=s.at_once,
-        setup=[*(f"export {name}={shlex.quote(value)}" for name, value in sorted(s.env.items())), *s.setup],
+        setup=setup,
         **{name: value for name, value in asked.items() if value is not None},
     )
     return executor

@@ -51,6 +51,7 @@ th{color:var(--soft);font-weight:500}code{font-size:13px}
 border:1px solid var(--rule);border-radius:8px}svg .halo{paint-order:stroke;stroke:var(--card);stroke-width:4px}
 .bar{display:flex;gap:8px;align-items:center;margin:6px 0;font-size:13px}.bar span{flex:0 0 34%;overflow-wrap:anywhere}
 .bar i{height:12px;border-radius:2px;background:#0072b2;min-width:1px}
+@media(max-width:560px){svg text{font-size:17px}}
 """
 
 

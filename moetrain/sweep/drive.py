@@ -76,16 +76,22 @@ class Work:
         try:
             with self._composing:
                 cfg = self.sweep.config(trial.name)
-            if not (run / "config.yaml").is_file():
-                keep_config(run, cfg)
-            tail = Tail(run, settings.metric)
-            code, pruned = self.follow(self.launcher.start(run), trial, tail, cfg)
-        except (ConfigError, OSError) as error:
+        except ConfigError as error:
             end(run, f"cannot run: {' '.join(str(error).split())}")
             self.chooser.tell(trial, "cannot run", None)
             return
+        tail = Tail(run, settings.metric)
+        try:
+            if not (run / "config.yaml").is_file():
+                keep_config(run, cfg)
+            handle = self.launcher.start(run)
+        except (ConfigError, OSError) as error:  # no place to write, no job to be had: the same for all runs
+            self.stop.error = ConfigError(f"run {run} cannot be started: {error}")
+            self.stop.set()
+            return
+        code, pruned = self.follow(handle, trial, tail, cfg)
         if code == 0:
-            if tail.value is None:
+            if tail.value is None and self.chooser.study is not None:
                 self.wrong_metric(trial, tail)
             else:
                 self.chooser.tell(trial, exit_reason(run) or FULL[0], tail.value)
@@ -150,7 +156,10 @@ def conclude(sweep: Sweep, chooser: Chooser) -> None:
     if values:
         best = (min if settings.goal == "min" else max)(values, key=lambda name: values[name])
         print(f"sweep {folder}: best is run {best}, {settings.metric} {values[best]:.4f}: {varied(sweep, best)}")
-        print(f"sweep {folder}: for a page about it: moetrain report {folder}", flush=True)
+    elif any(reason in FULL for reason in chooser.ended.values()):
+        print(f"sweep {folder}: no run has a number called {settings.metric}, so none is best; choose another by "
+              f"'moetrain train -m --resume {folder} sweep.metric=NAME'")  # fmt: skip
+    print(f"sweep {folder}: for a page about it: moetrain report {folder}", flush=True)
     failed = [name for name, reason in chooser.ended.items() if reason not in FULL and not reason.startswith(PRUNED)]
     if failed:
         raise TrainError(

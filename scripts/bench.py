@@ -5,6 +5,7 @@ experts: rates of the experts on CPU as shares of a dense product's, against tor
 dispatch: bytes, time and overlap of the dispatchers, against DeepSpeed's MoE layer (``bench_dispatch.py``).
 data: a mixture of 1,000 sources, against Hugging Face datasets and megatron-core (``bench_data.py``).
 convert: a 30B-shaped checkpoint there and back, against a file copy and transformers (``bench_convert.py``).
+overhead: guards, metrics, spans, checks and snapshots on against off (``bench_overhead.py``).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import bench_convert
 import bench_data
 import bench_dispatch
 import bench_experts
+import bench_overhead
 import bench_step
 
 
@@ -41,7 +43,10 @@ def main() -> int:
     convert = commands.add_parser("convert", help="checkpoints there and back", description=bench_convert.__doc__,
                                   formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     bench_convert.add_arguments(convert)
-    for command in (step, experts, dispatch, data, convert):
+    overhead = commands.add_parser("overhead", help="what watching a run costs", description=bench_overhead.__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    bench_overhead.add_arguments(overhead)
+    for command in (step, experts, dispatch, data, convert, overhead):
         command.add_argument("--json", type=Path, metavar="FILE", help="write the rows here as JSON")
     args = parser.parse_args()
     if args.json is not None and not args.json.parent.is_dir():
@@ -53,6 +58,7 @@ def main() -> int:
         "dispatch": bench_dispatch,
         "data": bench_data,
         "convert": bench_convert,
+        "overhead": bench_overhead,
     }
     result = benches[args.command].main(args)
     if args.json is not None:

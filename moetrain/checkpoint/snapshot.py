@@ -30,6 +30,7 @@ from moetrain.checkpoint.state import decode, encode
 from moetrain.comm.ranks import Ranks, lost_connection, one_line
 
 PIECE = 2**28  # bytes sent at a time
+LEAVE_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Found:
 
 
 class Snapshots:
-    """Snapshots of one run. Collective, as are all methods but ``wait``.
+    """Snapshots of one run. Collective, as are all methods but ``wait`` and ``close``.
 
     key: of the run. mapping: sizes that must be the same to load one. root: shared memory.
     """
@@ -150,8 +151,9 @@ class Snapshots:
         self._ranks.each(clear)
 
     def close(self, remove: bool) -> None:
-        """End. remove: the run needs them no more. Not collective."""
-        self.wait()
+        """End. remove: the run needs them no more."""
+        if self._thread is not None:
+            self._thread.join(LEAVE_S)  # not for ever, since a rank may be gone
         self._slots.clear()
         self.folder.leave(remove)
 

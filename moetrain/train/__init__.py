@@ -74,7 +74,11 @@ def _run(cfg: Config, resume: bool, signals: Signals) -> None:
             stopped(trainer, error)
             trainer.forget_snapshots()
             raise
-        trainer.forget_snapshots()
+        except KeyboardInterrupt:
+            trainer.forget_snapshots()
+            raise
+        if trainer.step not in trainer.checkpointer.failed:
+            trainer.forget_snapshots()
         if evaluation is not None and trainer.step in trainer.checkpointer.failed:
             good = trainer.checkpointer.last_good()
             raise TrainError(

@@ -528,7 +528,7 @@ def start_ranks(cfg: Config, resume: Path | None, show_traceback: bool) -> int:
                   file=sys.stderr, flush=True)  # fmt: skip
             if (Path(cfg.run_dir) / "config.yaml").exists():
                 resume = Path(cfg.run_dir)
-    if outcome.code:
+    if outcome.code not in (0, local.REQUEUE):  # nobody goes on by itself
         from moetrain.train.snapshots import forget
 
         forget(Path(cfg.run_dir))

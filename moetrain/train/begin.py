@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moetrain.checkpoint import layout, load
-from moetrain.checkpoint.snapshot import Found
+from moetrain.checkpoint.snapshot_find import Found
 from moetrain.comm.ranks import Ranks
 from moetrain.convert.features import differences
 from moetrain.convert.open import check_init, open_weights

@@ -3,11 +3,11 @@
 The loop of the trainer with everything that it does between steps, on one rank and on two (gloo, one thread each), on
 the demo's model and batch. Contestants live in processes of their own and take turns of ten steps; a turn ends when its
 snapshot has. Shown are ratios of sums over all turns, of time and of processor time (all ranks and threads; other work
-on the machine disturbs it less), and the spread of time over stretches of 50 steps, each with one snapshot.
+on the machine disturbs it less), and the spread of time over stretches of 40 steps, each with two snapshots.
 
 off: no line of metrics, no spans, no checksums, no snapshot, no look for spikes, no agreement on signals.
 on: everything at its default: metrics of every step, TensorBoard and the bar among them; spans of every step; checksums
-every 100 steps; a snapshot every 50. The others (--parts): off but for one of them.
+every 100 steps; a snapshot every 20. The others (--parts): off but for one of them.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ OFF = {
     "guard": ["faults.spike=0"],
     "snapshot": ["train.snapshot.every=0"],
 }
-WARM, TURN, STRETCH = 10, 10, 5  # steps before, steps of a turn, turns of a stretch
+WARM, TURN, STRETCH = 10, 10, 4  # steps before, steps of a turn, turns of a stretch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``bench.py overhead``."""
-    parser.add_argument("--rounds", type=int, default=6, help="stretches of 50 steps of each contestant")
+    parser.add_argument("--rounds", type=int, default=6, help="stretches of 40 steps of each contestant")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of ranks to measure with")
     parser.add_argument("--parts", action="store_true", help="also each part alone")
     parser.add_argument("--words", nargs="*", default=[], help="settings of all contestants, as optim.lr=0.001")
@@ -153,7 +153,6 @@ def rank_of(name: str, cfg: Any, rank: int, world: int, folder: Path, pipe: Conn
         trainer = Trainer(cfg, resolve_sizes(cfg.parallel, world), Path(cfg.run_dir))
         trainer.train_step = in_turns(trainer, pipe)  # type: ignore[method-assign]
         trainer.fit()
-        trainer.forget_snapshots()
         code = 0
     except BaseException:
         traceback.print_exc(file=sys.stdout)
@@ -169,12 +168,12 @@ def in_turns(trainer: Any, pipe: Connection) -> Callable[[], dict[str, Any]]:
     def train_step() -> dict[str, Any]:
         nonlocal began, used
         if trainer.step == 0 or (trainer.step >= WARM and (trainer.step - WARM) % TURN == 0):
-            if trainer.snapshots is not None:
-                trainer.snapshots.wait()
+            if trainer.snapshots.kept is not None:
+                trainer.snapshots.kept.wait()
             if trainer.step:
                 pipe.send((time.perf_counter() - began, time.process_time() - used))
             if trainer.step == trainer.cfg.train.steps - 1:
-                trainer.forget_snapshots()
+                trainer.snapshots.forget()
             pipe.recv()
             began, used = time.perf_counter(), time.process_time()
         result: dict[str, Any] = step()

@@ -29,7 +29,7 @@ from moetrain.checkpoint.snapshot_find import Found, bring, find, pieces
 from moetrain.checkpoint.state import decode, encode
 from moetrain.comm.ranks import Ranks, one_line
 
-LEAVE_S = 10.0
+LEAVE_S = 60.0  # for the snapshot under way at a run's end
 
 
 class Snapshots:

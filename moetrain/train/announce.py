@@ -54,7 +54,7 @@ def announce(trainer: Trainer) -> None:
         log.info("experts    kernels %s%s: %s", name, in_fp8, why)
     log.info("memory     per rank: weights, gradients and optimizer %.2f GiB, activations about %.2f GiB",
              state, activation_gib(cfg))  # fmt: skip
-    log.info("snapshots  %s", trainer.snapshot_plan.describe())
+    log.info("snapshots  %s", trainer.snapshots.describe())
     log.info("data       %s: %s", cfg.data.name, ", ".join(trainer.data.describe()))
     for level, line in packing(trainer):
         log.log(level, "%s", line)

@@ -50,6 +50,11 @@ def position_metrics(loads: Loads) -> dict[str, list[float]]:
     return {"dropped_by_position": torch.stack(shares).mean(0).tolist()} if shares else {}
 
 
+def number(value: float) -> float | None:
+    """``value`` as JSON can hold it: None for what is not finite."""
+    return value if math.isfinite(value) else None
+
+
 class Meter:
     """Speed of the training steps between two log steps (evaluation and saving left out), and memory of this rank."""
 

@@ -41,8 +41,8 @@ def live(cfg: config.Config, die_at: int, done: Path) -> None:
         done.write_text(json.dumps([first, lines]))
 
     def train_step(*args: Any, **kwargs: Any) -> Any:
-        if trainer.step + 1 == die_at and trainer.snapshots is not None:
-            trainer.snapshots.wait()
+        if trainer.step + 1 == die_at and trainer.snapshots.kept is not None:
+            trainer.snapshots.kept.wait()
             dist.barrier()
             if dist.get_rank() == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -51,7 +51,6 @@ def live(cfg: config.Config, die_at: int, done: Path) -> None:
     engine: Any = trainer.engine
     engine.train_step = train_step
     trainer.fit()
-    trainer.forget_snapshots()
 
 
 @pytest.fixture(scope="module")
@@ -158,8 +157,8 @@ def test_memory_that_is_not_there(folder: Path, monkeypatch: pytest.MonkeyPatch)
 
         with Lines() as lines:
             engine: Any = Engine()
-            snapshots, plan = open_snapshots(cfg, resolve_sizes(cfg.parallel, 2), Path(cfg.run_dir), engine)
-        assert snapshots is None and not lines
+            plan = open_snapshots(cfg, resolve_sizes(cfg.parallel, 2), Path(cfg.run_dir), engine)
+        assert plan.kept is None and not lines
         return plan.describe()
 
     def refused() -> str:

@@ -99,6 +99,10 @@ def start_ranks(cfg: Config, resume: Path | None, show_traceback: bool) -> int:
                   file=sys.stderr, flush=True)  # fmt: skip
             if (Path(cfg.run_dir) / "config.yaml").exists():
                 resume = Path(cfg.run_dir)
+    if outcome.code not in (0, local.REQUEUE):  # nobody goes on by itself
+        from moetrain.train.snapshots import forget
+
+        forget(Path(cfg.run_dir))
     if outcome.message:
         killed = outcome.code > 128 and "--resume" not in outcome.message
         again = f"; to go on: moetrain train --resume {cfg.run_dir}" if killed else ""

@@ -1,13 +1,4 @@
-"""Benchmarks against named peers, each in one run: ``python scripts/bench.py step --json FILE``.
-
-step: tokens per second of a whole training step against transformers' model of the same shape (``bench_step.py``).
-experts: rates of the experts on CPU as shares of a dense product's, against torch's grouped_mm (``bench_experts.py``).
-dispatch: bytes, time and overlap of the dispatchers, against DeepSpeed's MoE layer (``bench_dispatch.py``).
-data: a mixture of 1,000 sources, against Hugging Face datasets and megatron-core (``bench_data.py``).
-lsh: rows sent and loss of dispatch=lsh against uncompressed dispatch (``bench_lsh.py``).
-simulate: the simulator of expert placement beside Hecate's paper (``bench_simulate.py``).
-convert: a 30B-shaped checkpoint there and back, against a file copy and transformers (``bench_convert.py``).
-"""
+"""Benchmarks against named peers, each in one run: ``python scripts/bench.py step --json FILE``."""
 
 from __future__ import annotations
 
@@ -22,52 +13,38 @@ import bench_data
 import bench_dispatch
 import bench_experts
 import bench_lsh
+import bench_overhead
 import bench_simulate
 import bench_step
+
+# Of each: the file, and what it measures.
+BENCHES = {
+    "step": (bench_step, "tokens per second of a whole training step, against transformers' model of the same shape"),
+    "experts": (bench_experts, "experts on CPU as shares of a dense product's rate, against torch's grouped_mm"),
+    "dispatch": (bench_dispatch, "bytes, time and overlap of the dispatchers, against DeepSpeed's MoE layer"),
+    "lsh": (bench_lsh, "rows sent and loss of dispatch=lsh, against uncompressed dispatch"),
+    "simulate": (bench_simulate, "the simulator of expert placement, beside Hecate's paper"),
+    "data": (bench_data, "a mixture of 1,000 sources, against Hugging Face datasets and megatron-core"),
+    "convert": (bench_convert, "a 30B-shaped checkpoint there and back, against a file copy and transformers"),
+    "overhead": (bench_overhead, "guards, metrics, spans, checks and snapshots, on against off"),
+}
 
 
 def main() -> int:
     """Run the benchmark that the command line names."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    step = commands.add_parser("step", help="a training step against transformers", description=bench_step.__doc__,
-                               formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    bench_step.add_arguments(step)
-    experts = commands.add_parser("experts", help="the experts on CPU", description=bench_experts.__doc__,
-                                  formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    bench_experts.add_arguments(experts)
-    dispatch = commands.add_parser("dispatch", help="what dispatchers move", description=bench_dispatch.__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    bench_dispatch.add_arguments(dispatch)
-    data = commands.add_parser("data", help="a mixture of many sources", description=bench_data.__doc__,
-                               formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    bench_data.add_arguments(data)
-    convert = commands.add_parser("convert", help="checkpoints there and back", description=bench_convert.__doc__,
-                                  formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    bench_convert.add_arguments(convert)
-    lsh = commands.add_parser("lsh", help="compressed dispatch: rows sent and loss", description=bench_lsh.__doc__,
-                              formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    bench_lsh.add_arguments(lsh)
-    simulate = commands.add_parser("simulate", help="placements beside Hecate's paper",
-                                   description=bench_simulate.__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    bench_simulate.add_arguments(simulate)
-    for command in (step, experts, dispatch, data, convert, lsh, simulate):
+    for name, (bench, what) in BENCHES.items():
+        command = commands.add_parser(
+            name, help=what, description=bench.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        bench.add_arguments(command)
         command.add_argument("--json", type=Path, metavar="FILE", help="write the rows here as JSON")
     args = parser.parse_args()
     if args.json is not None and not args.json.parent.is_dir():
         parser.error(f"--json: there is no folder '{args.json.parent}'")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    benches = {
-        "step": bench_step,
-        "experts": bench_experts,
-        "dispatch": bench_dispatch,
-        "data": bench_data,
-        "convert": bench_convert,
-        "lsh": bench_lsh,
-        "simulate": bench_simulate,
-    }
-    result = benches[args.command].main(args)
+    result = BENCHES[args.command][0].main(args)
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0

@@ -4,8 +4,9 @@
 
 Trains a toy model on gloo ranks of this machine twice: left alone, and with faults at moments that follow from the seed
 (as far as a machine's timing does). Ranks are started as srun does, by nobody who looks after them, and started again
-when they have ended. The losses and gradient norms of all steps must be the same, bit for bit. Both runs have one batch
-that always gives NaN: its update is skipped, and it is listed.
+when they have ended; they go on from the newest snapshot (every 2 steps) or checkpoint (every 6), and the steps that
+are done again are counted. The losses and gradient norms of all steps must be the same, bit for bit. Both runs have one
+batch that always gives NaN: its update is skipped, and it is listed.
 
     kill     SIGKILL to one rank
     term     SIGTERM to all: they save, and end with code 85
@@ -23,6 +24,7 @@ import json
 import mmap
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -43,6 +45,7 @@ from moetrain.data.prepare import prepare
 from moetrain.data.toy import toy_data
 from moetrain.train.engine import TorchEngine
 from moetrain.train.exit_codes import LOST, REQUEUE
+from moetrain.train.snapshots import forget
 
 KINDS = ("kill", "term", "stop", "damage", "disk", "nan")
 WORDS = [
@@ -50,7 +53,8 @@ WORDS = [
     "model.attention.n_kv_heads=2", "model.attention.head_dim=8", "model.moe.num_experts=8", "model.moe.top_k=2",
     "model.moe.expert_dim=16", "model.moe.first_dense=1", "train.seq_len=16", "train.global_batch=8",
     "train.micro_batch=1", "train.threads=1", "train.eval_sequences=4", "optim.lr=0.003", "log.tensorboard=false",
-    "log.progress=false", "checkpoint.every=4", "checkpoint.keep=4", "parallel.ep=2", "parallel.timeout_s=10",
+    "log.progress=false",
+    "checkpoint.every=6", "checkpoint.keep=4", "train.snapshot.every=2", "parallel.ep=2", "parallel.timeout_s=10",
     "device=cpu", "faults.checksum_every=5", "faults.retry_after=6",
 ]  # fmt: skip
 POISONED = 7  # the step, from 0, whose batch is always bad
@@ -172,6 +176,8 @@ class Chaos:
         mount = ["mount", "-t", "tmpfs", "-o", f"size={TMPFS_MIB}m", "tmpfs", str(self.checkpoints)]
         self.mounted = "disk" in kinds and subprocess.run(mount, capture_output=True).returncode == 0
         self.world: World | None = None
+        self.lost: list[int] = []  # steps that were done again after each lost rank
+        self.from_snapshots = 0
 
     def run(self) -> None:
         """Start, disturb and start again until the run has ended. Raises AssertionError for an end that no fault
@@ -191,6 +197,7 @@ class Chaos:
         finally:
             if self.world is not None:
                 self.world.close()
+            forget(Path(self.cfg.run_dir))
             if self.mounted:
                 kept = [p.name for p in self.checkpoints.iterdir()]
                 subprocess.run(["umount", "-l", str(self.checkpoints)], check=False)
@@ -198,10 +205,20 @@ class Chaos:
 
     def _alive(self) -> World:
         if self.world is None:
-            self.shared[STEP] = 0
+            done, self.shared[STEP] = self.shared[STEP] - 1, 0
             self.world = World(self.cfg, self.ranks, self.shared, self.logs)
             self._until(lambda: self.shared[STEP] > 0, self.world)
+            self._count(done)
         return self.world
+
+    def _count(self, done: int) -> None:
+        """What the end after ``done`` steps has cost, by the line with which the ranks went on."""
+        log = Path(self.cfg.run_dir) / "log.txt"
+        told = re.findall(r"(resumed from .*?step[ -](\d+)|starting from step (0))", log.read_text())
+        if told and done >= 0:
+            line, *steps = told[-1]
+            self.lost.append(max(0, done - int("".join(steps))))
+            self.from_snapshots += "snapshot" in line
 
     def _until(self, condition: Callable[[], bool], world: World) -> None:
         end = time.monotonic() + WAIT_S
@@ -303,7 +320,8 @@ def prove(seed: int, faults: int, ranks: int, folder: Path) -> None:
         cfg.data = toy_data(folder)
         if name == "alone":
             prepare(cfg.data, progress=False)
-        Chaos(cfg, ranks, seed, number, folder).run()
+        chaos = Chaos(cfg, ranks, seed, number, folder)
+        chaos.run()
         curves.append([(row["step"], row["loss"], row["grad_norm"]) for row in rows(cfg.run_dir)])
     alone, disturbed = curves
     assert len(alone) == steps and [step for step, _, _ in alone] == list(range(1, steps + 1))
@@ -313,6 +331,7 @@ def prove(seed: int, faults: int, ranks: int, folder: Path) -> None:
         e for row in rows(cfg.run_dir) for e in row.get("events", []) if e["event"] in ("skipped", "given_up")
     ):
         print(f"{event['event']}: step {event['step']}, samples {event['samples']}: {event['why']}")
+    print(f"steps done again after an end: {chaos.lost}; {chaos.from_snapshots} times from a snapshot")
     print(f"{steps} steps on {ranks} ranks with {faults} faults: losses and gradient norms are the same, bit for bit")
 
 

@@ -66,8 +66,12 @@ class Slot:
         whole = DATA + _aligned(size) + about
         if len(self.bytes_N) < whole or not self.path.exists():
             whole += about + 2**12  # descriptions grow with the run
-            with open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, whole)
+            try:
+                with open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, whole)
+            except OSError:
+                self.path.unlink(missing_ok=True)
+                raise
             self._map()
 
     def header(self) -> Header | None:

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import threading
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,24 +25,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moetrain.checkpoint.slots import DATA, SHARED, Folder, Header, Slot, checksum, node_of
+from moetrain.checkpoint.snapshot_find import Found, bring, find, pieces
 from moetrain.checkpoint.state import decode, encode
-from moetrain.comm.ranks import Ranks, lost_connection, one_line
+from moetrain.comm.ranks import Ranks, one_line
 
-PIECE = 2**28  # bytes sent at a time
-
-
-@dataclass(frozen=True)
-class Found:
-    """A snapshot that can be loaded: where each rank's state is. step: optimizer steps done. base: of the newest
-    checkpoint when it was taken. source: (file, rank that gives it) by owner."""
-
-    step: int
-    base: int
-    source: list[tuple[str, int]]
+LEAVE_S = 60.0  # for the snapshot under way at a run's end
 
 
 class Snapshots:
-    """Snapshots of one run. Collective, as are all methods but ``wait``.
+    """Snapshots of one run. Collective, as are all methods but ``wait`` and ``close``.
 
     key: of the run. mapping: sizes that must be the same to load one. root: shared memory.
     """
@@ -61,6 +51,7 @@ class Snapshots:
         self._to, self._of = keepers[ranks.rank], keepers.index(ranks.rank)
         self._slots: dict[str, Slot] = {}
         self._thread: threading.Thread | None = None
+        self._ready: Slot | None = None
         self._tidied = False
 
     def take(self, step: int, tensors: Mapping[str, Tensor], train: Any, base: int) -> None:
@@ -72,7 +63,7 @@ class Snapshots:
         self.wait()
         if self.off:
             return
-        slot: Slot | Exception
+        slot: Slot | OSError
         header = Header(step, self._ranks.rank, base, self._mapping, 0, 0, 0)
         try:
             slot, header = self._put(header, tensors, train)
@@ -89,35 +80,15 @@ class Snapshots:
 
     def find(self) -> Found | None:
         """The newest whole snapshot, its checksums verified; None without one. Damaged files are named in the log."""
-        ranks, held = self._ranks, {}
-        for name in self.folder.files():
-            header = self._slot(name).header()
-            if header is not None and header.mapping == self._mapping:
-                held[name] = header
-        places = [
-            (file, rank, header) for rank, files in enumerate(ranks.gather(held)) for file, header in files.items()
-        ]
-        bad: set[tuple[str, str]] = set()
-        while True:
-            good = [place for place in places if (self._nodes[place[1]], place[0]) not in bad]
-            found = self._newest(good)
-            if found is None:
-                return None
-            mine = [file for file, giver in found.source if giver == ranks.rank]
-            damaged = [file for file in mine if not self._is_whole(self._slot(file))]
-            told = [(file, rank) for rank, files in enumerate(ranks.gather(damaged)) for file in files]
-            if not told:
-                return found
-            for name, giver in told:
-                bad.add((self._nodes[giver], name))
-                where = self.folder.path / name
-                ranks.say(logging.WARNING, f"snapshot of step {found.step}: {where} of rank {giver}'s node is damaged")
+        headers = {name: self._slot(name).header() for name in self.folder.files()}
+        held = {name: header for name, header in headers.items() if header and header.mapping == self._mapping}
+        return find(self._ranks, self._nodes, self.folder.path, held, self._slot)
 
     def load(self, found: Found, tensors: Mapping[str, Tensor]) -> Any:
         """Put this rank's state of ``found`` into ``tensors``; the first rank's ``train``, on all. Raises ValueError
         when it is of other tensors; then none is changed."""
         ranks = self._ranks
-        mine = self._bring(found)
+        mine = bring(self._ranks, found, self._slot)
         header = mine.header()
         assert header is not None
         about = decode(mine.about(header.size, header.about).numpy().tobytes())
@@ -150,8 +121,9 @@ class Snapshots:
         self._ranks.each(clear)
 
     def close(self, remove: bool) -> None:
-        """End. remove: the run needs them no more. Not collective."""
-        self.wait()
+        """End. remove: the run needs them no more."""
+        if self._thread is not None:
+            self._thread.join(LEAVE_S)  # not for ever, since a rank may be gone
         self._slots.clear()
         self.folder.leave(remove)
 
@@ -179,25 +151,38 @@ class Snapshots:
         slot.invalidate()
         return slot
 
-    def _finish(self, slot: Slot | Exception, header: Header) -> None:
-        """The thread: seal the own slot, exchange copies, and end together with all ranks."""
-        ranks = self._ranks
+    def _finish(self, slot: Slot | OSError, header: Header) -> None:
+        """The thread: seal the own slot, exchange copies, and end together with all ranks: nobody begins the next one
+        before this one is whole everywhere. What fails on one rank is told to all."""
         try:
-            if isinstance(slot, Slot):
-                header = replace(header, checksum=checksum(slot.payload(header)))
-                slot.seal(header)
-                self.folder.touch()
-            answers = ranks.gather((header, slot.path.name) if isinstance(slot, Slot) else one_line(slot))
-            if not self._refused(answers) and ranks.size > 1:
-                assert isinstance(slot, Slot)
-                self._exchange(slot, header, *answers[self._of])
+            answers = self._ranks.gather(_tell(lambda: self._seal(slot, header)))
+            if self._refused(answers) or self._ranks.size == 1:
+                return
+            mine, theirs = answers[self._ranks.rank], answers[self._of]
+            if self._refused(self._ranks.gather(_tell(lambda: self._make_ready(theirs[1])))):
+                return
+            sends = self._send(*mine)
+            if self._refused(self._ranks.gather(_tell(lambda: self._keep(*theirs)))):
+                return
+            for send in sends:
+                send.wait()
             if not self._tidied:
                 self._tidied = True
-                self._tidy()
-        except Exception as error:
+                with suppress(OSError):
+                    self._tidy()
+        except Exception as error:  # a rank is gone, of which training will hear
             self.off = one_line(error)
-            if not lost_connection(error):  # of a rank that is gone, training will hear
-                ranks.say(logging.WARNING, f"snapshots  none from here on: {self.off}")
+
+    def _seal(self, slot: Slot | OSError, header: Header) -> tuple[str, Header]:
+        if isinstance(slot, OSError):
+            raise slot
+        header = replace(header, checksum=checksum(slot.payload(header)))
+        slot.seal(header)
+        self.folder.touch()
+        return slot.path.name, header
+
+    def _make_ready(self, header: Header) -> None:
+        self._ready = self._older("copy", header)
 
     def _refused(self, answers: list[Any]) -> bool:
         problems = [answer for answer in answers if isinstance(answer, str)]
@@ -206,32 +191,26 @@ class Snapshots:
             self._ranks.say(logging.WARNING, f"snapshots  none from here on: {self.off}")
         return bool(problems)
 
-    def _exchange(self, slot: Slot, header: Header, theirs: Header, file: str) -> None:
-        """Send the own state to its keeper, and keep the neighbour's. Returns when all ranks have theirs."""
-        ranks, keep = self._ranks, None
-        problem = ""
-        try:
-            keep = self._older("copy", theirs)
-        except OSError as error:
-            problem = one_line(error)
-        if self._refused([problem or None for problem in ranks.gather(problem)]):
-            return
+    def _send(self, file: str, header: Header) -> list[Any]:
+        """Begin to send the own state to its keeper, if that is on another node."""
+        if self._nodes[self._to] == self._nodes[self._ranks.rank]:
+            return []
+        parts = pieces(self._slot(file).payload(header))
+        return [dist.isend(part, group=self._ranks.group, group_dst=self._to) for part in parts]
+
+    def _keep(self, file: str, header: Header) -> None:
+        """Fill the slot that was made ready for the neighbour's state, which is in ``file`` on its node."""
+        keep = self._ready
         assert keep is not None
-        sends: list[Any] = []
-        if self._nodes[self._to] != self._nodes[ranks.rank]:
-            sends = [dist.isend(part, group=ranks.group, group_dst=self._to) for part in _pieces(slot.payload(header))]
-        if self._nodes[self._of] == self._nodes[ranks.rank]:
+        if self._nodes[self._of] == self._nodes[self._ranks.rank]:
             source = self._slot(file)
-            if len(source.payload(theirs)) < len(keep.payload(theirs)):
+            if len(source.payload(header)) < len(keep.payload(header)):
                 source = self._slots[file] = Slot(source.path)  # it has grown
-            np.copyto(keep.payload(theirs).numpy(), source.payload(theirs).numpy())
+            np.copyto(keep.payload(header).numpy(), source.payload(header).numpy())
         else:
-            for part in _pieces(keep.payload(theirs)):
-                dist.recv(part, group=ranks.group, group_src=self._of)
-        for send in sends:
-            send.wait()
-        keep.seal(theirs)
-        ranks.gather(None)  # nobody begins the next one before this one is whole everywhere
+            for part in pieces(keep.payload(header)):
+                dist.recv(part, group=self._ranks.group, group_src=self._of)
+        keep.seal(header)
 
     def _tidy(self) -> None:
         """Ranks may have moved to other nodes: remove what no rank of this node writes any more."""
@@ -243,59 +222,18 @@ class Snapshots:
             if int(owner) not in owners[kind]:
                 (self.folder.path / name).unlink(missing_ok=True)
 
-    # Finding and loading one
-
-    def _newest(self, places: list[tuple[str, int, Header]]) -> Found | None:
-        """places: (file, rank that sees it, header)."""
-        for step in sorted({header.step for *_, header in places}, reverse=True):
-            source: list[tuple[str, int]] = []
-            bases = set()
-            for owner in range(self._ranks.size):
-                held = [(file, rank, h) for file, rank, h in places if h.step == step and h.owner == owner]
-                if not held:
-                    break
-                # Its own rank's node first, there the rank's own file; else the first that has it
-                file, rank, header = min(held, key=lambda place: (place[1] != owner, place[0][:3] != "own", place[1]))
-                source.append((file, rank))
-                bases.add(header.base)
-            else:
-                return Found(step, min(bases), source)
-        return None
-
-    def _bring(self, found: Found) -> Slot:
-        """This rank's state: a slot of its node, or what another rank sends."""
-        ranks, mine = self._ranks, None
-        for owner, (file, giver) in enumerate(found.source):
-            if owner == ranks.rank and giver == ranks.rank:
-                mine = self._slot(file)
-            elif giver == ranks.rank:
-                slot = self._slot(file)
-                header = slot.header()
-                assert header is not None
-                dist.send(torch.tensor([header.size, header.about]), group=ranks.group, group_dst=owner)
-                for part in _pieces(slot.bytes_N[: DATA + len(slot.payload(header))]):
-                    dist.send(part, group=ranks.group, group_dst=owner)
-            elif owner == ranks.rank:
-                sizes = torch.zeros(2, dtype=torch.int64)
-                dist.recv(sizes, group=ranks.group, group_src=giver)
-                size, about = sizes.tolist()
-                mine = Slot(Path(os.devnull))
-                mine.bytes_N = torch.empty(DATA + -(-size // DATA) * DATA + about, dtype=torch.uint8)
-                for part in _pieces(mine.bytes_N):
-                    dist.recv(part, group=ranks.group, group_src=giver)
-        assert mine is not None
-        return mine
-
-    def _is_whole(self, slot: Slot) -> bool:
-        with suppress(OSError):
-            header = slot.header()
-            return header is not None and checksum(slot.payload(header)) == header.checksum
-        return False
-
     def _slot(self, name: str) -> Slot:
         if name not in self._slots:
             self._slots[name] = Slot(self.folder.path / name)
         return self._slots[name]
+
+
+def _tell(work: Callable[[], Any]) -> Any:
+    """What ``work`` gives, or what kept it from that, as a line."""
+    try:
+        return work()
+    except Exception as error:
+        return one_line(error)
 
 
 def neighbours(nodes: list[str]) -> list[int]:
@@ -335,7 +273,3 @@ def _views(slot: Slot, spec: Mapping[str, tuple[list[int], str]]) -> dict[str, T
         views[name] = slot.bytes_N[at:end].view(kind).view(shape)
         at += _padded(empty)
     return views
-
-
-def _pieces(bytes_N: Tensor) -> tuple[Tensor, ...]:
-    return bytes_N.split(PIECE)

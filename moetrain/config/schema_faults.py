@@ -14,7 +14,7 @@ class SnapshotConfig:
 
     every: NonNegative | None = Field(
         default=None,
-        description="steps between snapshots, kept in shared memory here and on a neighbour's node; 0: none; null: 50 "
+        description="steps between snapshots, kept in shared memory here and on a neighbour's node; 0: none; null: 20 "
         "where half of the free memory is enough",
     )
 

@@ -165,7 +165,7 @@ def _events(run: Run) -> Iterator[tuple[int, str, str]]:
         log = (run.path / "log.txt").read_text(encoding="utf-8", errors="replace")
     except OSError:
         log = ""
-    for match in re.finditer(r"resumed from \S*step-(\d+)", log):
+    for match in re.finditer(r"resumed from (?:\S*step-|the snapshot of step )(\d+)", log):
         yield int(match[1]), "restart", f"resumed from step {match[1]}"
     for folder in run.path.glob("checkpoints/step-*"):
         if folder.name[5:].isdigit():

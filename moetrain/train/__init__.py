@@ -72,9 +72,11 @@ def _run(cfg: Config, resume: bool, signals: Signals) -> None:
                 finish(trainer, evaluation)
         except TrainError as error:
             stopped(trainer, error)
-            trainer.forget_snapshots()
+            trainer.snapshots.forget()
             raise
-        trainer.forget_snapshots()
+        except KeyboardInterrupt:
+            trainer.snapshots.forget()
+            raise
         if evaluation is not None and trainer.step in trainer.checkpointer.failed:
             good = trainer.checkpointer.last_good()
             raise TrainError(

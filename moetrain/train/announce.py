@@ -57,7 +57,7 @@ def announce(trainer: Trainer) -> None:
             log.warning("%s", lsh(cfg.dispatch, s.ep))
     log.info("memory     per rank: weights, gradients and optimizer %.2f GiB, activations about %.2f GiB",
              state, activation_gib(cfg))  # fmt: skip
-    log.info("snapshots  %s", trainer.snapshot_plan.describe())
+    log.info("snapshots  %s", trainer.snapshots.describe())
     log.info("data       %s: %s", cfg.data.name, ", ".join(trainer.data.describe()))
     for level, line in packing(trainer):
         log.log(level, "%s", line)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moetrain.checkpoint import layout, load
-from moetrain.checkpoint.snapshot import Found
+from moetrain.checkpoint.snapshot_find import Found
 from moetrain.comm.ranks import Ranks
 from moetrain.convert.features import differences
 from moetrain.convert.open import check_init, open_weights
@@ -74,7 +74,7 @@ def from_checkpoint(trainer: Trainer) -> dict[str, Any] | None:
 
 def from_snapshot(trainer: Trainer) -> dict[str, Any] | None:
     """Load the newest snapshot, if it is newer than all checkpoints; its progress, else None."""
-    snapshots, folder = trainer.snapshots, trainer.checkpointer.folder
+    snapshots, folder = trainer.snapshots.kept, trainer.checkpointer.folder
     if snapshots is None:
         return None
     found = snapshots.find()

@@ -81,6 +81,11 @@ def compression_metrics(model: nn.Module, cfg: Config) -> dict[str, Any]:
     }
 
 
+def number(value: float) -> float | None:
+    """``value`` as JSON can hold it: None for what is not finite."""
+    return value if math.isfinite(value) else None
+
+
 class Meter:
     """Speed of the training steps between two log steps (evaluation and saving left out), and memory of this rank."""
 

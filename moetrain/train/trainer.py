@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import signal
 import time
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from moetrain.train import begin, runtime
 from moetrain.train.engine import build_engine
 from moetrain.train.evaluate import Evaluation, evaluate
 from moetrain.train.guard import Guard
-from moetrain.train.metrics import Meter, compression_metrics, load_metrics
+from moetrain.train.metrics import Meter, compression_metrics, load_metrics, number
 from moetrain.train.mixing import Mixing
 from moetrain.train.preflight import open_data, open_loader, open_sampler
 from moetrain.train.replicas import Checks
@@ -55,7 +54,7 @@ class Trainer:
         self.mixing = Mixing(cfg, self.engine, self.loader, self.dims)
         self.peak_lr: float = cfg.optim.lr
         self.checkpointer = Checkpointer(run_dir / "checkpoints", cfg.checkpoint.keep, cfg.checkpoint.asynchronous)
-        self.snapshots, self.snapshot_plan = open_snapshots(cfg, sizes, run_dir, self.engine)
+        self.snapshots = open_snapshots(cfg, sizes, run_dir, self.engine)
         self.guard = Guard(cfg.faults, skips=cfg.parallel.engine == "torch")
         self.checks = Checks(weights=cfg.parallel.engine == "torch")
         self.parameters = count_parameters(cfg.model)
@@ -118,10 +117,11 @@ class Trainer:
                 tracer.flush()
             if saves:
                 self.checkpointer.save(self.step, self.engine.state(self.progress()))
-            if self.snapshots is not None and self._due(self.snapshot_plan.every):
-                base = self.checkpointer.last_good_step()
-                self.snapshots.take(self.step, self.engine.tensors(), self.progress(), base)
+            if self._due(self.snapshots.every) and not done:
+                self.snapshots.take(self.step, self.engine, self.progress(), self.checkpointer.last_good_step())
         self.checkpointer.wait()
+        if self.step not in self.checkpointer.failed:
+            self.snapshots.forget()
         self.loader.close()
         writer.close()
         if self.step < self.last_step:
@@ -129,11 +129,6 @@ class Trainer:
         if self.step < cfg.train.steps:
             log.info("data       has run out after step %d of %d: %s", self.step, cfg.train.steps, why_end(self.loader))
         return evaluation or self.evaluate()
-
-    def forget_snapshots(self) -> None:
-        """The run has ended in a way that needs none."""
-        if self.snapshots is not None:
-            self.snapshots.close(remove=True)
 
     def evaluate(self, document_mask: bool | None = None, watch: RoutingWatch | None = None) -> Evaluation:
         """Loss on the held-out text of every domain. document_mask: None: as ``data.document_mask`` says."""
@@ -207,8 +202,3 @@ class Trainer:
         data = position(self.sampler, self.asked, self.loader.first_sample(self.step))
         counts = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "data_wait_s": self.waited_s}
         return {**counts, "data": data, "mixer": self.mixing.state(), "guard": self.guard.state()}
-
-
-def number(value: float) -> float | None:
-    """``value`` as JSON can hold it: None for what is not finite."""
-    return value if math.isfinite(value) else None

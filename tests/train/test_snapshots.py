@@ -18,9 +18,11 @@ from moetrain_launch.fork import run_ranks
 
 from moetrain import config
 from moetrain.checkpoint import slots
+from moetrain.checkpoint.snapshot_find import Found
 from moetrain.config.check import resolve_sizes
 from moetrain.config.errors import ConfigError
 from moetrain.data.prepare import prepare
+from moetrain.train.begin import passed_over
 from moetrain.train.snapshots import forget, open_snapshots, run_key
 from moetrain.train.trainer import Trainer
 from tests.checkpoint.saving import Lines
@@ -31,8 +33,8 @@ WORDS = [f"train.steps={STEPS}", "train.micro_batch=1", "checkpoint.every=10", "
 
 
 def live(cfg: config.Config, die_at: int, done: Path) -> None:
-    """Go on, and end, or lose rank 1 in step ``die_at`` once the snapshot before it is whole. Leaves the rank's steps,
-    and what rank 0 said of the start."""
+    """Go on, and end, or lose rank 1 in step ``die_at`` once what was saved before it is whole. Leaves the
+    step where it began, and what was said then."""
     with Lines() as lines:
         trainer = Trainer(cfg, resolve_sizes(cfg.parallel, dist.get_world_size()), Path(cfg.run_dir))
         trainer.resume()
@@ -41,8 +43,9 @@ def live(cfg: config.Config, die_at: int, done: Path) -> None:
         done.write_text(json.dumps([first, lines]))
 
     def train_step(*args: Any, **kwargs: Any) -> Any:
-        if trainer.step + 1 == die_at and trainer.snapshots is not None:
-            trainer.snapshots.wait()
+        if trainer.step + 1 == die_at and trainer.snapshots.kept is not None:
+            trainer.snapshots.kept.wait()
+            trainer.checkpointer.wait()
             dist.barrier()
             if dist.get_rank() == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -51,7 +54,6 @@ def live(cfg: config.Config, die_at: int, done: Path) -> None:
     engine: Any = trainer.engine
     engine.train_step = train_step
     trainer.fit()
-    trainer.forget_snapshots()
 
 
 @pytest.fixture(scope="module")
@@ -85,22 +87,18 @@ def test_a_lost_rank_costs_the_steps_since_the_snapshot(folder: Path) -> None:
         "lock", *(f"{kind}-{rank}-{i}" for kind in ("own", "copy") for rank in (0, 1) for i in (0, 1))
     }  # fmt: skip
 
-    first, lines = lose(9)  # there is no checkpoint yet
-    assert first == 4 and "resumed from the snapshot of step 4; newest checkpoint: none" in lines
-
     for file in kept.glob("own-1-*"):  # as if its node were lost: the neighbour's copy is taken
         file.unlink()
     first, lines = lose(14)
-    assert first == 8 and "snapshot of step 8" in lines
+    assert first == 4 and "resumed from the snapshot of step 4; newest checkpoint: none" in lines
 
     for kind in ("own", "copy"):  # one byte of rank 0's state of step 12, wherever it is
         damage(kept, kind, 0, 12)
-    first, lines = lose(15)
-    assert first == 10 and lines.count("is damaged") == 2 and "resumed from" in lines and "step-10" in lines
-    # That of step 10, all that was whole, was no newer than the checkpoint.
-
+    # That of step 10, all that is whole now, is no newer than the checkpoint
     run_ranks(2, live, cfg, -1, folder / "began")
-    assert json.loads((folder / "began").read_text())[0] == 14
+    first, told = json.loads((folder / "began").read_text())
+    lines = "\n".join(told)
+    assert first == 10 and lines.count("is damaged") == 2 and "resumed from" in lines and "step-10" in lines
     assert not kept.exists(), "a run that has ended leaves nothing"
     straight = load(folder, [*WORDS, "parallel.ep=2", f"run_dir={folder / 'straight'}", "train.snapshot.every=0"])
     run_ranks(2, live, straight, -1, folder / "began")
@@ -116,33 +114,42 @@ def damage(kept: Path, kind: str, owner: int, step: int) -> None:
 
 
 def test_what_must_not_be_loaded(folder: Path) -> None:
-    """Another world size, a copy of the run's folder, and a run whose checkpoints were taken away to go back."""
+    """In a copy of the run's folder, and with another world size; the checkpoint is taken."""
     run_dir = folder / "other"
     cfg = load(folder, [*WORDS, f"run_dir={run_dir}", "checkpoint.every=4"])
     with pytest.raises((RuntimeError, FileNotFoundError)):
         run_ranks(2, live, cfg, 7, folder / "began")
-
-    def begins(cfg: config.Config, world: int = 2) -> tuple[int, str]:
-        def begin() -> tuple[int, str]:
-            with Lines() as lines:
-                trainer = Trainer(cfg, resolve_sizes(cfg.parallel, dist.get_world_size()), Path(cfg.run_dir))
-                trainer.resume()
-            return trainer.step, "\n".join(lines)
-
-        return run_ranks(world, begin)[0]
-
     shutil.copytree(run_dir, folder / "copied")
-    copied = load(folder, [*WORDS, f"run_dir={folder / 'copied'}"])
-    assert begins(copied)[0] == 4
-    shutil.move(run_dir / "checkpoints/step-4", folder / "aside")
-    step, lines = begins(cfg)
-    assert step == 0 and "snapshot of step 6 is passed over: the checkpoint of step 4" in lines
-    shutil.move(folder / "aside", run_dir / "checkpoints/step-4")
-    with pytest.raises((RuntimeError, FileNotFoundError)):
-        run_ranks(2, live, cfg, 7, folder / "began")
-    assert begins(cfg, world=1)[0] == 4
-    assert begins(cfg)[0] == 4, "what one process could not use is gone"
+
+    def begin(cfg: config.Config) -> int:
+        trainer = Trainer(cfg, resolve_sizes(cfg.parallel, dist.get_world_size()), Path(cfg.run_dir))
+        trainer.resume()
+        return trainer.step
+
+    assert run_ranks(2, begin, load(folder, [*WORDS, f"run_dir={folder / 'copied'}"])) == [4, 4]
+    assert run_ranks(1, begin, cfg) == [4]
+    kept = slots.SHARED / f"moetrain-{run_key(run_dir)}"
+    assert [path.name for path in kept.iterdir()] == ["lock"], "it can never be loaded again, so it is gone"
     forget(run_dir)
+    assert not kept.exists()
+
+
+def test_checkpoints_that_were_taken_away_mean_to_go_back(tmp_path: Path) -> None:
+    """A snapshot of step 6, when step 4 was the newest checkpoint."""
+
+    def passed(*steps: int) -> bool:
+        for path in tmp_path.iterdir():
+            path.rmdir()
+        for step in steps:
+            (tmp_path / f"step-{step}").mkdir()
+        with Lines() as lines:
+            answer = passed_over(Found(6, 4, []), tmp_path)
+        assert len(lines) == (max(steps, default=0) < 4)
+        return answer
+
+    assert not passed(2, 4) and not passed(4) and not passed(5)
+    assert passed(2) and passed()  # step 4 is gone
+    assert passed(4, 6) and passed(8)  # newer ones
 
 
 def test_memory_that_is_not_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,8 +165,8 @@ def test_memory_that_is_not_there(folder: Path, monkeypatch: pytest.MonkeyPatch)
 
         with Lines() as lines:
             engine: Any = Engine()
-            snapshots, plan = open_snapshots(cfg, resolve_sizes(cfg.parallel, 2), Path(cfg.run_dir), engine)
-        assert snapshots is None and not lines
+            plan = open_snapshots(cfg, resolve_sizes(cfg.parallel, 2), Path(cfg.run_dir), engine)
+        assert plan.kept is None and not lines
         return plan.describe()
 
     def refused() -> str:

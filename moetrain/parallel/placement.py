@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from moetrain.comm.sparse import Atoms, sparse_all_gather
 from moetrain.config.advice import enforce
-from moetrain.config.check_placement import kind_of, placement
+from moetrain.config.check_placement import placement, placement_kind
 from moetrain.config.schema import Config
 from moetrain.moe.balance import Loads
 from moetrain.moe.dispatch.placed import PlacedDispatcher
@@ -37,7 +37,7 @@ def build_placement(cfg: Config, model: nn.Module, dims: ParallelDims) -> Expert
     """What moves experts of ``model`` between ranks; None where none ever moves. Raises ConfigError where the mapping
     does not allow ``cfg.experts.placement``."""
     enforce([placement], cfg, dims.sizes)
-    kind = kind_of(cfg)
+    kind = placement_kind(cfg)
     return None if kind == "ep" or dims.sizes.ep == 1 else ExpertPlacement(cfg, model, dims)
 
 
@@ -74,10 +74,11 @@ class ExpertPlacement:
         for name, layer in self.layers.items():
             copies, n = self.copies[name], len(self.copies[name].homes)
             placement = self.policy.place(copies.homes, predict(self.history[name], n))
-            copies.placement = placement
-            layer.dispatcher = self._dispatcher(copies, placement)
-            if self.policy.calibrates:
-                layer.dispatcher.calibrate = functools.partial(self._calibrate, copies)
+            if placement != copies.placement or not isinstance(layer.dispatcher, PlacedDispatcher):
+                copies.placement = placement
+                layer.dispatcher = self._dispatcher(copies, placement)
+                if self.policy.calibrates:
+                    layer.dispatcher.calibrate = functools.partial(self._calibrate, copies)
 
     def _dispatcher(self, copies: Copies, placement: Placement) -> PlacedDispatcher:
         made = PlacedDispatcher(len(copies.homes), self.group, placement, self.policy.topology)
@@ -103,7 +104,11 @@ class ExpertPlacement:
             del history[:-WINDOW], flat[: len(part)]
         now = [copies.homes for copies in self.copies.values()]
         predicted = [predict(history, len(homes)) for history, homes in zip(self.history.values(), now, strict=True)]
-        self.move(dict(zip(self.layers, self.policy.rehome(step, now, predicted), strict=True)), optimizer)
+        homes = self.policy.rehome(step, now, predicted)
+        if homes != now:
+            pairs = zip(itertools.chain(*now), itertools.chain(*homes), strict=True)
+            log.info("experts    %d change their home after step %d", sum(a != b for a, b in pairs), step)
+            self.move(dict(zip(self.layers, homes, strict=True)), optimizer)
         self.plan()
 
     @torch.no_grad()

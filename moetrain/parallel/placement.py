@@ -38,6 +38,8 @@ def build_placement(cfg: Config, model: nn.Module, dims: ParallelDims) -> Expert
     does not allow ``cfg.experts.placement``."""
     enforce([placement], cfg, dims.sizes)
     kind = placement_kind(cfg)
+    if kind != "ep" and dims.sizes.ep == 1:
+        log.warning("experts    one rank has all: experts.placement.kind=%s has nothing to place", kind)
     return None if kind == "ep" or dims.sizes.ep == 1 else ExpertPlacement(cfg, model, dims)
 
 
@@ -50,6 +52,7 @@ class ExpertPlacement:
     def __init__(self, cfg: Config, model: nn.Module, dims: ParallelDims) -> None:
         self.layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, MoELayer)}
         self.group, self.ranks = dims.group("ep"), dims.sizes.ep
+        self.device = next(model.parameters()).device
         self.policy = build_policy(cfg.experts.placement, self.ranks)
         self.overlap, frees, recompute = cfg.experts.overlap, self.policy.frees, cfg.train.recompute
         self.history: dict[str, list[list[int]]] = {name: [] for name in self.layers}
@@ -167,9 +170,11 @@ class ExpertPlacement:
     def _exchange(self, parts: list[tuple[Tensor, Homes, Homes]]) -> list[Tensor]:
         """Rows of each tensor, of experts at the first homes, brought to the second."""
         found: list[Tensor] = [x for x, _, _ in parts]
-        for dtype in dict.fromkeys((x.dtype, x.device) for x, _, _ in parts):
-            chosen = [i for i, (x, _, _) in enumerate(parts) if (x.dtype, x.device) == dtype]
-            atoms = [Atoms(parts[i][0].detach(), parts[i][1], at_home(parts[i][2])) for i in chosen]
+        for dtype in dict.fromkeys(x.dtype for x in found):
+            chosen = [i for i, (x, _, _) in enumerate(parts) if x.dtype == dtype]
+            atoms = [Atoms(found[i].detach().to(self.device), parts[i][1], at_home(parts[i][2])) for i in chosen]
             for i, x in zip(chosen, sparse_all_gather(atoms, self.group), strict=True):
-                found[i] = x
+                pinned = found[i].is_pinned()  # optimizer state that lives in host memory
+                found[i] = x.to(found[i].device)
+                found[i] = found[i].pin_memory() if pinned else found[i]
         return found

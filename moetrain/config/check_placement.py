@@ -13,14 +13,14 @@ from moetrain.config.sizes import Sizes, divisors
 PLAIN = {"experts.placement.kind": ["ep"]}
 
 
-def kind_of(cfg: Config) -> str:
+def placement_kind(cfg: Config) -> str:
     """The kind of ``cfg.experts.placement``."""
     return _kind(PLACEMENTS, cfg.experts.placement)
 
 
 def placement(cfg: Config, sizes: Sizes) -> Iterator[Broken]:
     """Experts that move are whole, and one rank owns each."""
-    kind, p = kind_of(cfg), cfg.parallel
+    kind, p = placement_kind(cfg), cfg.parallel
     if kind == "ep":
         return
     what = f"experts.placement.kind={kind}"

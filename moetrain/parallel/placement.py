@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from moetrain.comm.sparse import Atoms, sparse_all_gather
 from moetrain.config.advice import enforce
-from moetrain.config.check_placement import kind_of, placement
+from moetrain.config.check_placement import placement, placement_kind
 from moetrain.config.schema import Config
 from moetrain.moe.balance import Loads
 from moetrain.moe.dispatch.placed import PlacedDispatcher
@@ -37,7 +37,9 @@ def build_placement(cfg: Config, model: nn.Module, dims: ParallelDims) -> Expert
     """What moves experts of ``model`` between ranks; None where none ever moves. Raises ConfigError where the mapping
     does not allow ``cfg.experts.placement``."""
     enforce([placement], cfg, dims.sizes)
-    kind = kind_of(cfg)
+    kind = placement_kind(cfg)
+    if kind != "ep" and dims.sizes.ep == 1:
+        log.warning("experts    one rank has all: experts.placement.kind=%s has nothing to place", kind)
     return None if kind == "ep" or dims.sizes.ep == 1 else ExpertPlacement(cfg, model, dims)
 
 
@@ -50,6 +52,7 @@ class ExpertPlacement:
     def __init__(self, cfg: Config, model: nn.Module, dims: ParallelDims) -> None:
         self.layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, MoELayer)}
         self.group, self.ranks = dims.group("ep"), dims.sizes.ep
+        self.device = next(model.parameters()).device
         self.policy = build_policy(cfg.experts.placement, self.ranks)
         self.overlap, frees, recompute = cfg.experts.overlap, self.policy.frees, cfg.train.recompute
         self.history: dict[str, list[list[int]]] = {name: [] for name in self.layers}
@@ -74,10 +77,11 @@ class ExpertPlacement:
         for name, layer in self.layers.items():
             copies, n = self.copies[name], len(self.copies[name].homes)
             placement = self.policy.place(copies.homes, predict(self.history[name], n))
-            copies.placement = placement
-            layer.dispatcher = self._dispatcher(copies, placement)
-            if self.policy.calibrates:
-                layer.dispatcher.calibrate = functools.partial(self._calibrate, copies)
+            if placement != copies.placement or not isinstance(layer.dispatcher, PlacedDispatcher):
+                copies.placement = placement
+                layer.dispatcher = self._dispatcher(copies, placement)
+                if self.policy.calibrates:
+                    layer.dispatcher.calibrate = functools.partial(self._calibrate, copies)
 
     def _dispatcher(self, copies: Copies, placement: Placement) -> PlacedDispatcher:
         made = PlacedDispatcher(len(copies.homes), self.group, placement, self.policy.topology)
@@ -103,7 +107,11 @@ class ExpertPlacement:
             del history[:-WINDOW], flat[: len(part)]
         now = [copies.homes for copies in self.copies.values()]
         predicted = [predict(history, len(homes)) for history, homes in zip(self.history.values(), now, strict=True)]
-        self.move(dict(zip(self.layers, self.policy.rehome(step, now, predicted), strict=True)), optimizer)
+        homes = self.policy.rehome(step, now, predicted)
+        if homes != now:
+            pairs = zip(itertools.chain(*now), itertools.chain(*homes), strict=True)
+            log.info("experts    %d change their home after step %d", sum(a != b for a, b in pairs), step)
+            self.move(dict(zip(self.layers, homes, strict=True)), optimizer)
         self.plan()
 
     @torch.no_grad()
@@ -162,9 +170,11 @@ class ExpertPlacement:
     def _exchange(self, parts: list[tuple[Tensor, Homes, Homes]]) -> list[Tensor]:
         """Rows of each tensor, of experts at the first homes, brought to the second."""
         found: list[Tensor] = [x for x, _, _ in parts]
-        for dtype in dict.fromkeys((x.dtype, x.device) for x, _, _ in parts):
-            chosen = [i for i, (x, _, _) in enumerate(parts) if (x.dtype, x.device) == dtype]
-            atoms = [Atoms(parts[i][0].detach(), parts[i][1], at_home(parts[i][2])) for i in chosen]
+        for dtype in dict.fromkeys(x.dtype for x in found):
+            chosen = [i for i, (x, _, _) in enumerate(parts) if x.dtype == dtype]
+            atoms = [Atoms(found[i].detach().to(self.device), parts[i][1], at_home(parts[i][2])) for i in chosen]
             for i, x in zip(chosen, sparse_all_gather(atoms, self.group), strict=True):
-                found[i] = x
+                pinned = found[i].is_pinned()  # optimizer state that lives in host memory
+                found[i] = x.to(found[i].device)
+                found[i] = found[i].pin_memory() if pinned else found[i]
         return found

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moetrain.config.check_placement import placement_kind
 from moetrain.config.errors import ConfigError
 from moetrain.config.schema import Config, ModelConfig
 from moetrain.config.sizes import Sizes
@@ -80,6 +81,11 @@ def refuse(cfg: Config) -> None:
         )
     if isinstance(cfg.dispatch, DeepEPOptions):
         raise ConfigError("dry_run does not cover dispatch=deep_ep, whose kernels need a GPU; use dispatch=two_step")
+    if (kind := placement_kind(cfg)) != "ep":
+        raise ConfigError(
+            f"dry_run does not count the copies of experts.placement.kind={kind}, which follow the loads; "
+            "use experts/placement=ep, and add what docs/placement.md says"
+        )
 
 
 def dry_run(cfg: Config, sizes: Sizes) -> list[RankFigures]:

@@ -24,6 +24,7 @@ from moetrain.config import load as load_config
 from moetrain.config.check import check_mapping, resolve_sizes
 from moetrain.config.errors import ConfigError
 from moetrain.moe.layer import MoELayer
+from moetrain.moe.placement.copies import Copies
 from moetrain.moe.placement.plan import at_home, ep_homes
 from moetrain.train import parity
 from moetrain.train.engine import TorchEngine, whole_weights
@@ -70,10 +71,15 @@ def curves(cfgs: list[Config], hot: bool) -> list[tuple[parity.Curve, dict[str, 
     found = []
     for cfg in cfgs:
         trainer = build(cfg, hot)
-        rows = [one_step(trainer) for _ in range(STEPS)]
+        with pytest.MonkeyPatch.context() as patch:
+            added: list[Any] = []
+            add = Copies.add
+            patch.setattr(Copies, "add", lambda *args, add=add, added=added: (added.append(1), add(*args)))
+            rows = [one_step(trainer) for _ in range(STEPS)]
         loads = [row.pop("loads") for row in rows]
         weights = dict(whole_weights(trainer.engine, trainer.dims))
-        found.append((parity.Curve(rows, loads, trainer.evaluate().loss, weights), seen(trainer)))
+        curve = parity.Curve(rows, loads, trainer.evaluate().loss, weights)
+        found.append((curve, {**seen(trainer), "added": bool(added)}))
     return found
 
 
@@ -100,12 +106,12 @@ FSSDP_ON: list[tuple[int, bool, list[Variant]]] = [
         (FREES, {"copies", "moved"}),
         ([*FREES, "train.recompute=selective"], {"copies"}),
         ([*MOVING, "train.recompute=full"], {"copies"}),
-        (CALIBRATES, {"copies"}),
+        (CALIBRATES, {"copies", "added"}),
     ]),
     (4, True, [
         (MOVING, {"copies", "moved"}),
         ([*FREES, "train.recompute=full", "experts.overlap=true"], {"copies", "moved"}),
-        ([*CALIBRATES, "experts.placement.rematerialise=true"], {"copies"}),
+        ([*CALIBRATES, "experts.placement.rematerialise=true"], {"copies", "added"}),
     ]),
 ]  # fmt: skip
 

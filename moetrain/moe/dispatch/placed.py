@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from moetrain.comm import Group, all_gather_ints, all_to_all
 from moetrain.moe.dispatch.all_to_all import AllToAllDispatcher, AllToAllLayout, AllToAllOptions
 from moetrain.moe.permute import count, inverse, order_by_expert
-from moetrain.moe.placement.plan import Placement, Topology, held, server, serving
+from moetrain.moe.placement.plan import Placement, Topology, server, serving, slots
 from moetrain.moe.routing import Routing
 
 
@@ -28,14 +29,13 @@ class PlacedDispatcher(AllToAllDispatcher):
         assert group is not None
         self.calibrate: Callable[[list[list[int]]], PlacedDispatcher | None] | None = None
         rank = group.rank()
-        slots = [held(placement, r) for r in range(topology.ranks)]
-        self.slots = [len(experts) for experts in slots]
-        first = [sum(self.slots[:r]) for r in range(topology.ranks)]
+        slot_of, self.slots = slots(placement, topology.ranks)
+        first = list(itertools.accumulate(self.slots, initial=0))
         # slot_EM[e, i]: the slot, numbered over all ranks, that serves every M-th row of expert e from the i-th on.
         serve = serving(placement, rank, topology)
         width = max(map(len, serve))
         ranks = [[server(choice, rank, i) for i in range(len(choice))] for choice in serve]
-        rows = [[first[r] + slots[r].index(e) for r in choice] for e, choice in enumerate(ranks)]
+        rows = [[first[r] + slot_of[e, r] for r in choice] for e, choice in enumerate(ranks)]
         self.slot_EM = torch.tensor([row + [0] * (width - len(row)) for row in rows])
         self.choices_E = torch.tensor([len(row) for row in rows])
 

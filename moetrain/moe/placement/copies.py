@@ -144,7 +144,7 @@ class Copies:
         def free(_: Tensor) -> None:
             self._weights = None
 
-        if w13.requires_grad:
+        if w13.requires_grad and not w13.is_leaf:  # a leaf would keep the hooks of all passes
             w13.register_hook(free)
 
     def _by_name(self, weights: Weights) -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]:

@@ -54,6 +54,17 @@ def held(placement: Placement, rank: int) -> list[int]:
     return [e for e, ranks in enumerate(placement) if rank in ranks]
 
 
+def slots(placement: Placement, ranks: int) -> tuple[dict[tuple[int, int], int], list[int]]:
+    """((expert, rank) -> its slot on the rank, numbered from 0, slots of each rank)."""
+    found: dict[tuple[int, int], int] = {}
+    used = [0] * ranks
+    for e, on in enumerate(placement):
+        for rank in on:
+            found[e, rank] = used[rank]
+            used[rank] += 1
+    return found, used
+
+
 def moves(homes: Homes, placement: Placement) -> int:
     """Experts' weights that travel to make ``placement``, each copy once; as many gradients travel back."""
     return sum(rank != home for home, ranks in zip(homes, placement, strict=True) for rank in ranks)

@@ -16,6 +16,9 @@ from moetrain.moe.linear import Linear, local_part
 from moetrain.moe.mlp import MLP
 from moetrain.moe.routing import Rows
 
+# w13, w2, b13, b2 of some experts.
+Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
 
 class Experts(nn.Module):
     """The MLPs of E routed experts, or of this rank's e of them once the model is made parallel.
@@ -31,8 +34,8 @@ class Experts(nn.Module):
     entries of b2 that ``output_slice`` tells, and adds them alone, so that no gradient is spread over ranks. None: all
     is here.
 
-    placed: gives w13, w2, b13, b2 of the experts to compute with, where they are not just the parameters
-    (``moe.placement``); a rank may then have none at all.
+    placed: calls ``mlp`` with the weights of the experts to compute with, where they are not just the parameters
+    (``moe.placement.copies``); a rank may then have none at all.
     """
 
     def __init__(self, cfg: ModelConfig, layer: int, backend: str = "auto", fp8: bool = False) -> None:
@@ -48,18 +51,26 @@ class Experts(nn.Module):
         self.recompute = False
         self.split_group: dist.ProcessGroup | None = None
         self.output_slice: slice | None = None
-        self.placed: Callable[[], tuple[Tensor, Tensor, Tensor | None, Tensor | None]] | None = None
+        self.placed: Callable[[Rows, Callable[..., Tensor]], Tensor] | None = None
 
     def forward(self, rows: Rows) -> Tensor:
         """y_RD (R, D): the output of each row's expert, times the row's weight if it has one."""
-        w13, w2, b13, b2 = self.weights() if self.placed is None else self.placed()
-        if not len(w13):  # no expert, so no row; autograd must still reach both
-            return rows.x_ND + w13.sum() + w2.sum()
+        if self.placed is not None:
+            return self.placed(rows, self.mlp)
+        return self.mlp(rows, *self.weights())
+
+    def mlp(
+        self, rows: Rows, w13: Tensor, w2: Tensor, b13: Tensor | None, b2: Tensor | None, recompute: bool | None = None
+    ) -> Tensor:
+        """``forward`` with the weights of the experts whose rows these are. recompute: None: as the module says."""
+        if not len(w13):  # no expert, so no row; autograd must still reach all
+            return rows.x_ND + sum(p.sum() for p in (w13, w2, b13, b2) if p is not None)
         if b2 is not None and self.output_slice is not None:
             b2 = F.pad(b2, (self.output_slice.start, rows.x_ND.shape[1] - self.output_slice.stop))
-        return _maybe_checkpoint(self.recompute, self._run, rows, w13, w2, b13, b2)
+        recompute = self.recompute if recompute is None else recompute
+        return _maybe_checkpoint(recompute, self._run, rows, w13, w2, b13, b2)
 
-    def weights(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    def weights(self) -> Weights:
         """w13, w2, b13, b2: what this rank holds of them."""
         return tuple(local_part(p) for p in (self.w13, self.w2, self.b13, self.b2))  # type: ignore[return-value]
 

@@ -7,6 +7,7 @@ says Shard(0)) holds these, ascending, however many they are; all that looks at 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 from collections.abc import Mapping
@@ -26,21 +27,21 @@ from moetrain.moe.experts import Experts
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.placement import build_policy
 from moetrain.moe.placement.copies import Copies
-from moetrain.moe.placement.plan import WINDOW, Homes, at_home, ep_homes, predict
+from moetrain.moe.placement.plan import WINDOW, Homes, Placement, at_home, ep_homes, predict
 from moetrain.parallel.mesh import ParallelDims
 
 log = logging.getLogger("moetrain")
 
 
-def build_placement(cfg: Config, model: nn.Module, dims: ParallelDims) -> Placement | None:
+def build_placement(cfg: Config, model: nn.Module, dims: ParallelDims) -> ExpertPlacement | None:
     """What moves experts of ``model`` between ranks; None where none ever moves. Raises ConfigError where the mapping
     does not allow ``cfg.experts.placement``."""
     enforce([placement], cfg, dims.sizes)
     kind = kind_of(cfg)
-    return None if kind == "ep" or dims.sizes.ep == 1 else Placement(cfg, model, dims)
+    return None if kind == "ep" or dims.sizes.ep == 1 else ExpertPlacement(cfg, model, dims)
 
 
-class Placement:
+class ExpertPlacement:
     """The experts of ``model``, which ``build_parallel`` made, under ``cfg.experts.placement``.
 
     history: loads of each layer in the last steps. copied: experts' weights that travel in a step of the plan in force.
@@ -50,20 +51,20 @@ class Placement:
         self.layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, MoELayer)}
         self.group, self.ranks = dims.group("ep"), dims.sizes.ep
         self.policy = build_policy(cfg.experts.placement, self.ranks)
-        self.overlap = cfg.experts.overlap
+        self.overlap, frees, recompute = cfg.experts.overlap, self.policy.frees, cfg.train.recompute
         self.history: dict[str, list[list[int]]] = {name: [] for name in self.layers}
         self.copies: dict[str, Copies] = {}
         for name, layer in self.layers.items():
             router: Any = layer.router
             assert isinstance(layer.experts, Experts)
-            copies = Copies(layer.experts, ep_homes(router.n_experts, self.ranks), dims.stage_group)
-            layer.experts.placed = copies.weights
+            copies = Copies(layer.experts, ep_homes(router.n_experts, self.ranks), dims.stage_group, frees, recompute)
+            layer.experts.placed = copies.compute
             self.copies[name] = copies
         if getattr(self.policy.options, "slots", 1) == 0:
             log.warning("experts    no slots for copies (experts.placement.slots=0): plain expert parallelism")
         chain = list(self.copies.values())
         for before, after in itertools.pairwise(chain):
-            before.after = after
+            before.after, after.before = after, before
         if chain:
             model.register_forward_pre_hook(lambda *_: chain[0].start())
         self.plan()
@@ -74,8 +75,22 @@ class Placement:
             copies, n = self.copies[name], len(self.copies[name].homes)
             placement = self.policy.place(copies.homes, predict(self.history[name], n))
             copies.placement = placement
-            layer.dispatcher = PlacedDispatcher(n, self.group, placement, self.policy.topology)
-            layer.dispatcher.overlap = self.overlap
+            layer.dispatcher = self._dispatcher(copies, placement)
+            if self.policy.calibrates:
+                layer.dispatcher.calibrate = functools.partial(self._calibrate, copies)
+
+    def _dispatcher(self, copies: Copies, placement: Placement) -> PlacedDispatcher:
+        made = PlacedDispatcher(len(copies.homes), self.group, placement, self.policy.topology)
+        made.overlap = self.overlap
+        return made
+
+    def _calibrate(self, copies: Copies, counts_RE: list[list[int]]) -> PlacedDispatcher | None:
+        """The dispatcher of this pass, where the real loads ask for more copies than were planned."""
+        placement = self.policy.calibrate(copies.homes, copies.placement, counts_RE)
+        if placement == copies.placement:
+            return None
+        copies.add(placement)
+        return self._dispatcher(copies, placement)
 
     def end_step(self, step: int, loads: Loads, optimizer: torch.optim.Optimizer) -> None:
         """Learn from the last of ``step`` finished steps; move homes; plan the next step. Collective."""

@@ -22,7 +22,7 @@ from moetrain.optim.offload import keep_state_on_host
 from moetrain.parallel import tensor
 from moetrain.parallel.apply import build_parallel
 from moetrain.parallel.mesh import ParallelDims
-from moetrain.parallel.placement import Placement, build_placement
+from moetrain.parallel.placement import build_placement
 from moetrain.parallel.run import Inputs, LossScale
 from moetrain.train.step import (
     Accept,
@@ -123,7 +123,7 @@ class TorchEngine:
         self.peak_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.aux_names = aux_names(cfg.balance)
         self.copies = tensor.copies(self.model) if dims.sizes.tp > 1 else []
-        self.placement: Placement | None = build_placement(cfg, self.model, dims)
+        self.placement = build_placement(cfg, self.model, dims)
 
     def train_step(
         self, batches: list[Batch], step: int, lr_factor: float, accept: Accept = both_finite

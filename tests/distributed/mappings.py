@@ -105,11 +105,23 @@ COLUMNS: dict[str, dict[str, list[str]]] = {
     "recompute": {"-": [], "selective": ["train.recompute=selective"], "full": ["train.recompute=full"]},
     "tied": {"-": [], "yes": ["model.tie_embeddings=true"]},
     "optim": {"adamw": [], "muon": ["optim=muon"]},
+    # copies on some ranks, homes that move every seven steps
+    "placement": {
+        "-": [],
+        "fssdp": [
+            "experts/placement=fssdp",
+            "experts.placement.slots=1",
+            "experts.placement.budget=3",
+            "experts.placement.node_size=2",
+            "experts.placement.reshard_every=7",
+        ],
+    },
 }
 MODEL = ("attention", "block", "shared", "experts", "router", "documents", "tied", "optim")
 
 DEEPSPEED = "DeepSpeed's ZeRO does not do it, and moetrain refuses it"
 FEW = "the schedule runs at least as many micro-batches as it has stages"
+PLACED = "experts that move are whole, on the device, each with one owner, and not in a pipeline"
 RESHARD = "torch loses weight gradients of zero-bubble schedules where weights are freed between"
 ZERO = ("zero1", "zero2", "zero3")
 BUBBLE = ("zb", "zbv", "dualpipev")
@@ -125,11 +137,17 @@ EXCLUDED: dict[tuple[tuple[str, str], tuple[str, str]], str] = {
     **{(("engine", z), ("offload", "all")): DEEPSPEED for z in ("zero1", "zero2")},
     **{(("pp", s), ("micro", "1")): FEW for s in ("1f1b", "dualpipev")},
     **{(("pp", s), ("reshard", "yes")): RESHARD for s in BUBBLE},
+    **{(("engine", z), ("placement", "fssdp")): PLACED for z in ZERO},
+    **{(("pp", s), ("placement", "fssdp")): PLACED for s in COLUMNS["pp"] if s != "-"},
+    **{(("dispatch", d), ("placement", "fssdp")): PLACED for d in ("gather", "two_step")},
+    (("etp", "2"), ("placement", "fssdp")): PLACED,
+    (("offload", "all"), ("placement", "fssdp")): PLACED,
 }
 # a level that is another one and more: where it meets a level, the other has met it
 INCLUDES = {("documents", "packed"): ("documents", "yes")}
 # pairs that could meet on more data ranks than the table has
 ELSEWHERE = {(("engine", z), ("ep", "4")): "test_deepspeed.py, zero 3 on 4 data ranks" for z in ZERO}
+ELSEWHERE[("ep", "-"), ("placement", "fssdp")] = "test_placement.py: one rank alone has nothing to place"
 
 
 def table() -> list[Row]:

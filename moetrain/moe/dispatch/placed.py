@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from moetrain.comm import Group, all_to_all
+from moetrain.comm import Group, all_gather_ints, all_to_all
 from moetrain.moe.dispatch.all_to_all import AllToAllDispatcher, AllToAllLayout, AllToAllOptions
 from moetrain.moe.permute import count, inverse, order_by_expert
 from moetrain.moe.placement.plan import Placement, Topology, held, server, serving
@@ -17,11 +19,14 @@ class PlacedDispatcher(AllToAllDispatcher):
 
     A rank's slots are the experts that it holds, ascending. A row is served by this rank if it can, else by one of its
     node, else by any; a rank spreads an expert's rows evenly over those that may (``plan.serving``).
+
+    calibrate: given the rows of each rank for each expert, another dispatcher that lays them out, or None for this one.
     """
 
     def __init__(self, n_experts: int, group: Group, placement: Placement, topology: Topology) -> None:
         super().__init__(AllToAllOptions(), n_experts, group, None)
         assert group is not None
+        self.calibrate: Callable[[list[list[int]]], PlacedDispatcher | None] | None = None
         rank = group.rank()
         slots = [held(placement, r) for r in range(topology.ranks)]
         self.slots = [len(experts) for experts in slots]
@@ -36,6 +41,11 @@ class PlacedDispatcher(AllToAllDispatcher):
 
     def layout(self, routing: Routing) -> AllToAllLayout:
         token_A, expert_A, _ = routing.assignments()
+        if self.calibrate is not None:
+            mine = count(expert_A, self.n_experts).tolist()
+            other = self.calibrate(all_gather_ints(mine, self.group, expert_A.device))
+            if other is not None:
+                return other.layout(routing)
         slot_A = self._slots_of(expert_A)
         order = order_by_expert(token_A, slot_A, routing.n_tokens)
         n, own = self.size, self.slots[self.rank]

@@ -17,19 +17,21 @@ from moetrain.moe.placement.plan import Homes, Loads, Placement, Topology, at_ho
 class Policy:
     """Base of all policies: every expert at home, and home is where it was. Built as ``Kind(options, topology)``.
 
-    calibrates: whether ``calibrate`` may add copies once the real loads are known. frees: whether copies are freed
-    after forward and brought again for backward.
+    calibrates: whether ``calibrate`` may add copies. frees: whether copies are freed after forward and brought again
+    in backward.
     """
-
-    calibrates = False
-    frees = False
 
     def __init__(self, options: Any, topology: Topology) -> None:
         self.options, self.topology = options, topology
+        self.calibrates = self.frees = False
 
     def place(self, homes: Homes, loads: Loads) -> Placement:
         """The ranks that hold each expert of a layer in the next step, for which ``loads`` are predicted."""
         return at_home(homes)
+
+    def calibrate(self, homes: Homes, placement: Placement, counts_RE: Sequence[Sequence[int]]) -> Placement:
+        """``placement``, or one with more copies, once the real rows of each rank for each expert are known."""
+        return placement
 
     def rehome(self, step: int, homes: list[Homes], loads_LE: Sequence[Loads]) -> list[Homes]:
         """The homes of all layers' experts after ``step`` finished steps, for which ``loads_LE`` are predicted."""

@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 from moetrain.config.fields import STRICT, NonNegative, Positive
 from moetrain.config.registry import PLACEMENTS
 from moetrain.moe.placement import Policy, plan
-from moetrain.moe.placement.plan import Homes, Loads, Placement
+from moetrain.moe.placement.plan import Homes, Loads, Placement, Topology
 
 
 @dataclass(config=STRICT)
@@ -25,6 +25,15 @@ class FssdpOptions:
     reshard_every: NonNegative = Field(
         default=100, description="steps after which homes are planned anew over all layers; 0: never"
     )
+    rematerialise: bool = Field(
+        default=False, description="free copies after forward and bring them again in backward: less memory, more bytes"
+    )
+    calibrate: bool = Field(
+        default=False, description="add copies in slots left free once the real loads are known, where that pays"
+    )
+    calibrate_rows: float = Field(
+        default=0.0, ge=0, description="what such a copy costs, in rows that a rank computes in the time it takes"
+    )
 
     @property
     def hot(self) -> int:
@@ -38,9 +47,17 @@ class Fssdp(Policy):
 
     options: FssdpOptions
 
+    def __init__(self, options: FssdpOptions, topology: Topology) -> None:
+        super().__init__(options, topology)
+        self.calibrates, self.frees = options.calibrate and options.slots > 0, options.rematerialise
+
     def place(self, homes: Homes, loads: Loads) -> Placement:
         o = self.options
         return plan.fssdp(homes, loads, o.slots, o.hot, self.topology)
+
+    def calibrate(self, homes: Homes, placement: Placement, counts_RE: Sequence[Sequence[int]]) -> Placement:
+        o = self.options
+        return plan.calibrate(homes, placement, counts_RE, o.slots, o.calibrate_rows, self.topology)
 
     def rehome(self, step: int, homes: list[Homes], loads_LE: Sequence[Loads]) -> list[Homes]:
         o = self.options

@@ -89,6 +89,39 @@ def fssdp(homes: Homes, loads: Loads, slots: int, budget: int, topology: Topolog
     return _spread(homes, dict(zip(hot, copies, strict=True)), slots, topology)
 
 
+def calibrate(
+    homes: Homes,
+    placement: Placement,
+    counts_RE: Sequence[Sequence[int]],
+    slots: int,
+    cost: float,
+    topology: Topology,
+) -> Placement:
+    """``placement`` with more copies, now that the rows of each rank for each expert are known (Hecate's calibration).
+
+    The most loaded experts go, one after the other, to every rank that lacks them and has one of its ``slots`` left, as
+    long as each spares the busiest rank more than ``cost`` rows: what a rank could compute while a copy travels.
+    """
+    used = [0] * topology.ranks
+    for home, ranks in zip(homes, placement, strict=True):
+        for rank in ranks:
+            used[rank] += rank != home
+    loads = [sum(counts[e] for counts in counts_RE) for e in range(len(homes))]
+    now = max(rows_of(counts_RE, placement, topology))
+    for e in _by_load(loads):
+        new = {rank for rank in range(topology.ranks) if used[rank] < slots and rank not in placement[e]}
+        if not new or not loads[e]:
+            break
+        tried = tuple(tuple(sorted({*ranks, *new})) if i == e else ranks for i, ranks in enumerate(placement))
+        then = max(rows_of(counts_RE, tried, topology))
+        if now - then <= cost:
+            break
+        placement, now = tried, then
+        for rank in new:
+            used[rank] += 1
+    return placement
+
+
 def shadow(homes: Homes, loads: Loads, slots: int, cost: float, topology: Topology) -> Placement:
     """Dynamic shadowing (after FasterMoE, PPoPP 2022): hot experts go to every rank, one after the other,
     while that pays.
@@ -208,6 +241,12 @@ def routes(counts_RE: Sequence[Sequence[int]], placement: Placement, topology: T
             for i in range(len(ranks)):
                 sent[source][server(ranks, source, i)][e] += whole + (i < rest)
     return sent
+
+
+def rows_of(counts_RE: Sequence[Sequence[int]], placement: Placement, topology: Topology) -> list[int]:
+    """Rows that each rank computes, by ``routes``."""
+    sent = routes(counts_RE, placement, topology)
+    return [sum(sum(of_source[rank]) for of_source in sent) for rank in range(topology.ranks)]
 
 
 def _by_load(loads: Loads) -> list[int]:

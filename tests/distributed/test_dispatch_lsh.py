@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,9 @@ from moetrain.config.errors import ConfigError
 from moetrain.moe.dispatch import build_dispatcher
 from moetrain.moe.dispatch.buckets import hash_rows, rotations
 from moetrain.moe.routing import Carry, Memo, Routing, Rows, TokenContext
+from moetrain.train import parity
 from tests.distributed.moe_ranks import D, E, K, Result, Spread, batch, compare, make, on_rank, reference
+from tests.distributed.toy_run import load
 
 SIZES = {1: [17], 2: [19, 12], 4: [15, 0, 21, 8]}
 
@@ -221,3 +224,8 @@ def test_bad_settings_are_refused_by_name(setting: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says) as error:
         config.load(["dispatch=lsh", f"dispatch.{setting}"])
     assert "\n" not in str(error.value)
+
+
+def test_no_parity_is_claimed_for_it(prepared: Path) -> None:
+    with pytest.raises(ConfigError, match="dispatch=lsh changes the function"):
+        parity.prove(load(prepared, ["dispatch=lsh"]), 2)

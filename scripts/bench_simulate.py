@@ -61,14 +61,16 @@ def one(args: argparse.Namespace, cluster: str, name: str, skew: float | str) ->
     dim, layers, seq = MODELS[name]
     source = f"trace={args.trace}" if args.trace else f"skew={skew}"
     words = [
-        f"cluster={cluster}", "ranks=32", source, f"steps={args.steps}", f"slots={args.slots}", "attention=unfused",
-        "systems=ep,fssdp,fssdp-rm,shadow,static,migrate,lsh", f"model.dim={dim}", f"model.n_layers={layers}",
-        f"model.attention.n_heads={dim // 64}", f"model.attention.n_kv_heads={dim // 64}",
-        "model.attention.head_dim=64", "model.attention.qk_norm=none", f"efficiency={args.efficiency}", f"model.vocab_size={VOCAB}", "model.max_seq_len=2048",
-        "model.moe.num_experts=64", "model.moe.top_k=2", f"model.moe.expert_dim={2 * dim}",
-        "model.moe.activation=gelu", f"train.seq_len={seq}", f"train.micro_batch={args.tokens // seq}",
-        f"train.global_batch={args.tokens // seq}", "train.precision=bf16",
-    ]  # fmt: skip
+        *("ranks=32", f"cluster={cluster}", source, f"steps={args.steps}", f"slots={args.slots}"),
+        *("attention=unfused", f"efficiency={args.efficiency}"),
+        *("systems=ep,fssdp,fssdp-rm,shadow,static,migrate,lsh", f"model.dim={dim}", f"model.n_layers={layers}"),
+        *(f"model.attention.n_heads={dim // 64}", f"model.attention.n_kv_heads={dim // 64}"),
+        *("model.attention.head_dim=64", "model.attention.qk_norm=none", f"model.vocab_size={VOCAB}"),
+        *("model.max_seq_len=2048", "model.moe.num_experts=64", "model.moe.top_k=2"),
+        *(f"model.moe.expert_dim={2 * dim}", "model.moe.activation=gelu", f"train.seq_len={seq}"),
+        *(f"train.micro_batch={args.tokens // seq}", f"train.global_batch={args.tokens // seq}"),
+        "train.precision=bf16",
+    ]
     asked, settings = parse(words)
     found = simulate(asked, load(settings))
     figures, tables = found.figures, 2 * VOCAB * dim * STATE

@@ -61,13 +61,12 @@ class Model:
 @dataclass(frozen=True)
 class System:
     """A way to run the experts. policy: options of ``experts.placement``. sent: share of rows that travel and are
-    computed (dispatch=lsh). frees: copies are freed after forward and brought again. hidden: copies travel behind dense
-    work; else they are waited for. direct: see ``Clock.direct``."""
+    computed (dispatch=lsh). hidden: copies travel behind dense work; else they are waited for. direct: see
+    ``Clock.direct``."""
 
     name: str
     policy: dict[str, Any] = field(default_factory=lambda: {"kind": "ep"})
     sent: float = 1.0
-    frees: bool = False
     hidden: bool = True
     direct: bool = False
 
@@ -137,9 +136,13 @@ class _State:
         figures = Figures(dense_s=3 * clock.compute(m.head_flops))
         placements = []
         for work, homes, history, counts_RE in zip(m.layers, self.homes, self.history, counts_LRE, strict=True):
-            placement = self.policy.place(homes, predict(history, m.experts))
+            planned = self.policy.place(homes, predict(history, m.experts))
+            placement = planned
+            if self.policy.calibrates:
+                placement = self.policy.calibrate(homes, planned, counts_RE.tolist())
             placements.append(placement)
-            self._layer(figures, work, homes, placement, counts_RE)
+            self._rows(figures, work, placement, counts_RE)
+            self._copies(figures, work, homes, planned, placement)
         figures.memory = self._memory(placements)
         return figures
 
@@ -163,7 +166,8 @@ class _State:
         self.homes = new
         return figures
 
-    def _layer(self, figures: Figures, work: Work, homes: Homes, placement: Placement, counts_RE: np.ndarray) -> None:
+    def _rows(self, figures: Figures, work: Work, placement: Placement, counts_RE: np.ndarray) -> None:
+        """Computation of a layer, and its exchanges of rows."""
         system, clock = self.system, self.clock
         sent_RRE = rows_sent(counts_RE, placement, self.policy.topology, system.sent)
         bytes_RR = sent_RRE.sum(2) * work.row_bytes
@@ -171,18 +175,22 @@ class _State:
         figures.rows_s += 2 * clock.exchange(bytes_RR) + 2 * clock.exchange(bytes_RR.T)
         figures.rows_bytes += 4.0 * float(bytes_RR.sum() - np.trace(bytes_RR))
         figures.experts_s += 3 * clock.compute(2.0 * work.expert * float(sent_RRE.sum((0, 2)).max()))
-        dense = dense_seconds(work, clock)
-        figures.dense_s += 3 * dense
+        figures.dense_s += 3 * dense_seconds(work, clock)
         if system.sent < 1:
             figures.dense_s += clock.memory(LSH_PASSES * float(counts_RE.sum(1).max()) * work.row_bytes)
+
+    def _copies(self, figures: Figures, work: Work, homes: Homes, planned: Placement, placement: Placement) -> None:
+        """Copies of a layer. planned: those that may travel ahead; the others wait for the real loads."""
+        system, clock, frees = self.system, self.clock, self.policy.frees
+        time = clock.direct if system.direct else clock.broadcast
+        late = tuple(tuple({*p} - {*q}) for p, q in zip(placement, planned, strict=True))
+        there, more, back = (time(homes, p, work.expert_bytes) for p in (planned, late, placement))
+        back *= 2 if frees else 1
         copies = int(copies_sent(homes, placement, clock.ranks).sum())
-        if copies:
-            one = (clock.direct if system.direct else clock.broadcast)(homes, placement, work.expert_bytes)
-            there, back = one, one * (2 if system.frees else 1)
-            figures.copies_bytes += float(copies * work.expert_bytes * (3 if system.frees else 2))
-            figures.copies_s += there + back
-            hides = dense if system.hidden else 0.0
-            figures.exposed_copies_s += max(0.0, there - hides) + max(0.0, back - 2 * hides)
+        figures.copies_bytes += float(copies * work.expert_bytes * (3 if frees else 2))
+        figures.copies_s += there + more + back
+        hides = dense_seconds(work, clock) if system.hidden else 0.0
+        figures.exposed_copies_s += max(0.0, there - hides) + more + max(0.0, back - 2 * hides)
 
     def _memory(self, placements: list[Placement]) -> float:
         """Copies' weights live from forward to backward, or in one layer at a time; their gradients in one layer."""
@@ -191,7 +199,7 @@ class _State:
         for i, (work, homes, placement) in enumerate(zip(m.layers, self.homes, placements, strict=True)):
             own_LR[i] = np.bincount(homes, minlength=R) * work.expert * STATE
             copies_LR[i] = copies_sent(homes, placement, R).sum(0) * work.expert_bytes
-        weights_R = copies_LR.max(0) if self.system.frees else copies_LR.sum(0)
+        weights_R = copies_LR.max(0) if self.policy.frees else copies_LR.sum(0)
         return float((m.dense * STATE + own_LR.sum(0) + weights_R + copies_LR.max(0)).max())
 
 

@@ -172,7 +172,7 @@ def systems(asked: Asked, model: Model, clock: Clock, budget: int) -> list[Syste
     return [
         System("ep"),
         System("fssdp", sparse, direct=direct),
-        System("fssdp-rm", sparse, frees=True, direct=direct),
+        System("fssdp-rm", sparse | {"rematerialise": True}, direct=direct),
         System("lsh", sent=asked.sent),
         System("shadow", shadow, hidden=False, direct=direct),
         System("static", {"kind": "static", "copies": min(2, ranks), "node_size": node}, direct=direct),

@@ -20,11 +20,12 @@ from rich.table import Table
 from torch import Tensor
 
 from moetrain.config.check import check_config, check_mapping, resolve_sizes
-from moetrain.config.errors import TrainError
+from moetrain.config.errors import ConfigError, TrainError
 from moetrain.config.registry import DISPATCHERS, PLACEMENTS
 from moetrain.config.schema import Config, ParallelConfig
 from moetrain.data.prepare import prepare
 from moetrain.data.toy import toy_data
+from moetrain.moe.dispatch.lsh import LshOptions
 from moetrain.train import runtime
 from moetrain.train.engine import whole_weights
 from moetrain.train.trainer import Trainer
@@ -68,6 +69,10 @@ def prove(small: Config, world: int, timeout: float = 900) -> tuple[list[Curve],
 
     small: a config whose model a CPU steps quickly. Trains on toy text for ``train.steps`` steps on this machine's CPU.
     """
+    if isinstance(small.dispatch, LshOptions):
+        raise ConfigError(
+            "dispatch=lsh changes the function with the mapping; prove the mapping with dispatch=all_to_all"
+        )
     with tempfile.TemporaryDirectory(prefix="moetrain-parity-") as folder:
         small = copy.deepcopy(small)
         small.data = toy_data(Path(folder), small.data)

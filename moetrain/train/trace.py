@@ -33,7 +33,8 @@ class Tracer:
 
     def count(self, step: int, loads: Loads) -> None:
         """Note the loads of a step that changed the weights. Collective now and then."""
-        self.kept.append((step, loads.mine))
+        if loads.counts:
+            self.kept.append((step, loads.mine))
         if len(self.kept) >= PIECE:
             self.flush()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,9 @@ from moetrain.config.errors import ConfigError
 from moetrain.moe.dispatch import build_dispatcher
 from moetrain.moe.dispatch.buckets import hash_rows, rotations
 from moetrain.moe.routing import Carry, Memo, Routing, Rows, TokenContext
+from moetrain.train import parity
 from tests.distributed.moe_ranks import D, E, K, Result, Spread, batch, compare, make, on_rank, reference
+from tests.distributed.toy_run import load
 
 SIZES = {1: [17], 2: [19, 12], 4: [15, 0, 21, 8]}
 
@@ -172,6 +175,23 @@ def test_nothing_is_compressed_or_counted_outside_training() -> None:
     assert run_ranks(1, in_evaluation) == [(True, False, 0)]
 
 
+def seen_of_later_tokens() -> tuple[bool, bool]:
+    """Whether the first 10 of 40 tokens get other outputs when the 30 after them change, in training and outside."""
+    layer, x = make("dropless"), torch.randn(40, D, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    other, carry = torch.cat([x[:10], x[10:].flip(1)]), Carry(torch.zeros(2, dtype=torch.float64))
+    layer.dispatcher = build_dispatcher(lsh(1), E, dist.group.WORLD)
+    found = []
+    for training in (True, False):
+        a, b = (layer(t, carry, TokenContext(40, training=training))[0][:10] for t in (x, other))
+        found.append(not torch.allclose(a, b, rtol=1e-9, atol=1e-9))
+    return found[0], found[1]
+
+
+def test_means_show_a_token_what_comes_later_but_not_in_evaluation() -> None:
+    """Why the training loss of a causal model cannot be compared, and the held-out loss can."""
+    assert run_ranks(1, seen_of_later_tokens) == [(True, False)]
+
+
 def resampled() -> list[int]:
     layer, sent = make("dropless"), []
     x, carry = torch.randn(60, D, dtype=torch.float64), Carry(torch.zeros(2, dtype=torch.float64))
@@ -204,3 +224,8 @@ def test_bad_settings_are_refused_by_name(setting: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says) as error:
         config.load(["dispatch=lsh", f"dispatch.{setting}"])
     assert "\n" not in str(error.value)
+
+
+def test_no_parity_is_claimed_for_it(prepared: Path) -> None:
+    with pytest.raises(ConfigError, match="dispatch=lsh changes the function"):
+        parity.prove(load(prepared, ["dispatch=lsh"]), 2)

@@ -122,7 +122,9 @@ def test_a_copy_everywhere_spares_the_hot_rank_and_costs_what_it_weighs() -> Non
 
 def test_freed_copies_take_less_memory_and_travel_once_more() -> None:
     policy = {"kind": "fssdp", "slots": 2, "budget": 2, "node_size": 2, "reshard_every": 0}
-    kept, freed = (replay(hot(), MODEL, System("x", policy, frees=frees), clock()) for frees in (False, True))
+    kept, freed = (
+        replay(hot(), MODEL, System("x", policy | {"rematerialise": frees}), clock()) for frees in (False, True)
+    )
     assert freed.copies_bytes == 1.5 * kept.copies_bytes
     copy = WORK.expert_bytes
     ep = replay(hot(), MODEL, System("ep"), clock())
@@ -135,6 +137,16 @@ def test_copies_that_do_not_fit_behind_dense_work_are_exposed() -> None:
     slow = dataclasses.replace(MODEL, layers=[dataclasses.replace(WORK, dense_flops=0.0)] * 2)
     f = replay(hot(), slow, System("x", policy), clock())
     assert f.exposed_copies_s == f.copies_s == close(2 * 2 * WORK.expert_bytes / (20 * GB * LINKS))
+
+
+def test_copies_by_the_real_loads_are_waited_for() -> None:
+    """Nothing is known in the first step, so nothing is planned; calibration brings the hot expert, and is exposed."""
+    policy = {"kind": "fssdp", "slots": 1, "budget": 1, "node_size": 2, "reshard_every": 0}
+    first = hot(steps=1)
+    blind, seen = (replay(first, MODEL, System("x", policy | {"calibrate": on}), clock()) for on in (False, True))
+    assert blind.copies_bytes == 0 and seen.copies_bytes == 2 * 2 * 3 * WORK.expert_bytes
+    assert seen.experts_s < blind.experts_s
+    assert seen.exposed_copies_s == close(2 * WORK.expert_bytes / (20 * GB * LINKS))
 
 
 def test_compression_scales_rows_and_work() -> None:

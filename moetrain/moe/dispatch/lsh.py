@@ -14,8 +14,9 @@ constants (the hash has no gradient), so the backward is the adjoint of that. S 
 G_j the sum of g over a bucket and u_j = J_E(c_j)^T G_j. So G_j is what travels back, as much as went there, and the
 expert's weights get the gradient of (c_j, G_j). A bucket of one row gives the plain layer, exactly.
 
-Every row is compressed, also one whose expert is on its own rank: so it is the expert's work that shrinks, too. Outside
-training nothing is compressed, and a checkpoint or export has no trace of it.
+Every row is compressed, also one whose expert is on its own rank: so the experts' work shrinks, too. A mean holds
+tokens that come later in a sequence, so a causal model sees something of what it is to predict, and its training loss
+is too low. Outside training nothing is compressed: held-out losses are those of the model as it is exported.
 """
 
 from __future__ import annotations

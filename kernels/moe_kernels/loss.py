@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_kernels.native import dense
+
 # Logits that exist at a time unless the caller says otherwise, but never fewer than those of so many tokens: each
 # chunk's weight gradient is added to a (V, D) sum, which must cost less than the products.
 CHUNK_LOGITS = 2**23
@@ -98,6 +100,9 @@ def _run(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Losses (T,), and the gradients of <above, losses> in h (its dtype) and in w (float32 or wider), where needed."""
     T, V = len(h_TD), len(w_VD)
+    native = dense.takes_native(h_TD, w_VD, T)
+    if native:
+        h_TD, w_VD = h_TD.contiguous(), w_VD.contiguous()
     valid_T = targets_T != ignore_index
     targets_T1 = targets_T.where(valid_T, 0)[:, None]
     above_T1 = None if above_T is None else (above_T * valid_T)[:, None]
@@ -108,15 +113,24 @@ def _run(
     grad_w = None
     for start in range(0, T, chunk):
         rows = slice(start, min(start + chunk, T))
-        p = torch.mm(h_TD[rows], w_VD.t(), out=logits[: rows.stop - start])
+        p = logits[: rows.stop - start]
+        if native:
+            dense.times_transposed(h_TD[rows], w_VD, out=p)
+        else:
+            torch.mm(h_TD[rows], w_VD.t(), out=p)
         above = None if above_T1 is None else above_T1[rows]
-        if part is None:
+        if part is None and native:
+            dense.softmax_(p, targets_T1[rows], above, losses_T1[rows])
+        elif part is None:
             _softmax_(p, targets_T1[rows], above, losses_T1[rows], scratch)
         else:
             _part_softmax_(p, targets_T1[rows] - part.first, above, losses_T1[rows], scratch, part.gather)
         if grad_h is not None:
-            torch.mm(p, w_VD, out=grad_h[rows])
-        if need_w:
+            dense.times(p, w_VD, out=grad_h[rows]) if native else torch.mm(p, w_VD, out=grad_h[rows])
+        if need_w and native:
+            to = torch.empty_like(w_VD, dtype=losses_T1.dtype) if grad_w is None else grad_w
+            grad_w = dense.transposed_times(p, h_TD[rows], to, add=grad_w is not None)
+        elif need_w:
             grad_w = _add_product(grad_w, p, h_TD[rows])
     if need_w and grad_w is None:
         grad_w = torch.zeros_like(w_VD, dtype=losses_T1.dtype)

@@ -170,7 +170,7 @@ def linear_cross_entropy(
             first = int(targets_T[wrong_T][0])
             raise ValueError(f"targets must be class numbers below {V} or {ignore_index}; one is {first}")
     triton = takes_triton("linear_cross_entropy", backend, h_TD)
-    native = not triton and backend == "auto" and dense.takes_native(h_TD, w_VD, len(h_TD))
+    native = not triton and dense.takes_native(h_TD, w_VD, len(h_TD))
     if native or triton:
         h_TD, w_VD = h_TD.contiguous(), w_VD.contiguous()
     how = _How(ignore_index, chunk, part, native, triton)

@@ -69,7 +69,8 @@ def test_every_backend_in_float32(monkeypatch: pytest.MonkeyPatch, backend: str,
 def test_bad_rows_stay_alone(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     """NaN and infinities go where they go in torch's cross-entropy; other tokens do not see them. All ways to compute
     it; the compiled one takes part where there is a compiler."""
-    monkeypatch.setattr("moe_kernels.native.dense.SMALL", 0)
+    if backend == "auto":
+        monkeypatch.setattr("moe_kernels.native.dense.SMALL", 0)
     h, w = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.eye(4).repeat(10, 1)[:37]
     for row, value in enumerate((float("nan"), float("inf"), -float("inf"), 3e38)):
         h[row, 1] = value

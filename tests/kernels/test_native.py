@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moe_kernels import expert_mlp, linear, linear_cross_entropy
+from moe_kernels import expert_mlp, linear, linear_cross_entropy, rms_norm, rope
 from moe_kernels.native import dense, library
 from moe_kernels.native.attention import native_attention
 from torch import Tensor
@@ -182,6 +182,49 @@ def test_loss(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, reduction: st
     grads, wanted = torch.autograd.grad(got, mine, above), torch.autograd.grad(want, exact, above.double())
     for a, b in zip((got, *grads), (want, *wanted), strict=True):
         assert (a.double() - b).norm() < (2e-6 if dtype == torch.float32 else 1e-2) * b.norm()
+
+
+# ---- norms and positions --------------------------------------------------------------------------------------------
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", [(1, 1), (600, 40), (513, 300)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("threads")
+def test_rms_norm(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    """Widths that fill no vector and rows of several stages, with an offset, against the formula in float64; the same
+    bits from one and from three threads."""
+    g = torch.Generator().manual_seed(shape[0])
+    x, weight, above = (torch.randn(*s, generator=g).to(dtype) for s in (shape, shape[1:], shape))
+    mine, exact = ([t.to(d).requires_grad_() for t in (x, weight)] for d in (dtype, torch.float64))
+    results = []
+    for n in (1, 3):
+        torch.set_num_threads(n)
+        y = rms_norm(*mine, 1e-6, offset=1.0)
+        results.append((y, *torch.autograd.grad(y, mine, above)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    x64, weight64 = exact
+    want = x64 / (x64.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (weight64 + 1)
+    for a, b in zip(results[0], (want, *torch.autograd.grad(want, exact, above.double())), strict=True):
+        assert (a.double() - b).norm() <= (2e-6 if dtype == torch.float32 else 4e-3) * b.norm() + 1e-6
+
+
+@needs_compiler
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("per_sequence", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rope(dtype: torch.dtype, per_sequence: bool, interleaved: bool) -> None:
+    """A head of 21 of which 10 turn, against torch's operators in float64, forward and backward."""
+    g = torch.Generator().manual_seed(0)
+    angle = torch.randn(*(3, 7)[not per_sequence :], 1, 5, generator=g)
+    x, above = (torch.randn(3, 7, 2, 21, generator=g).to(dtype) for _ in range(2))
+    tables = angle.cos().to(dtype), angle.sin().to(dtype)
+    mine, exact = x.clone().requires_grad_(), x.double().requires_grad_()
+    got = rope(mine, *tables, interleaved=interleaved)
+    want = rope(exact, *(t.double() for t in tables), interleaved=interleaved)
+    (dx,), (dx64,) = torch.autograd.grad(got, mine, above), torch.autograd.grad(want, exact, above.double())
+    for a, b in ((got, want), (dx, dx64)):
+        assert (a.double() - b).abs().max() < (1e-6 if dtype == torch.float32 else 4e-3) * b.abs().max()
 
 
 # ---- attention -----------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from moe_kernels import permute, rms_norm, rope, router_topk, unpermute
+from moe_kernels import linear_cross_entropy, permute, rms_norm, rope, router_topk, unpermute
 from torch import Tensor
 
 HALF, FULL = torch.bfloat16, torch.float32
@@ -25,7 +25,8 @@ class Case(NamedTuple):
 
 
 def cases(device: str, tiny: bool) -> list[Case]:
-    """Norms of a model and of its heads; routers of Qwen3 and DeepSeek-V3; both pairings of rope; rows of 8 experts."""
+    """Norms of a model and of its heads; routers of Qwen3 and DeepSeek-V3; both pairings of rope; rows of 8 experts; a
+    vocabulary's loss."""
     T, heads = (5, 2) if tiny else (4096, 16)
     D, E = (24, 16) if tiny else (2048, 256)
     deepseek: dict[str, Any] = {"score": "sigmoid", "groups": 8, "top_groups": 4, "scale": 2.5}
@@ -49,6 +50,10 @@ def cases(device: str, tiny: bool) -> list[Case]:
         rows_RD, _, row_TK = permute(x_TD, ids_TK, 32, backend=backend)
         return unpermute(rows_RD * 2, row_TK, weights_TK, backend=backend)
 
+    def loss(h_TD: Tensor, w_VD: Tensor, backend: str) -> Tensor:
+        targets_T = torch.arange(len(h_TD), device=device) % len(w_VD)
+        return linear_cross_entropy(h_TD, w_VD, targets_T, reduction="none", backend=backend)
+
     x_TD, x_BSHd, logits_TE = _normal(device, T, D), _normal(device, 2, T, heads, 64), _normal(device, T, E)
     normed = {"x": x_TD, "weight": _normal(device, D)}
     return [
@@ -59,6 +64,7 @@ def cases(device: str, tiny: bool) -> list[Case]:
         Case("router_topk of DeepSeek-V3", FULL, functools.partial(router, **deepseek), {"logits_TE": logits_TE}),
         Case("rope", HALF, functools.partial(turned, interleaved=False), {"x": x_BSHd}),
         Case("rope of neighbours", HALF, functools.partial(turned, interleaved=True), {"x": x_BSHd}),
+        Case("linear_cross_entropy", HALF, loss, {"h_TD": x_TD, "w_VD": _normal(device, 16 * D, D) / 32}),
         Case("permute and unpermute", HALF, rows, {"x_TD": x_TD, "weights_TK": _normal(device, T, 8)}),
     ]
 

@@ -10,8 +10,8 @@ OP_BACKENDS = ("auto", "torch", "triton")
 
 
 def takes_triton(op: str, backend: str, x: Tensor) -> bool:
-    """Whether ``op`` runs its Triton kernels on ``x``: where they are asked for. "torch" is torch's own operators, on
-    any device. So is "auto", as long as nobody has timed these kernels on a GPU.
+    """Whether ``op`` runs its Triton kernels on ``x``: where they are asked for. "torch" is torch's own operators, or
+    what is compiled for the CPU in their place. So is "auto", as long as nobody has timed these kernels on a GPU.
 
     Raises:
         ValueError: the backend is unknown, or was forced and cannot run here.

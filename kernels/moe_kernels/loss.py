@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from moe_kernels.choice import takes_triton
+from moe_kernels.loss_softmax import VocabularyPart, part_softmax_, scratch_for, softmax_
+from moe_kernels.native import dense
 
 # Logits that exist at a time unless the caller says otherwise, but never fewer than those of so many tokens: each
 # chunk's weight gradient is added to a (V, D) sum, which must cost less than the products.
 CHUNK_LOGITS = 2**23
 CHUNK_TOKENS = 256
-# Logits that the softmax works on at a time, so that its passes find them in the cache.
-BLOCK_LOGITS = 2**20
 
 
-@dataclass(frozen=True)
-class VocabularyPart:
-    """The classes whose weights are here, when the others are elsewhere; everywhere are the same tokens and targets.
+class _How(NamedTuple):
+    """native: the compiled products. triton: the softmax is a Triton kernel, the products torch's."""
 
-    first: the first class here. classes: V, their number everywhere. own_T: bool (T,), the tokens whose losses are
-    reported here; every token is reported somewhere, once.
-    gather: a tensor -> that of every part, stacked in a new first dimension, without autograd. Called equally often
-    with equal shapes everywhere, in forward and in backward.
-    """
-
-    first: int
-    classes: int
-    own_T: Tensor
-    gather: Callable[[Tensor], Tensor]
+    ignore_index: int
+    chunk: int
+    part: VocabularyPart | None
+    native: bool
+    triton: bool
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -40,22 +34,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        h_TD: Tensor,
-        w_VD: Tensor,
-        targets_T: Tensor,
-        ignore_index: int,
-        chunk: int,
-        summed: bool,
-        train: bool,
-        part: VocabularyPart | None,
+        ctx: Any, h_TD: Tensor, w_VD: Tensor, targets_T: Tensor, summed: bool, train: bool, how: _How
     ) -> Tensor:
-        ctx.ignore_index, ctx.chunk, ctx.summed, ctx.dtype, ctx.part = ignore_index, chunk, summed, h_TD.dtype, part
+        ctx.how, ctx.summed, ctx.dtype = how, summed, h_TD.dtype
         need_h, need_w = ctx.needs_input_grad[:2] if summed and train else (False, False)
         above_T = h_TD.new_ones(len(h_TD), dtype=_wide(h_TD.dtype)) if need_h or need_w else None
-        losses_T, grad_h, grad_w = _run(h_TD, w_VD, targets_T, ignore_index, chunk, above_T, need_h, need_w, part)
-        if part is not None:
-            losses_T = losses_T * part.own_T
+        losses_T, grad_h, grad_w = _run(h_TD, w_VD, targets_T, above_T, need_h, need_w, how)
+        if how.part is not None:
+            losses_T = losses_T * how.part.own_T
         if summed:
             ctx.save_for_backward(grad_h, grad_w)
             return losses_T.sum()
@@ -67,13 +53,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if ctx.summed:
             grads = [None if g is None else _scaled(g, above[0], ctx.dtype) for g in ctx.saved_tensors]
         else:
+            part: VocabularyPart | None = ctx.how.part
+            # The losses of tokens that are reported elsewhere have their gradient from above there.
+            above_T = above[0] if part is None else part.gather(above[0] * part.own_T).sum(0)
             h_TD, w_VD, targets_T = ctx.saved_tensors
             need_h, need_w = ctx.needs_input_grad[:2]
-            # The losses of tokens that are reported elsewhere have their gradient from above there.
-            above_T = above[0] if ctx.part is None else ctx.part.gather(above[0] * ctx.part.own_T).sum(0)
-            _, *grads = _run(h_TD, w_VD, targets_T, ctx.ignore_index, ctx.chunk, above_T, need_h, need_w, ctx.part)
+            _, *grads = _run(h_TD, w_VD, targets_T, above_T, need_h, need_w, ctx.how)
             grads = [None if g is None else g.to(ctx.dtype) for g in grads]
-        return *grads, None, None, None, None, None, None
+        return *grads, None, None, None, None
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -86,106 +73,50 @@ def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _run(
-    h_TD: Tensor,
-    w_VD: Tensor,
-    targets_T: Tensor,
-    ignore_index: int,
-    chunk: int,
-    above_T: Tensor | None,
-    need_h: bool,
-    need_w: bool,
-    part: VocabularyPart | None,
+    h_TD: Tensor, w_VD: Tensor, targets_T: Tensor, above_T: Tensor | None, need_h: bool, need_w: bool, how: _How
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Losses (T,), and the gradients of <above, losses> in h (its dtype) and in w (float32 or wider), where needed."""
     T, V = len(h_TD), len(w_VD)
-    valid_T = targets_T != ignore_index
+    valid_T = targets_T != how.ignore_index
     targets_T1 = targets_T.where(valid_T, 0)[:, None]
     above_T1 = None if above_T is None else (above_T * valid_T)[:, None]
     losses_T1 = h_TD.new_empty((T, 1), dtype=_wide(h_TD.dtype))
-    logits = h_TD.new_empty(min(chunk, T), V)
-    scratch = logits if logits.dtype == losses_T1.dtype else losses_T1.new_empty(max(1, BLOCK_LOGITS // V), V)
+    logits = h_TD.new_empty(min(how.chunk, T), V)
     grad_h = torch.empty_like(h_TD) if need_h else None
     grad_w = None
-    for start in range(0, T, chunk):
-        rows = slice(start, min(start + chunk, T))
-        p = torch.mm(h_TD[rows], w_VD.t(), out=logits[: rows.stop - start])
-        above = None if above_T1 is None else above_T1[rows]
-        if part is None:
-            _softmax_(p, targets_T1[rows], above, losses_T1[rows], scratch)
-        else:
-            _part_softmax_(p, targets_T1[rows] - part.first, above, losses_T1[rows], scratch, part.gather)
+    for start in range(0, T, how.chunk):
+        rows = slice(start, min(start + how.chunk, T))
+        h, p, above = h_TD[rows], logits[: min(how.chunk, T - start)], None if above_T1 is None else above_T1[rows]
+        dense.times_transposed(h, w_VD, out=p) if how.native else torch.mm(h, w_VD.t(), out=p)
+        _softmax_(p, targets_T1[rows], above, losses_T1[rows], how)
         if grad_h is not None:
-            torch.mm(p, w_VD, out=grad_h[rows])
+            dense.times(p, w_VD, out=grad_h[rows]) if how.native else torch.mm(p, w_VD, out=grad_h[rows])
         if need_w:
-            grad_w = _add_product(grad_w, p, h_TD[rows])
+            grad_w = _add_product(grad_w, p, h, how)
     if need_w and grad_w is None:
         grad_w = torch.zeros_like(w_VD, dtype=losses_T1.dtype)
     return losses_T1[:, 0] * valid_T, grad_h, grad_w
 
 
-def _softmax_(logits: Tensor, targets: Tensor, above: Tensor | None, losses: Tensor, scratch: Tensor) -> None:
-    """Write the losses (c, 1) of ``logits`` (c, V); replace the logits by the gradient of <above, losses>, if given.
+def _softmax_(p: Tensor, targets: Tensor, above: Tensor | None, losses: Tensor, how: _How) -> None:
+    """``softmax_``, by what ``how`` says."""
+    if how.part is not None:
+        part_softmax_(p, targets - how.part.first, above, losses, scratch_for(p, losses.dtype), how.part.gather)
+    elif how.triton:
+        from moe_kernels.gpu.loss import softmax_ as triton_softmax_  # needs triton
 
-    targets (c, 1). scratch: float32 or wider, with room for a block of rows, or the storage of logits itself.
-    """
-    V = logits.shape[1]
-    block = max(1, BLOCK_LOGITS // V)
-    for start in range(0, len(logits), block):
-        rows = slice(start, start + block)
-        part = logits[rows]
-        x = part if part.dtype == scratch.dtype else scratch[: len(part)].copy_(part)
-        x.sub_(x.amax(dim=1, keepdim=True))
-        at_target = x.gather(1, targets[rows])
-        total = x.exp_().sum(dim=1, keepdim=True)
-        torch.sub(total.log(), at_target, out=losses[rows])
-        if above is not None:
-            x.mul_(above[rows] / total).scatter_add_(1, targets[rows], -above[rows])
-            if x is not part:
-                part.copy_(x)
+        triton_softmax_(p, targets, above, losses)
+    elif how.native:
+        dense.softmax_(p, targets, above, losses)
+    else:
+        softmax_(p, targets, above, losses, scratch_for(p, losses.dtype))
 
 
-def _part_softmax_(
-    logits: Tensor,
-    targets: Tensor,
-    above: Tensor | None,
-    losses: Tensor,
-    scratch: Tensor,
-    gather: Callable[[Tensor], Tensor],
-) -> None:
-    """``_softmax_`` where ``logits`` (c, v) are those of some classes; a target may be below 0 or above v - 1.
-
-    The parts exchange, per token, their largest logit, the sum of exponentials beside it and the target's logit.
-    """
-    c, v = logits.shape
-    block = max(1, BLOCK_LOGITS // v)
-    blocks = [slice(start, start + block) for start in range(0, c, block)]
-    is_here = (targets >= 0) & (targets < v)
-    targets = targets.where(is_here, 0)
-    largest, total, at_target = stats = losses.new_empty(3, c, 1)
-    for rows in blocks:
-        x = logits[rows].to(losses.dtype)
-        torch.amax(x, dim=1, keepdim=True, out=largest[rows])
-        torch.sum(torch.sub(x, largest[rows]).exp_(), dim=1, keepdim=True, out=total[rows])
-        torch.gather(x, 1, targets[rows], out=at_target[rows])
-    at_target.masked_fill_(~is_here, 0)  # it is elsewhere, and the sum over the parts finds it
-    largest_P, total_P, at_target_P = gather(stats).unbind(1)
-    largest = largest_P.amax(dim=0)
-    total = (total_P * (largest_P - largest).exp()).sum(dim=0)
-    torch.sub(total.log(), at_target_P.sum(dim=0) - largest, out=losses)
-    if above is None:
-        return
-    above_here = above * is_here
-    for rows in blocks:
-        part = logits[rows]
-        x = part if part.dtype == scratch.dtype else scratch[: len(part)].copy_(part)
-        x.sub_(largest[rows]).exp_().mul_(above[rows] / total[rows])
-        x.scatter_add_(1, targets[rows], -above_here[rows])
-        if x is not part:
-            part.copy_(x)
-
-
-def _add_product(total: Tensor | None, p: Tensor, h: Tensor) -> Tensor:
+def _add_product(total: Tensor | None, p: Tensor, h: Tensor, how: _How) -> Tensor:
     """total + p^T h in float32 or wider; ``total`` is overwritten."""
+    if how.native:
+        to = p.new_empty(p.shape[1], h.shape[1], dtype=_wide(p.dtype)) if total is None else total
+        return dense.transposed_times(p, h, to, add=total is not None)
     if p.dtype == _wide(p.dtype):
         return torch.mm(p.t(), h) if total is None else total.addmm_(p.t(), h)
     product = torch.mm(p.t(), h)
@@ -201,6 +132,7 @@ def linear_cross_entropy(
     chunk: int | None = None,
     reduction: str = "sum",
     part: VocabularyPart | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Cross-entropy of the logits ``h_TD @ w_VD.T``, in nats, without ever holding the logits of all tokens.
 
@@ -212,10 +144,12 @@ def linear_cross_entropy(
     part: w_VD has the weights of some classes only; h_TD and targets_T are the same everywhere. The result is the share
     of the tokens ``part.own_T`` (zero for the others), the gradients are those of all shares together: complete in the
     weights here; in h_TD, to be summed over the parts. With "sum", the gradient from above must be the same everywhere.
+    backend: one of ``OP_BACKENDS``. "triton" makes the softmax of a chunk and its gradient in one kernel, in place; a
+    ``part``'s stay torch's. On CPU all is compiled, where it can be.
 
     Raises:
         ValueError: shapes, dtypes or targets do not fit (targets are looked at on CPU only), or ``reduction`` is
-            neither "sum" nor "none".
+            neither "sum" nor "none"; the backend is unknown or cannot run here.
     """
     if reduction not in ("sum", "none"):
         raise ValueError(f"reduction is 'sum' or 'none', not {reduction!r}")
@@ -235,9 +169,12 @@ def linear_cross_entropy(
         if wrong_T.any():
             first = int(targets_T[wrong_T][0])
             raise ValueError(f"targets must be class numbers below {V} or {ignore_index}; one is {first}")
-    return _LinearCrossEntropy.apply(
-        h_TD, w_VD, targets_T, ignore_index, chunk, reduction == "sum", torch.is_grad_enabled(), part
-    )
+    triton = takes_triton("linear_cross_entropy", backend, h_TD)
+    native = not triton and dense.takes_native(h_TD, w_VD, len(h_TD))
+    if native or triton:
+        h_TD, w_VD = h_TD.contiguous(), w_VD.contiguous()
+    how = _How(ignore_index, chunk, part, native, triton)
+    return _LinearCrossEntropy.apply(h_TD, w_VD, targets_T, reduction == "sum", torch.is_grad_enabled(), how)
 
 
 def token_counts(ids: Tensor, n: int) -> Tensor:

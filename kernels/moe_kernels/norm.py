@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_kernels.choice import takes_triton
+from moe_kernels.native import rows
 
 # Rows whose share of the weight's gradient torch adds up one after the other; these sums are then added up.
 ROWS = 4096
@@ -64,6 +65,8 @@ class _RMSNorm(torch.autograd.Function):
 
 def _forward(x_ND: Tensor, weight_D: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(x_ND.dtype, torch.float32)
+    if rows.takes_native(x_ND):
+        return rows.norm_forward(x_ND, _scale(weight_D, offset, wide), eps)
     x = x_ND.to(wide)
     rstd_N1 = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[1]).add_(eps).rsqrt_()
     y = (x * rstd_N1).mul_(_scale(weight_D, offset, wide))
@@ -79,10 +82,13 @@ def _backward(
     """
     D, wide = x_ND.shape[1], rstd_N.dtype
     w_D = _scale(weight_D, offset, wide)
+    if rows.takes_native(x_ND):
+        dx_ND, sum_D = rows.norm_backward(g_ND, x_ND, w_D, rstd_N, need_weight)
+        return dx_ND, None if sum_D is None else sum_D.to(weight_D.dtype)
     dw_D, parts = torch.zeros_like(w_D), [x_ND[:0]]
     for first in range(0, len(x_ND), ROWS):
-        rows = slice(first, first + ROWS)
-        x, g, rstd_n1 = x_ND[rows].to(wide), g_ND[rows].to(wide), rstd_N[rows].unsqueeze(1)
+        some = slice(first, first + ROWS)
+        x, g, rstd_n1 = x_ND[some].to(wide), g_ND[some].to(wide), rstd_N[some].unsqueeze(1)
         dx, dw, _ = torch.ops.aten.native_layer_norm_backward(
             g, x, [D], torch.zeros_like(rstd_n1), rstd_n1, w_D, None, [True, need_weight, False]
         )
@@ -95,4 +101,5 @@ def _backward(
 
 
 def _scale(weight_D: Tensor, offset: float, wide: torch.dtype) -> Tensor:
-    return weight_D.to(wide) if offset == 0 else weight_D.to(wide) + offset
+    weight_D = weight_D.to(wide)
+    return weight_D.contiguous() if offset == 0 else weight_D + offset

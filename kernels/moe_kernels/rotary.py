@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_kernels.choice import takes_triton
+from moe_kernels.native import rows
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, backend: str = "auto") -> Tensor:
@@ -18,7 +19,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, back
     interleaved: the pairs are neighbours, elements (2i, 2i + 1) (DeepSeek); else (i, i + r/2) (Llama). Either way all
         first elements come out before all second ones: where queries and keys are permuted alike, products stay the
         same, and writes are contiguous. Elements from r on stay as they are.
-    backend: one of ``OP_BACKENDS``. "torch" rounds each product in x's dtype, "triton" only the result.
+    backend: one of ``OP_BACKENDS``. torch's operators round each product in x's dtype; "triton", and what is compiled
+        for the CPU, only the result.
 
     Differentiable once in x: the pairs of the gradient are turned back.
 
@@ -43,6 +45,8 @@ class _Rope(torch.autograd.Function):
             from moe_kernels.gpu.rotary import turn  # needs triton
 
             return turn(x.contiguous(), cos.contiguous(), sin.contiguous(), interleaved, False)
+        if rows.takes_native(x):
+            return rows.turn(x, cos, sin, interleaved, False)
         r = 2 * cos.shape[-1]
         a, b = (x[..., 0:r:2], x[..., 1:r:2]) if interleaved else x[..., :r].chunk(2, dim=-1)
         return torch.cat((a * cos - b * sin, b * cos + a * sin, *_rest(x, r)), dim=-1)
@@ -56,6 +60,8 @@ class _Rope(torch.autograd.Function):
 
             dx = turn(g.contiguous(), cos.contiguous(), sin.contiguous(), ctx.interleaved, True)
             return dx, None, None, None, None
+        if rows.takes_native(g):
+            return rows.turn(g, cos, sin, ctx.interleaved, True), None, None, None, None
         r = 2 * cos.shape[-1]
         u, v = g[..., :r].chunk(2, dim=-1)
         da, db = u * cos + v * sin, v * cos - u * sin

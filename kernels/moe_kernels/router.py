@@ -47,6 +47,7 @@ def router_topk(
     renormalize: bool = True,
     scale: float = 1.0,
     with_scores: bool = False,
+    ids_TK: Tensor | None = None,
     backend: str = "auto",
 ) -> Choice:
     """The k experts of each token with the best scores, and their weights: the scores, over their sum if
@@ -55,7 +56,8 @@ def router_topk(
     logits_TE: (T, E). score: "softmax" or "sigmoid". bias_E: added to the scores for choosing only (arXiv 2408.15664).
     groups, top_groups: experts are taken from the best ``top_groups`` (None: all) of so many equal groups; a group's
         score, biased, is its best expert's, "max" (DeepSeek-V2), or the sum of its best two, "top2_sum" (DeepSeek-V3).
-    with_scores: return all scores as well; for auxiliary losses. backend: one of ``OP_BACKENDS``.
+    with_scores: return all scores as well; for auxiliary losses. ids_TK: what was chosen before, int64, for a layer
+        that is computed again; nothing is chosen then. backend: one of ``OP_BACKENDS``.
 
     Of equal scores the lower id is chosen, of equal groups the lower one. NaN counts as more than all numbers: a row
     with a NaN gets ids 0 to k - 1 by softmax, and NaN weights. Deterministic. Differentiable once in the logits, by way
@@ -66,24 +68,23 @@ def router_topk(
     """
     top_groups = groups if top_groups is None else top_groups
     _check(logits_TE, k, score, bias_E, groups, top_groups, group_score)
+    if ids_TK is not None and ids_TK.shape != (len(logits_TE), k):
+        raise ValueError(f"ids_TK has shape {tuple(ids_TK.shape)}; it is (T, k), ({len(logits_TE)}, {k})")
     rule = _Rule(
         k, score == "softmax", groups, top_groups, group_score == "top2_sum", renormalize, float(scale), with_scores
     )
     if takes_triton("router_topk", backend, logits_TE):
         bias_E = None if bias_E is None else bias_E.contiguous()
-        weights_TK, ids_TK, counts_E, scores_TE = _TritonTopK.apply(logits_TE.contiguous(), bias_E, rule)
+        weights_TK, ids_TK, counts_E, scores_TE = _TritonTopK.apply(logits_TE.contiguous(), bias_E, ids_TK, rule)
         return Choice(weights_TK, ids_TK, counts_E, scores_TE if with_scores else None)
-    return _torch(logits_TE, bias_E, rule)
+    return _torch(logits_TE, bias_E, ids_TK, rule)
 
 
-def _torch(logits_TE: Tensor, bias_E: Tensor | None, rule: _Rule) -> Choice:
+def _torch(logits_TE: Tensor, bias_E: Tensor | None, ids_TK: Tensor | None, rule: _Rule) -> Choice:
     logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
     scores_TE = logits_TE.softmax(dim=-1) if rule.softmax else logits_TE.sigmoid()
     with torch.no_grad():
-        biased_TE = scores_TE.detach() if bias_E is None else scores_TE + bias_E
-        if rule.top_groups < rule.groups:
-            biased_TE = _close_groups(biased_TE, rule)
-        ids_TK = _best(biased_TE, rule.k)
+        ids_TK = _choose(scores_TE, bias_E, rule) if ids_TK is None else ids_TK
         counts_E = ids_TK.new_zeros(logits_TE.shape[1])
         counts_E.scatter_add_(0, ids_TK.flatten(), torch.ones_like(ids_TK).flatten())
     weights_TK = scores_TE.gather(1, ids_TK)
@@ -92,6 +93,14 @@ def _torch(logits_TE: Tensor, bias_E: Tensor | None, rule: _Rule) -> Choice:
     if rule.scale != 1:
         weights_TK = weights_TK * rule.scale
     return Choice(weights_TK, ids_TK, counts_E, scores_TE if rule.with_scores else None)
+
+
+def _choose(scores_TE: Tensor, bias_E: Tensor | None, rule: _Rule) -> Tensor:
+    """ids_TK, best first."""
+    biased_TE = scores_TE if bias_E is None else scores_TE + bias_E
+    if rule.top_groups < rule.groups:
+        biased_TE = _close_groups(biased_TE, rule)
+    return _best(biased_TE, rule.k)
 
 
 def _close_groups(biased_TE: Tensor, rule: _Rule) -> Tensor:
@@ -115,10 +124,17 @@ def _best(scores_TE: Tensor, k: int) -> Tensor:
 
 class _TritonTopK(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits_TE: Tensor, bias_E: Tensor | None, rule: _Rule) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, logits_TE: Tensor, bias_E: Tensor | None, known_TK: Tensor | None, rule: _Rule
+    ) -> tuple[Tensor, ...]:
         from moe_kernels.gpu.router import router_topk_forward  # needs triton
 
-        weights_TK, ids_TK, counts_E, scores_TE = router_topk_forward(logits_TE, bias_E, *rule)
+        if known_TK is None:
+            weights_TK, ids_TK, counts_E, scores_TE = router_topk_forward(logits_TE, bias_E, *rule)
+        else:  # backward keeps the same as the first time, and ids must be another tensor than what came in
+            choice = _torch(logits_TE, bias_E, known_TK.clone(), rule)
+            weights_TK, ids_TK, counts_E = choice[:3]
+            scores_TE = logits_TE.new_empty(0) if choice.scores_TE is None else choice.scores_TE
         ctx.save_for_backward(logits_TE, ids_TK)
         ctx.rule = rule
         ctx.mark_non_differentiable(ids_TK, counts_E)
@@ -126,7 +142,7 @@ class _TritonTopK(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         from moe_kernels.gpu.router import router_topk_backward
 
         rule: _Rule = ctx.rule
@@ -135,7 +151,7 @@ class _TritonTopK(torch.autograd.Function):
         dlogits_TE = router_topk_backward(
             dweights_TK, dscores_TE, *ctx.saved_tensors, rule.softmax, rule.renormalize, rule.scale
         )
-        return dlogits_TE, None, None
+        return dlogits_TE, None, None, None
 
 
 def _check(

@@ -32,6 +32,10 @@ class Memo:
             self._values[name] = make()
         return self._values[name]
 
+    def known(self, name: str) -> Any:
+        """What ``once`` keeps under ``name``, or None if nothing has asked for it yet."""
+        return self._values.get(name)
+
 
 class Carry(NamedTuple):
     """What one block hands to the next besides the residual stream: a flat tuple of tensors, static in shape.

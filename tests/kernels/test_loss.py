@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from moe_kernels import VocabularyPart, linear_cross_entropy, token_counts
 from torch import Tensor
 
+from tests.kernels.ops import BACKENDS, compare, run
+
 TOKENS, DIM, VOCAB = 50, 12, 37
 
 
@@ -46,6 +48,42 @@ def test_gradcheck(reduction: str) -> None:
     assert torch.autograd.gradcheck(
         lambda h, w: linear_cross_entropy(h, w, targets[:6] % 30, chunk=4, reduction=reduction, ignore_index=2), (h, w)
     )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("classes", [5, 300])
+def test_every_backend_in_float32(monkeypatch: pytest.MonkeyPatch, backend: str, reduction: str, classes: int) -> None:
+    """Against torch in float64, with ignored targets and a row of more classes than a program of the kernel holds."""
+    if backend == "triton":
+        monkeypatch.setattr("moe_kernels.gpu.loss.BLOCK", 64)
+    g = torch.Generator().manual_seed(classes)
+    targets = torch.randint(classes, (TOKENS,), generator=g).index_fill(0, torch.tensor([3, 30]), -100)
+    inputs = {"h": torch.randn(TOKENS, DIM, generator=g).double(), "w": torch.randn(classes, DIM, generator=g).double()}
+    settings = {"reduction": reduction, "backend": backend, "chunk": 20}
+    got = run(lambda h, w: linear_cross_entropy(h, w, targets, **settings), inputs, torch.float32)
+    compare(got, run(lambda h, w: F.cross_entropy(h @ w.T, targets, reduction=reduction), inputs), 2e-6)
+
+
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+def test_bad_rows_stay_alone(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """NaN and infinities go where they go in torch's cross-entropy; other tokens do not see them. All ways to compute
+    it; the compiled one takes part where there is a compiler."""
+    if backend == "auto":
+        monkeypatch.setattr("moe_kernels.native.dense.SMALL", 0)
+    h, w = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.eye(4).repeat(10, 1)[:37]
+    for row, value in enumerate((float("nan"), float("inf"), -float("inf"), 3e38)):
+        h[row, 1] = value
+    w = w.masked_fill(w == 0, 1e-30)  # no 0 times infinity
+    h[4] = -float("inf")  # all logits are
+    targets = torch.arange(6)
+    got, want = (t.clone().requires_grad_() for t in (h, h))
+    loss = linear_cross_entropy(got, w, targets, reduction="none", backend=backend)
+    exact = F.cross_entropy(want @ w.T, targets, reduction="none")
+    torch.testing.assert_close(loss, exact, equal_nan=True)
+    loss[[3, 5]].sum().backward()
+    exact[[3, 5]].sum().backward()
+    torch.testing.assert_close(got.grad[[3, 5]], want.grad[[3, 5]])
 
 
 def test_bf16_computes_softmax_in_float32() -> None:
@@ -85,7 +123,7 @@ def test_parts_of_the_vocabulary_add_up(
     monkeypatch: pytest.MonkeyPatch, n: int, chunk: int, reduction: str, dtype: torch.dtype
 ) -> None:
     """Also with unequal parts, parts of one class, and logits in several blocks. Gradients of weights are complete."""
-    monkeypatch.setattr("moe_kernels.loss.BLOCK_LOGITS", 60)
+    monkeypatch.setattr("moe_kernels.loss_softmax.BLOCK_LOGITS", 60)
     h, w, targets = head(0.3, dtype)
     owner_T = torch.arange(TOKENS) * n // TOKENS
     above = torch.linspace(0.5, 2.0, TOKENS, dtype=torch.float64) if reduction == "none" else torch.tensor(0.7).double()
@@ -152,6 +190,8 @@ def test_full_logits_never_exist() -> None:
     [
         ({"reduction": "mean"}, "reduction is 'sum' or 'none', not 'mean'"),
         ({"chunk": 0}, "chunk is at least 1 token"),
+        ({"backend": "cuda"}, "linear_cross_entropy has no backend 'cuda'; known: auto, torch, triton"),
+        ({"backend": "triton"}, "linear_cross_entropy cannot run on backend 'triton'.*; use 'auto' or 'torch'"),
         ({"h_TD": torch.zeros(3, 4)}, "needs h .T, D., w .V, D. and targets .T,."),
         ({"targets_T": torch.zeros(3, dtype=torch.int64)}, "targets"),
         ({"w_VD": torch.zeros(VOCAB, DIM)}, "needs one dtype"),

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moe_kernels import expert_mlp
-from moe_kernels.native import library
+from moe_kernels import expert_mlp, linear, linear_cross_entropy, rms_norm, rope
+from moe_kernels.native import dense, library
 from moe_kernels.native.attention import native_attention
 from torch import Tensor
 
@@ -122,6 +122,109 @@ def test_rows_that_are_not_there_are_refused(index: int) -> None:
     x, w13, w2 = torch.zeros(24, 8), torch.zeros(2, 2, 4, 8), torch.zeros(2, 8, 4)
     with pytest.raises(IndexError, match="but x has 24 rows"):
         expert_mlp(x, [2, 1], w13, w2, index_R=torch.tensor([0, 3, index]))
+
+
+# ---- dense layers and the loss --------------------------------------------------------------------------------------
+
+
+@needs_compiler
+@pytest.mark.parametrize(("rows", "inner", "outer"), [(1, 1500, 70), (300, 96, 130), (1100, 8, 40)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("threads")
+def test_dense_products(dtype: torch.dtype, rows: int, inner: int, outer: int) -> None:
+    """All three of a dense layer, more rows and a larger inner dimension than one block; against float64, and the same
+    bits from one and from three threads. The weight's gradient is float32, and can be added to one that is there."""
+    g = torch.Generator().manual_seed(rows)
+    x, w, dy = (torch.randn(*shape, generator=g).to(dtype) for shape in ((rows, inner), (outer, inner), (rows, outer)))
+    bias, before = torch.randn(outer, generator=g).to(dtype), torch.randn(outer, inner, generator=g)
+    results = []
+    for n in (1, 3):
+        torch.set_num_threads(n)
+        added = dense.transposed_times(dy, x, before.clone(), add=True)
+        results.append((dense.times_transposed(x, w, bias), dense.times(dy, w), added))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    x64, w64, dy64 = x.double(), w.double(), dy.double()
+    want = x64 @ w64.T + bias.double(), dy64 @ w64, dy64.T @ x64 + before.double()
+    limits = (1e-6,) * 3 if dtype == torch.float32 else (3e-3, 3e-3, 1e-6)
+    for got, exact, limit in zip(results[0], want, limits, strict=True):
+        assert (got.double() - exact).norm() < limit * exact.norm()
+
+
+@needs_compiler
+def test_a_large_linear_layer_is_torchs_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through ``moe_kernels.linear``: values, gradients, a shape with two leading dimensions, a bias."""
+    monkeypatch.setattr("moe_kernels.native.dense.SMALL", 0)
+    g = torch.Generator().manual_seed(0)
+    mine = [torch.randn(*shape, generator=g).requires_grad_() for shape in ((3, 50, 40), (72, 40), (72,))]
+    exact = [t.detach().double().requires_grad_() for t in mine]
+    got, want = linear(*mine), F.linear(*exact)
+    above = torch.randn(3, 50, 72, generator=g)
+    assert "_Linear" in repr(got._base.grad_fn if got._base is not None else got.grad_fn)
+    grads, wanted = torch.autograd.grad(got, mine, above), torch.autograd.grad(want, exact, above.double())
+    for a, b in zip((got, *grads), (want, *wanted), strict=True):
+        assert (a.double() - b).norm() < 1e-6 * b.norm()
+
+
+@needs_compiler
+@pytest.mark.parametrize("chunk", [64, 100])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_loss(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, reduction: str, chunk: int) -> None:
+    """The compiled softmax, of a vocabulary that fills no vector, against torch's cross-entropy in float64."""
+    monkeypatch.setattr("moe_kernels.native.dense.SMALL", 0)
+    g = torch.Generator().manual_seed(chunk)
+    mine = [torch.randn(*shape, generator=g).to(dtype).requires_grad_() for shape in ((200, 24), (301, 24))]
+    targets = torch.randint(301, (200,), generator=g).index_fill(0, torch.tensor([0, 150]), -100)
+    exact = [t.detach().double().requires_grad_() for t in mine]
+    got = linear_cross_entropy(*mine, targets, reduction=reduction, chunk=chunk)
+    want = F.cross_entropy(exact[0] @ exact[1].T, targets, reduction=reduction)
+    above = torch.rand(got.shape, generator=g) + 0.5
+    grads, wanted = torch.autograd.grad(got, mine, above), torch.autograd.grad(want, exact, above.double())
+    for a, b in zip((got, *grads), (want, *wanted), strict=True):
+        assert (a.double() - b).norm() < (2e-6 if dtype == torch.float32 else 1e-2) * b.norm()
+
+
+# ---- norms and positions --------------------------------------------------------------------------------------------
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", [(1, 1), (600, 40), (513, 300)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("threads")
+def test_rms_norm(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    """Widths that fill no vector and rows of several stages, with an offset, against the formula in float64; the same
+    bits from one and from three threads."""
+    g = torch.Generator().manual_seed(shape[0])
+    x, weight, above = (torch.randn(*s, generator=g).to(dtype) for s in (shape, shape[1:], shape))
+    mine, exact = ([t.to(d).requires_grad_() for t in (x, weight)] for d in (dtype, torch.float64))
+    results = []
+    for n in (1, 3):
+        torch.set_num_threads(n)
+        y = rms_norm(*mine, 1e-6, offset=1.0)
+        results.append((y, *torch.autograd.grad(y, mine, above)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    x64, weight64 = exact
+    want = x64 / (x64.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (weight64 + 1)
+    for a, b in zip(results[0], (want, *torch.autograd.grad(want, exact, above.double())), strict=True):
+        assert (a.double() - b).norm() <= (2e-6 if dtype == torch.float32 else 4e-3) * b.norm() + 1e-6
+
+
+@needs_compiler
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("per_sequence", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rope(dtype: torch.dtype, per_sequence: bool, interleaved: bool) -> None:
+    """A head of 21 of which 10 turn, against torch's operators in float64, forward and backward."""
+    g = torch.Generator().manual_seed(0)
+    angle = torch.randn(*(3, 7)[not per_sequence :], 1, 5, generator=g)
+    x, above = (torch.randn(3, 7, 2, 21, generator=g).to(dtype) for _ in range(2))
+    tables = angle.cos().to(dtype), angle.sin().to(dtype)
+    mine, exact = x.clone().requires_grad_(), x.double().requires_grad_()
+    got = rope(mine, *tables, interleaved=interleaved)
+    want = rope(exact, *(t.double() for t in tables), interleaved=interleaved)
+    (dx,), (dx64,) = torch.autograd.grad(got, mine, above), torch.autograd.grad(want, exact, above.double())
+    for a, b in ((got, want), (dx, dx64)):
+        assert (a.double() - b).abs().max() < (1e-6 if dtype == torch.float32 else 4e-3) * b.abs().max()
 
 
 # ---- attention -----------------------------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ def test_one_graph_under_compile(backend: str) -> None:
 
     inputs = {"x": normal(2, 5, 3, 8)}
     got, want = (run(f, inputs, torch.float32) for f in (torch.compile(op, backend="aot_eager", fullgraph=True), op))
-    assert all(torch.equal(got[name], want[name]) for name in want)
+    compare(got, want, 1e-6)  # torch's operators, and what is compiled for the CPU
 
 
 @pytest.mark.parametrize(

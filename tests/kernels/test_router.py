@@ -192,3 +192,26 @@ def test_inputs_that_do_not_fit(options: dict[str, Any], complaint: str) -> None
     with pytest.raises(ValueError, match=complaint) as error:
         router_topk(torch.zeros(6, 8), **{"k": 2} | options)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", [{}, V3], ids=["softmax", "sigmoid"])
+def test_what_was_chosen_before_stays(options: dict[str, Any], backend: str) -> None:
+    """Also where the logits have moved since, as for a layer that is computed again: the weights are those of the given
+    experts under the new logits, the loads those of the given ids."""
+    ids_TK = router_topk(normal(T, E, seed=7).float(), K).ids_TK
+    again = run(
+        lambda logits: router_topk(logits, K, ids_TK=ids_TK, backend=backend, with_scores=True, **options),
+        {"logits": normal(T, E)},
+        torch.float32,
+    )
+
+    def exact(logits: Tensor) -> tuple[Tensor, ...]:
+        scores = logits.sigmoid() if options else logits.softmax(-1)
+        weights = scores.gather(1, ids_TK)
+        weights = weights / weights.sum(1, keepdim=True) * options.get("scale", 1.0)
+        return weights, ids_TK, torch.bincount(ids_TK.flatten(), minlength=E), scores
+
+    compare(again, run(exact, {"logits": normal(T, E)}), 2e-6)
+    with pytest.raises(ValueError, match=rf"ids_TK has shape \({T}, {K}\); it is \(T, k\), \({T}, {K - 1}\)"):
+        router_topk(normal(T, E), K - 1, ids_TK=ids_TK)

@@ -12,7 +12,7 @@ import pytest
 
 from tests.kernels.ops import INTERPRETED, interpreted
 
-FILES = ("triton_ops", "norm", "op_strides", "permute", "rotary", "router")
+FILES = ("triton_ops", "loss", "norm", "op_strides", "permute", "rotary", "router")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")

@@ -11,7 +11,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 if triton.knobs.runtime.interpret:
     pytest.skip("kernels that run in the interpreter are not compiled", allow_module_level=True)
 
-from moe_kernels.gpu import norm, permute, rotary, router, sums  # noqa: E402
+from moe_kernels.gpu import loss, norm, permute, rotary, router, sums  # noqa: E402
 
 from tests.kernels.test_triton_compiles import BF16, CHIPS, FP32, I64, compiled, machine_code  # noqa: E402
 
@@ -40,6 +40,9 @@ for name, sizes in ROUTERS.items():
     KERNELS[f"router of {name}"] = router.router_topk_kernel, types, router.launch(*sizes)
     constants = router.launch_backward(E, k, softmax, renormalize)
     KERNELS[f"router of {name}, backward"] = router.router_topk_backward_kernel, CHOICE_BACKWARD, constants
+LOSS = {"logits": BF16, "targets": I64, "above": FP32, "losses": FP32, "V": "i32"}
+for V in (37, 151936):
+    KERNELS[f"softmax of {V}"] = loss.softmax_kernel, LOSS, loss.launch(V)
 TURN = {"x": BF16, "cos": BF16, "sin": BF16, "out": BF16, "ROWS": "i32"}
 for interleaved, back in ((False, False), (True, False), (True, True)):
     for H, D, half in ((32, 128, 64), (3, 80, 20)):

@@ -98,10 +98,12 @@ def rows_times_weights(
     transposed: bool,
     bias: Tensor | None = None,
     s_R: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """(R, n): each row through its expert's matrix of ``w``, (e, n, k) if transposed, else (e, k, n); + s * bias."""
+    """(R, n), ``out`` if given: each row through its expert's matrix of ``w``, (e, n, k) if transposed, else (e, k, n);
+    + s * bias."""
     n, k = w.shape[1:] if transposed else (w.shape[2], w.shape[1])
-    out = rows.new_empty(len(rows if index_R is None else index_R), n)
+    out = rows.new_empty(len(rows if index_R is None else index_R), n) if out is None else out
     call(
         "moe_rows_times_weights", *_halves(rows, w), rows, index_R, w, bias, s_R, out, counts_e, len(w), n, k,
         int(transposed), torch.get_num_threads(),
@@ -110,12 +112,19 @@ def rows_times_weights(
 
 
 def weight_gradient(
-    left: Tensor, left_index: Tensor | None, right: Tensor, right_index: Tensor | None, counts_e: Tensor, out: Tensor
+    left: Tensor,
+    left_index: Tensor | None,
+    right: Tensor,
+    right_index: Tensor | None,
+    counts_e: Tensor,
+    out: Tensor,
+    add: bool = False,
 ) -> Tensor:
-    """Fills and returns ``out`` (e, ..., N), M N numbers for each expert: the sums over its rows of left^T right."""
+    """Fills and returns ``out`` (e, ..., N), M N numbers for each expert: the sums over its rows of left^T right.
+    add: to what is there, which is float32."""
     call(
-        "moe_weight_gradient", *_halves(left, out), left, left_index, right, right_index, out, counts_e, len(out),
-        left.shape[1], right.shape[1], torch.get_num_threads(),
+        "moe_weight_gradient", *_halves(left, out), left, left_index, right, right_index, out, int(add), counts_e,
+        len(out), left.shape[1], right.shape[1], torch.get_num_threads(),
     )  # fmt: skip
     return out
 

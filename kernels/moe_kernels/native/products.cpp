@@ -1,17 +1,19 @@
 // The matrix products of an expert layer on CPU, each over all experts in one call; see native/experts.py.
 //
 // What is added to the product of two tiles is what costs time around it when experts are small: a matrix is put into the
-// tiles' layout (and rounded to bfloat16, if wider) once for up to CHUNK rows, rows are gathered straight into scratch,
-// what follows a product is done on its tile in the cache, and the work of all experts is shared out among the threads.
+// tiles' layout (and rounded to bfloat16, if wider) once for up to CHUNK rows, rows are gathered straight into scratch (or
+// used where they are), what follows a product is done on its tile in the cache, and the work of all experts is shared out
+// among the threads. A dense layer is one expert that has all rows.
 // Every sum has one order, whatever the number of threads.
 
 #include "tiles.h"
 
 namespace {
 
-constexpr i64 CHUNK = 512;       // rows for which a matrix is packed once, at most
-constexpr i64 CACHED = 1 << 19;  // values of rows in a scratch
-constexpr i64 GROUP = 256;        // columns that are packed together: whole cache lines are read, one after another
+constexpr i64 CHUNK = 1024;      // rows for which a matrix is packed once, at most
+constexpr i64 CACHED = 1 << 19;  // values of rows in a scratch, and of a matrix
+constexpr i64 GROUP = 256;       // columns that are packed together, at most: whole cache lines are read, one after another
+constexpr i64 INNER = 1024;      // of the inner dimension, what is multiplied at a time
 
 // ---- rows times an expert's matrix -----------------------------------------------------------------------------------
 
@@ -44,7 +46,7 @@ struct Task {
 };
 
 // Chunks of every expert's rows; columns are split as well where there are too few chunks for the threads.
-i64 chunk_of(i64 width) { return std::clamp(CACHED / width / ROWS * ROWS, ROWS, CHUNK); }
+i64 chunk_of(i64 width) { return std::clamp(CACHED / width / ROWS * ROWS, ROWS, CHUNK / 2); }
 
 std::vector<Task> tasks_of(const i64* counts, i64 experts, i64 columns, i64 chunk, i64 threads) {
   i64 chunks = 0;
@@ -52,10 +54,12 @@ std::vector<Task> tasks_of(const i64* counts, i64 experts, i64 columns, i64 chun
   const i64 wanted = threads == 1 || chunks == 0 ? 1 : std::max<i64>(1, 4 * threads / chunks);
   const i64 width = up_to((columns + wanted - 1) / wanted, COLS);
   std::vector<Task> tasks;
-  for (i64 e = 0, row = 0; e < experts; row += counts[e++])
-    for (i64 r = 0; r < counts[e]; r += chunk)
+  for (i64 e = 0, row = 0; e < experts; row += counts[e++]) {
+    const i64 parts = (counts[e] + chunk - 1) / chunk, rows = parts ? up_to((counts[e] + parts - 1) / parts, ROWS) : 1;
+    for (i64 r = 0; r < counts[e]; r += rows)
       for (i64 c = 0; c < columns; c += width)
-        tasks.push_back({e, row + r, std::min(chunk, counts[e] - r), c, std::min(c + width, columns)});
+        tasks.push_back({e, row + r, std::min(rows, counts[e] - r), c, std::min(c + width, columns)});
+  }
   return tasks;
 }
 
@@ -66,32 +70,39 @@ struct Tile {  // products of ``rows`` rows from ``row`` on with ``columns`` col
 
 template <class T, class W, class Then>
 void rows_product(Rows<T> a, Matrices<W> w, const i64* counts, i64 threads, Then then) {
-  const i64 depth = up_to(w.k, DEPTH), chunk = chunk_of(depth);
+  const bool in_place = a.index == nullptr && w.k % DEPTH == 0;  // only rows that fill no tile are copied
+  const i64 depth = up_to(w.k, DEPTH), chunk = in_place ? CHUNK : chunk_of(depth);
+  const i64 group_columns = std::clamp(CACHED / depth / COLS * COLS, COLS, GROUP);
   const auto tasks = tasks_of(counts, w.experts, w.n, chunk, threads);
 #pragma omp parallel num_threads(threads)
   {
-    Scratch<T> rows(chunk * depth), packed(w.parts * depth * GROUP);
+    Scratch<T> rows((in_place ? ROWS : chunk) * depth), packed(w.parts * depth * group_columns);
     Scratch<float> products(w.parts * ROWS * COLS);
 #pragma omp for schedule(dynamic, 1)
     for (size_t i = 0; i < tasks.size(); i++) {
       const Task& task = tasks[i];
-      for (i64 r = 0; r < task.rows; r++) {
-        memcpy(rows.data + r * depth, a[task.row + r], w.k * sizeof(T));
-        std::fill(rows.data + r * depth + w.k, rows.data + (r + 1) * depth, T{});
+      const i64 copied = in_place ? task.rows / ROWS * ROWS : 0;  // the first row that is copied
+      for (i64 r = copied; r < task.rows; r++) {
+        T* to = rows.data + (r - copied) * depth;
+        memcpy(to, a[task.row + r], w.k * sizeof(T));
+        std::fill(to + w.k, to + depth, T{});
       }
-      const i64 wide_rows = up_to(task.rows, STEP);
-      std::fill(rows.data + task.rows * depth, rows.data + wide_rows * depth, T{});
-      for (i64 group = task.column; group < task.end; group += GROUP) {
-        const i64 wide = std::min(GROUP, task.end - group);
-        for (i64 p = 0; p < w.parts; p++) w.pack(task.expert, p, group, wide, depth, packed.data + p * depth * GROUP);
+      std::fill(rows.data + (task.rows - copied) * depth, rows.data + (up_to(task.rows, STEP) - copied) * depth, T{});
+      for (i64 group = task.column; group < task.end; group += group_columns) {
+        const i64 wide = std::min(group_columns, task.end - group);
+        for (i64 p = 0; p < w.parts; p++)
+          w.pack(task.expert, p, group, wide, depth, packed.data + p * depth * group_columns);
         for (i64 column = 0; column < wide; column += COLS)
           for (i64 r = 0; r < task.rows; r += ROWS) {
             const i64 n = std::min(ROWS, task.rows - r), m = up_to(n, STEP), columns = std::min(COLS, wide - column);
             Tile tile{task.expert, task.row + r, n, group + column, columns, {products.data, products.data + ROWS * COLS}};
-            for (i64 p = 0; p < w.parts; p++)
-              tile_product<T>(m, columns, depth, rows.data + r * depth, depth,
-                              packed.data + (p * GROUP + column) * depth, columns, products.data + p * ROWS * COLS,
-                              columns, false);
+            const T* left = r < copied ? a[task.row + r] : rows.data + (r - copied) * depth;
+            for (i64 p = 0; p < w.parts; p++) {
+              const T* right = packed.data + (p * group_columns + column) * depth;
+              for (i64 k = 0; k < depth; k += INNER)
+                tile_product<T>(m, columns, std::min(INNER, depth - k), left + k, depth, right + k * columns, columns,
+                                products.data + p * ROWS * COLS, columns, k > 0);
+            }
             then(tile);
           }
       }
@@ -169,22 +180,28 @@ template <class T, class W, int ACT>
 void up_projection(Rows<T> x, Matrices<W> w13, const T* b13, const float* s, T* h, T* a, const i64* counts, i64 threads) {
   const i64 F = w13.n, parts = w13.parts;
   rows_product(x, w13, counts, threads, [=](const Tile& t) {
-    float part[2][COLS], value[COLS];
-    const float* up = part[parts - 1];
+    float room[2][COLS], value[COLS];
     for (i64 r = 0; r < t.rows; r++) {
       T* row_h = h + (t.row + r) * parts * F + t.column;
+      const float* part[2];
       for (i64 p = 0; p < parts; p++) {
-        memcpy(part[p], t.part[p] + r * t.columns, t.columns * sizeof(float));
-        if (b13)
-          for (i64 c = 0; c < t.columns; c++) part[p][c] += wide(b13[(t.expert * parts + p) * F + t.column + c]);
+        part[p] = t.part[p] + r * t.columns;
+        if (b13) {
+          for (i64 c = 0; c < t.columns; c++)
+            room[p][c] = part[p][c] + wide(b13[(t.expert * parts + p) * F + t.column + c]);
+          part[p] = room[p];
+        }
         convert(part[p], t.columns, row_h + p * F);
-        if (PAIR<T> == 2)
-          for (i64 c = 0; c < t.columns; c++) part[p][c] = wide(row_h[p * F + c]);
+        if (PAIR<T> == 2) {
+          for (i64 c = 0; c < t.columns; c++) room[p][c] = wide(row_h[p * F + c]);
+          part[p] = room[p];
+        }
       }
       const float weight = s ? s[t.row + r] : 1.0f;
+      const float *gate = part[0], *up = part[parts - 1];
       for (i64 c = 0; c < t.columns; c++) {
         float in_gate, in_up;
-        value[c] = weight * activation<ACT>(part[0][c], up[c], in_gate, in_up);
+        value[c] = weight * activation<ACT>(gate[c], up[c], in_gate, in_up);
       }
       convert(value, t.columns, a + (t.row + r) * F + t.column);
     }
@@ -244,21 +261,20 @@ void down_gradient(Rows<T> dy, Matrices<W> w2, const float* s, const T* h, T* a,
   });
 }
 
-// out (experts, M, N): of each expert left^T right, over its rows.
+// out (experts, M, N): of each expert left^T right, over its rows. add: to what is there (float only).
 template <class T, class W>
-void weight_gradient(Rows<T> left, Rows<T> right, W* out, const i64* counts, i64 experts, i64 threads) {
-  constexpr i64 pair = PAIR<T>;
+void weight_gradient(Rows<T> left, Rows<T> right, W* out, bool add, const i64* counts, i64 experts, i64 threads) {
   const i64 M = left.width, N = right.width;
   const i64 tallest = *std::max_element(counts, counts + experts), chunk = chunk_of(N);
-  auto tasks = tasks_of(counts, experts, N, std::max<i64>(tallest, 1), threads);
+  const auto tasks = tasks_of(counts, experts, M, std::max<i64>(tallest, 1), threads);  // of rows of the matrices
   for (i64 e = 0; e < experts; e++)
-    if (counts[e] == 0) std::fill(out + e * M * N, out + (e + 1) * M * N, W{});
+    if (counts[e] == 0 && !add) std::fill(out + e * M * N, out + (e + 1) * M * N, W{});
 #pragma omp parallel num_threads(threads)
   {
     const i64 widest = std::min(up_to(tallest, DEPTH), chunk);
     Scratch<T> lefts(widest * ROWS), rights(widest * up_to(N, COLS));
     const bool direct = sizeof(W) == 4;
-    Scratch<float> sums(direct ? 0 : M * up_to(N, COLS));
+    Scratch<float> sums(direct ? 0 : M * N);
 #pragma omp for schedule(dynamic, 1)
     for (size_t i = 0; i < tasks.size(); i++) {
       const Task& task = tasks[i];
@@ -266,23 +282,62 @@ void weight_gradient(Rows<T> left, Rows<T> right, W* out, const i64* counts, i64
       float* to = direct ? reinterpret_cast<float*>(matrix) : sums.data;
       for (i64 r = 0; r < task.rows; r += chunk) {
         const i64 rows = std::min(chunk, task.rows - r), depth = up_to(rows, DEPTH);
-        pack_rows([&](i64 k) { return right[task.row + r + k] + task.column; }, rows, task.end - task.column, depth,
-                  rights.data);
-        for (i64 m = 0; m < M; m += ROWS) {
-          const i64 high = std::min(ROWS, M - m);
+        pack_rows([&](i64 k) { return right[task.row + r + k]; }, rows, N, depth, rights.data);
+        for (i64 m = task.column; m < task.end; m += ROWS) {
+          const i64 high = std::min(ROWS, task.end - m);
           pack_columns([&](i64 k) { return left[task.row + r + k] + m; }, rows, high, depth, lefts.data);
-          for (i64 column = task.column; column < task.end; column += COLS) {
-            const i64 columns = std::min(COLS, task.end - column);
-            tile_product<T>(high, columns, depth, lefts.data, depth, rights.data + (column - task.column) * depth,
-                            columns, to + m * N + column, N, r > 0);
+          for (i64 column = 0; column < N; column += COLS) {
+            const i64 columns = std::min(COLS, N - column);
+            tile_product<T>(high, columns, depth, lefts.data, depth, rights.data + column * depth, columns,
+                            to + m * N + column, N, add || r > 0);
           }
         }
       }
       if constexpr (sizeof(W) == 2)
-        for (i64 m = 0; m < M; m++)
-          convert(to + m * N + task.column, task.end - task.column, matrix + m * N + task.column);
+        convert(to + task.column * N, (task.end - task.column) * N, matrix + task.column * N);
     }
-    at::native::cpublas::brgemm_release(pair == 2);
+    at::native::cpublas::brgemm_release(PAIR<T> == 2);
+  }
+}
+
+// The same for one matrix: all threads bring ``right`` into its layout once, and each ``left`` for the tiles it works on.
+template <class T, class W>
+void dense_weight_gradient(Rows<T> left, Rows<T> right, W* out, bool add, i64 rows, i64 threads) {
+  const i64 M = left.width, N = right.width, depth = up_to(rows, DEPTH);
+  const i64 high_tiles = (M + ROWS - 1) / ROWS, column_tiles = (N + COLS - 1) / COLS;
+  const i64 splits = threads == 1 ? 1 : std::clamp<i64>(4 * threads / high_tiles, 1, column_tiles);
+  const i64 width = (column_tiles + splits - 1) / splits * COLS;
+  const auto deep = [=](i64 r) { return std::min(INNER, depth - r); };
+  Scratch<T> rights(depth * N);  // for each INNER rows, blocks of COLS columns
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for collapse(2) schedule(static)
+    for (i64 r = 0; r < rows; r += INNER)
+      for (i64 tile = 0; tile < column_tiles; tile++) {
+        const i64 column = tile * COLS;
+        pack_rows([&](i64 k) { return right[r + k] + column; }, std::min(INNER, rows - r), std::min(COLS, N - column),
+                  deep(r), rights.data + r * N + column * deep(r));
+      }
+    Scratch<T> lefts(ROWS * std::min(INNER, depth));
+    const bool direct = sizeof(W) == 4;
+    Scratch<float> sums(direct ? 0 : ROWS * width);
+#pragma omp for collapse(2) schedule(dynamic, 1)
+    for (i64 m = 0; m < M; m += ROWS)
+      for (i64 first = 0; first < N; first += width) {
+        const i64 high = std::min(ROWS, M - m), end = std::min(first + width, N), ld = direct ? N : width;
+        float* to = direct ? reinterpret_cast<float*>(out) + m * N + first : sums.data;
+        for (i64 r = 0; r < rows; r += INNER) {
+          pack_columns([&](i64 k) { return left[r + k] + m; }, std::min(INNER, rows - r), high, deep(r), lefts.data);
+          for (i64 column = first; column < end; column += COLS) {
+            const i64 columns = std::min(COLS, end - column);
+            tile_product<T>(high, columns, deep(r), lefts.data, deep(r), rights.data + r * N + column * deep(r), columns,
+                            to + column - first, ld, add || r > 0);
+          }
+        }
+        if constexpr (sizeof(W) == 2)
+          for (i64 i = 0; i < high; i++) convert(to + i * ld, end - first, out + (m + i) * N + first);
+      }
+    at::native::cpublas::brgemm_release(PAIR<T> == 2);
   }
 }
 
@@ -359,12 +414,16 @@ void moe_down_gradient(i64 half_rows, i64 half_weights, const void* dy, const i6
 }
 
 void moe_weight_gradient(i64 half_rows, i64 half_weights, const void* left, const i64* left_index, const void* right,
-                        const i64* right_index, void* out, const i64* counts, i64 experts, i64 M, i64 N, i64 threads) {
+                        const i64* right_index, void* out, i64 add, const i64* counts, i64 experts, i64 M, i64 N,
+                        i64 threads) {
   with_types(half_rows, half_weights, [=](auto t, auto w) {
     using T = decltype(t);
     using W = decltype(w);
-    weight_gradient<T, W>({(const T*)left, left_index, M}, {(const T*)right, right_index, N}, (W*)out, counts, experts,
-                          threads);
+    const Rows<T> l{(const T*)left, left_index, M}, r{(const T*)right, right_index, N};
+    if (experts == 1 && counts[0] > 0)
+      dense_weight_gradient<T, W>(l, r, (W*)out, add != 0, counts[0], threads);
+    else
+      weight_gradient<T, W>(l, r, (W*)out, add != 0, counts, experts, threads);
   });
 }
 }

@@ -64,13 +64,10 @@ class Router(nn.Module):
         """The balance methods, in order."""
         return list(self.balance.values())  # type: ignore[arg-type]
 
-    def add_selection_bias(self, scores_TE: Tensor) -> Tensor:
-        """The scores by which experts are chosen: scores_TE plus the balance methods' biases."""
-        for method in self.methods():
-            bias_E = method.selection_bias()
-            if bias_E is not None:
-                scores_TE = scores_TE + bias_E
-        return scores_TE
+    def selection_bias(self) -> Tensor | None:
+        """What is added to the scores where experts are chosen: the sum of the balance methods' biases, (E,)."""
+        biases = [b for method in self.methods() if (b := method.selection_bias()) is not None]
+        return torch.stack(biases).sum(0) if len(biases) > 1 else next(iter(biases), None)
 
     def finish(
         self,
@@ -80,10 +77,12 @@ class Router(nn.Module):
         weights_TK: Tensor,
         carry: Carry,
         context: TokenContext,
+        counts_E: Tensor | None = None,
     ) -> tuple[Routing, Carry]:
         """The routing of chosen experts, and the carry with this layer's auxiliary terms added.
 
-        logits_TE, probs: see Decision. ids_TK must come from the memo. weights_TK: with gradient.
+        logits_TE, probs: see Decision. ids_TK must come from the memo. weights_TK: with gradient. counts_E: how often
+        each expert is in ids_TK, int64, if that is known.
         """
         routing = Routing(
             self.n_experts, len(ids_TK), context.memo, ids_TK, weights_TK,
@@ -93,7 +92,7 @@ class Router(nn.Module):
             if self.watch is not None:
                 self.watch(probs(), ids_TK)
             return routing, carry
-        counts_E = context.memo.once("router.counts", lambda: self._count(ids_TK))
+        counts_E = context.memo.once("router.counts", lambda: self._count(ids_TK, counts_E))
         decision = Decision(logits_TE, probs, ids_TK, counts_E, context, self.group, self.sequence_group)
         terms = [method.term(decision) for method in self.methods() if method.has_term]
         if terms:
@@ -108,8 +107,8 @@ class Router(nn.Module):
         self.dropped.zero_()
         self.dropped_P.zero_()
 
-    def _count(self, ids_TK: Tensor) -> Tensor:
-        counts_E = count(ids_TK, self.n_experts)
+    def _count(self, ids_TK: Tensor, counts_E: Tensor | None) -> Tensor:
+        counts_E = count(ids_TK, self.n_experts) if counts_E is None else counts_E
         self.counts_E += counts_E
         return counts_E
 

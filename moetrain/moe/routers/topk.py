@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from moe_kernels import router_topk
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
@@ -84,6 +85,8 @@ class TopKRouter(Router):
     def forward(self, x_TD: Tensor, carry: Carry, context: TokenContext) -> tuple[Routing, Carry]:
         """x_TD (T, D) -> (routing in dense form unless capacity drops, carry with this layer's auxiliary terms)."""
         logits_TE = self._logits(x_TD)
+        if self.options.order == "score_then_topk" and not self.options.min_sum:
+            return self._at_once(logits_TE, carry, context)
         score_first = self.options.order == "score_then_topk"
         scores_TE = self._score(logits_TE) if score_first else logits_TE
         # Chosen without autograd and once per token: forward and recomputation then save the same tensors.
@@ -97,10 +100,28 @@ class TopKRouter(Router):
             weights_TK = weights_TK * self.options.scale
 
         def probs() -> Tensor:
-            all_TE = scores_TE if score_first else self._score(logits_TE)
-            return all_TE if self.options.score == "softmax" else all_TE / (all_TE.sum(dim=-1, keepdim=True) + TINY)
+            return self._normalised(scores_TE if score_first else self._score(logits_TE))
 
         return self.finish(logits_TE, probs, ids_TK, weights_TK, carry, context)
+
+    def _at_once(self, logits_TE: Tensor, carry: Carry, context: TokenContext) -> tuple[Routing, Carry]:
+        """Scores, choice, weights and loads in one operation; what was chosen once stays."""
+        o, known_TK = self.options, context.memo.known("router.ids")
+        if known_TK is None and o.force_balance:
+            known_TK = self._in_turn(logits_TE)
+        choice = router_topk(
+            logits_TE, self.top_k, score=o.score, bias_E=self.selection_bias(), groups=o.n_groups,
+            top_groups=o.topk_groups, group_score=o.group_score, renormalize=o.renormalize, scale=o.scale,
+            with_scores=True, ids_TK=known_TK,
+        )  # fmt: skip
+        scores_TE = choice.scores_TE
+        assert scores_TE is not None
+        ids_TK = context.memo.once("router.ids", lambda: choice.ids_TK)
+
+        def probs() -> Tensor:
+            return self._normalised(scores_TE)
+
+        return self.finish(logits_TE, probs, ids_TK, choice.weights_TK, carry, context, choice.counts_E)
 
     def _logits(self, x_TD: Tensor) -> Tensor:
         wide = torch.promote_types(x_TD.dtype, torch.float32)
@@ -114,13 +135,21 @@ class TopKRouter(Router):
     def _score(self, logits: Tensor) -> Tensor:
         return logits.softmax(dim=-1) if self.options.score == "softmax" else logits.sigmoid()
 
+    def _normalised(self, scores_TE: Tensor) -> Tensor:
+        """Scores of all experts that sum to 1."""
+        return scores_TE if self.options.score == "softmax" else scores_TE / (scores_TE.sum(-1, keepdim=True) + TINY)
+
+    def _in_turn(self, scores_TE: Tensor) -> Tensor:
+        """ids_TK, every expert equally often."""
+        T, E = scores_TE.shape
+        return (torch.arange(T * self.top_k, device=scores_TE.device) % E).view(T, self.top_k)
+
     def _choose(self, scores_TE: Tensor) -> Tensor:
         """ids_TK, in descending order of biased score."""
         if self.options.force_balance:
-            T, E = scores_TE.shape
-            turn = torch.arange(T * self.top_k, device=scores_TE.device)
-            return (turn % E).view(T, self.top_k)
-        scores_TE = self.add_selection_bias(scores_TE)
+            return self._in_turn(scores_TE)
+        bias_E = self.selection_bias()
+        scores_TE = scores_TE if bias_E is None else scores_TE + bias_E
         if self.options.n_groups > 1:
             scores_TE = self._close_groups(scores_TE)
         return scores_TE.topk(self.top_k, dim=-1).indices

@@ -1,0 +1,82 @@
+"""Dense layers on CPU through the compiled products of the experts, as one expert that has all rows.
+
+oneDNN's kernel on packed tiles keeps its rate in float32 where torch's own product (MKL) does not: on AMD processors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moe_kernels.native.experts import rows_times_weights, weight_gradient
+from moe_kernels.native.library import call, native_obstacle
+
+# Products with fewer multiplications are left to torch: tiles do not pay, and each of their sizes is generated code.
+SMALL = 2**22
+
+
+def takes_native(x: Tensor, w: Tensor, rows: int) -> bool:
+    """Whether the compiled products take ``rows`` rows of x's kind times the matrix w."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == w.dtype
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and rows * w.numel() >= SMALL
+        and not torch.compiler.is_compiling()
+        and native_obstacle(x.dtype) is None
+    )
+
+
+def times_transposed(x_TK: Tensor, w_NK: Tensor, bias_N: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """x w^T (+ bias), (T, N)."""
+    bias = None if bias_N is None else bias_N.unsqueeze(0)
+    return rows_times_weights(x_TK, None, w_NK.unsqueeze(0), _all_rows(x_TK), True, bias, out=out)
+
+
+def times(x_TN: Tensor, w_NK: Tensor, out: Tensor | None = None) -> Tensor:
+    """x w, (T, K)."""
+    return rows_times_weights(x_TN, None, w_NK.unsqueeze(0), _all_rows(x_TN), False, out=out)
+
+
+def transposed_times(y_TN: Tensor, x_TK: Tensor, out: Tensor, add: bool = False) -> Tensor:
+    """y^T x into ``out`` (N, K), which may be wider than x; ``add``: to it, then float32."""
+    weight_gradient(y_TN, None, x_TK, None, _all_rows(x_TK), out.unsqueeze(0), add)
+    return out
+
+
+def softmax_(logits: Tensor, targets: Tensor, above: Tensor | None, losses: Tensor) -> None:
+    """``moe_kernels.loss._softmax_``, all contiguous; above and losses float32."""
+    call(
+        "loss_softmax", int(logits.dtype == torch.bfloat16), logits, targets, above, losses, *logits.shape,
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _all_rows(x: Tensor) -> Tensor:
+    return torch.tensor([len(x)])
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TK: Tensor, w_NK: Tensor, bias_N: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x_TK, w_NK)
+        return times_transposed(x_TK, w_NK, bias_N)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_TK, w_NK = ctx.saved_tensors
+        dy_TN = grads[0].contiguous()
+        dw_NK = transposed_times(dy_TN, x_TK, torch.empty_like(w_NK)) if ctx.needs_input_grad[1] else None
+        dx_TK = times(dy_TN, w_NK) if ctx.needs_input_grad[0] else None
+        return dx_TK, dw_NK, dy_TN.sum(0) if ctx.needs_input_grad[2] else None
+
+
+def native_linear(x: Tensor, w_NK: Tensor, bias_N: Tensor | None) -> Tensor:
+    """``moe_kernels.linear`` where ``takes_native`` says so."""
+    x_TK = x.reshape(-1, x.shape[-1]).contiguous()
+    bias_N = None if bias_N is None else bias_N.contiguous()
+    return _Linear.apply(x_TK, w_NK.contiguous(), bias_N).view(*x.shape[:-1], len(w_NK))

@@ -33,7 +33,7 @@ class Held:
 def stages(shape: ModelShape, seq_len: int, total: int, layout: tuple[int, ...] | None = None) -> tuple[Held, ...]:
     """The stages of a pipeline of ``total``: as ``layout`` says, or split by cost like ``parallel.stages.all_stages``."""
     flops = [layer_flops(kind, seq_len) for kind in shape.kinds]
-    head = 2.0 * shape.dim * shape.vocab
+    head = 2.0 * shape.dim * shape.vocab * (1 + shape.mtp) + shape.mtp * flops[shape.layers[-1]]
     counts = list(layout or split_by_cost([flops[k] for k in shape.layers], total, last=head))
     found, start = [], 0
     for i, n in enumerate(counts):
@@ -131,6 +131,10 @@ class _Pieces:
         waits = keeps | (self.n > 1)
         found["unreduced"] = reduced * np.where(waits, whole, np.maximum(root, block))
         found["activations"] = self._activations(mine, rank, schedule)
+        if run.shards == "optimizer":  # 16-bit weights, 32-bit gradients; a 32-bit copy and two states, split
+            numbers = whole + found["weights"] / run.wide * (whole == 0)
+            found["weights"], found["gradients"], found["optimizer"] = 2 * numbers, 4 * numbers, 3 * found["weights"]
+            found["gathered"] = found["unreduced"] = np.zeros(len(m))
         state = found["weights"] + found["gradients"] + found["optimizer"]
         found["host"] = np.select([m.offload == 1, m.offload == 2], [found["optimizer"], state], 0.0)
         return found

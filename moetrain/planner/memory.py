@@ -8,6 +8,7 @@ Letters: T tokens of a micro-batch on this rank between blocks, N those of all t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -29,8 +30,9 @@ class Run:
     narrow: int = 2
     optimizer: str = "adamw"
     prefetch: int = 1
-    skew: float = 1.0
+    skew: Any = 1.0
     lean: bool = False
+    shards: str = "all"
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ def layer_shards(kind: LayerShape, m: Mappings) -> tuple[Shards, Shards]:
     is_kv = [p for p in kind.dense if kv and p.split == 0 and p.outputs in kv_widths and p not in kind.mlp]
     rest = [p for p in kind.dense if p not in is_kv]
     a, b = matrices(tuple(rest), m), matrices(tuple(is_kv), m, kind.kv_heads)
-    dense = Shards(a.own + b.own, a.tensors + b.tensors, a.vectors + b.vectors, a.gathered + b.gathered)
+    vectors = a.vectors + b.vectors + matrices(tuple(p for p in kind.router if p.inputs), m).own  # Muon's way
+    dense = Shards(a.own + b.own, a.tensors + b.tensors, vectors, a.gathered + b.gathered)
     zero = np.zeros(len(m))
     if kind.experts is None:
         return dense, Shards(zero, zero, zero, zero)

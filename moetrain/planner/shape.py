@@ -56,7 +56,7 @@ class LayerShape:
     """One kind of layer. attention, mlp: matrices and vectors, mlp being the dense MLP or the shared experts (with the
     router in ``router``). qk, v: widths of a head's query and value; heads 0: no attention.
 
-    scan: FLOPs per token, forward, of a mixer that is no matrix product (Mamba-2's scan). norm_heads: RMSNorm over each
+    scan: FLOPs per token, forward, of a mixer that is no matrix product (Mamba-2's scan), on ``scan_width`` numbers. norm_heads: RMSNorm over each
     head of queries and keys. mla: whether latents are kept as well.
     """
 
@@ -78,6 +78,7 @@ class LayerShape:
     ranks: tuple[int, int] = (0, 0)  # MLA: of the query's and the key/value's latent (with the rotated key part)
     rope: int = 0  # MLA: width of the rotated key part
     scan: float = 0.0
+    scan_width: int = 0
 
     @property
     def dense(self) -> tuple[Matrix, ...]:

@@ -63,15 +63,37 @@ def errors(rows: Sequence[Row], c: Constants) -> np.ndarray:
     return predictions(rows, c) / np.array([row.tokens for row in rows]) - 1
 
 
-def cross_validated(rows: list[Row], whole: Constants, by: str) -> np.ndarray:
-    """Errors of each row under constants fitted without any row of the same model ("model") or GPU ("gpu")."""
+def jacobian(rows: Sequence[Row], c: Constants) -> tuple[np.ndarray, np.ndarray]:
+    """(logarithms of the predictions, their derivatives in the logarithms of the constants)."""
+    x = logs(c)
+    base = np.log(predictions(rows, c))
+    columns = []
+    for i in range(len(FREE)):
+        moved = x.copy()
+        moved[i] -= 0.02
+        columns.append((base - np.log(predictions(rows, with_values(moved)))) / 0.02)
+    return base, np.array(columns).T
+
+
+def cross_validated(rows: list[Row], whole: Constants, by: str, base: np.ndarray, slopes: np.ndarray) -> np.ndarray:
+    """Errors of each row under constants fitted without any row of the same model ("model") or GPU ("gpu"): the
+    robust fit is done again on the other rows, with the model made linear around the fit of all."""
+    told = np.log([row.tokens for row in rows])
+    keys = np.array([getattr(row, by) for row in rows])
+    x, centre = logs(whole), logs(Constants())
     found = np.zeros(len(rows))
-    keys = [getattr(row, by) for row in rows]
     for key in sorted(set(keys)):
-        inside = [i for i, k in enumerate(keys) if k == key]
-        c = fit([row for row, k in zip(rows, keys, strict=True) if k != key], logs(whole), steps=3)
-        found[inside] = errors([rows[i] for i in inside], c)
-        median = np.median(np.abs(found[inside]))
+        out = keys == key
+        d = np.zeros(len(x))
+        for _ in range(30):
+            error = (base + slopes @ d - told)[~out] / NOISE
+            w = 1 / np.sqrt(1 + error**2) / NOISE**2
+            left = slopes[~out].T @ (w[:, None] * slopes[~out]) + np.eye(len(x)) / PRIOR**2
+            right = -slopes[~out].T @ (w * (base - told)[~out]) - (x - centre) / PRIOR**2
+            d = np.clip(np.linalg.solve(left, right), -0.5, 0.5)
+        inside = [row for row, is_out in zip(rows, out, strict=True) if is_out]
+        found[out] = errors(inside, with_values(x + d))
+        median = np.median(np.abs(found[out]))
         print(f"  without {by} {key:20s} {len(inside):4d} rows, median error {median:6.1%}", flush=True)
     return found
 
@@ -94,8 +116,9 @@ def main() -> None:
     found = errors(rows, whole)
     show("all rows seen" if not args.check else "constants of moetrain", found)
     crossed = found
-    if not args.check and not args.no_cross:
-        by_model, by_gpu = (cross_validated(rows, whole, by) for by in ("model", "gpu"))
+    if not args.no_cross:
+        made = jacobian(rows, whole)
+        by_model, by_gpu = (cross_validated(rows, whole, by, *made) for by in ("model", "gpu"))
         show("leaving out each model", by_model)
         show("leaving out each GPU", by_gpu)
         crossed = by_model

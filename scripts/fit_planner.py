@@ -22,11 +22,20 @@ from scipy.optimize import least_squares
 
 from moetrain.planner.rates import FITTED, Constants
 
-FREE = ("product_16", "product_8", "grouped", "attention", "start", "passes", "fused_passes", "quantise", "host", "graphs", "bulk",
+FREE = ("product_16", "product_8", "grouped", "attention", "start", "passes", "fused_passes", "quantise", "host", "graphs",
+        "bulk",
         "hidden", "reduce", "natural")  # fmt: skip
 PRIOR = 0.3  # standard deviation of a constant's logarithm before any row is seen
 NOISE = 0.12  # of a row's: releases of one framework differ by as much
-MOST = {"product_16": 0.95, "product_8": 0.95, "grouped": 1.0, "attention": 0.9, "hidden": 0.98, "bulk": 1.0, "graphs": 1.0}
+MOST = {
+    "product_16": 0.95,
+    "product_8": 0.95,
+    "grouped": 1.0,
+    "attention": 0.9,
+    "hidden": 0.98,
+    "bulk": 1.0,
+    "graphs": 1.0,
+}
 
 
 def with_values(x: Sequence[float]) -> Constants:
@@ -101,7 +110,10 @@ def cross_validated(rows: list[Row], whole: Constants, by: str, base: np.ndarray
 def show(name: str, found: np.ndarray) -> None:
     """One line."""
     size = np.abs(found)
-    print(f"{name}: median {np.median(size):.1%}, mean {size.mean():.1%}, within 15%: {np.mean(size < 0.15):.0%}", flush=True)
+    print(
+        f"{name}: median {np.median(size):.1%}, mean {size.mean():.1%}, within 15%: {np.mean(size < 0.15):.0%}",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -125,7 +137,8 @@ def main() -> None:
     print("worst rows:")
     for i in np.argsort(-np.abs(crossed))[:10]:
         r = rows[i]
-        print(f"  line {r.number:3d} {crossed[i]:+7.1%} told {r.tokens:8.0f} {r.model}, {r.gpu}, {r.setting.stack.name}: {r.text[:60]} ... {r.text[-60:]}")  # fmt: skip
+        where = f"{r.model}, {r.gpu}, {r.setting.stack.name}: {r.text[:60]} ... {r.text[-60:]}"
+        print(f"  line {r.number:3d} {crossed[i]:+7.1%} told {r.tokens:8.0f} {where}")
     print(json.dumps({name: float(f"{getattr(whole, name):.4g}") for name in FREE}))
 
 

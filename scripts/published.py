@@ -44,8 +44,10 @@ def even(name: str, D: int, vocab: int, layers: int, kind: LayerShape) -> ModelS
     return ModelShape(name, D, vocab, (kind,), (0,) * layers)
 
 
-def nemotron(name: str, D: int, layers: tuple[int, int, int], heads: int, experts: ExpertShape, shared: int) -> ModelShape:
-    """A hybrid of Mamba-2, MoE and attention layers (arXiv 2512.20848): their numbers in that order. heads: of Mamba."""
+def nemotron(
+    name: str, D: int, layers: tuple[int, int, int], heads: int, experts: ExpertShape, shared: int
+) -> ModelShape:
+    """A hybrid of Mamba-2, MoE and attention layers (arXiv 2512.20848): so many of each. heads: of Mamba."""
     inner, groups, state = heads * 64, 8, 128
     mamba = LayerShape(
         attention=(Matrix(2 * inner + 2 * groups * state + heads, D, 0), Matrix(D, inner, 1)),
@@ -76,7 +78,8 @@ def kimi() -> ModelShape:
 def moonlight() -> ModelShape:
     """Moonlight 16B-A3B (arXiv 2502.16982): a DeepSeek-V3 of 27 layers without a latent for queries."""
     words = ["model=deepseek-v3", "model.n_layers=27", "model.dim=2048", "model.attention.n_heads=16",
-             "model.attention.q_lora_rank=null", "model.moe.num_experts=64", "model.moe.top_k=6", "model.moe.expert_dim=1408",
+             "model.attention.q_lora_rank=null", "model.moe.num_experts=64", "model.moe.top_k=6", 
+             "model.moe.expert_dim=1408",
              "model.moe.shared_dim=2816", "model.dense_dim=11264", "model.moe.first_dense=1", "model.vocab_size=163840",
              "model.router.n_groups=1", "model.router.topk_groups=1"]  # fmt: skip
     return shape_of(load(words, kinds=False).model)
@@ -98,7 +101,8 @@ MODELS: dict[str, Any] = {
     "llama3 405b dense": lambda: even("llama3-405b", 16384, 128256, 126, layer(16384, 128, 8, 128, 53248)),
     "nemotron 3 nano": lambda: nemotron("nano", 2688, (23, 23, 6), 64, moe(128, 6, 1856, 2688, 1), 3712),
     "nemotron 3 super": lambda: replace(
-        nemotron("super", 4096, (40, 40, 8), 128, moe(512, 22, 2688, 1024, 1), 5376), layers=(0,) * 40 + (2,) * 8 + (1,) * 40, mtp=2
+        nemotron("super", 4096, (40, 40, 8), 128, moe(512, 22, 2688, 1024, 1), 5376), 
+        layers=(0,) * 40 + (2,) * 8 + (1,) * 40, mtp=2
     ),
 }  # fmt: skip
 # Rows that tell of no training run, or of a model or mapping that is not published.
@@ -272,9 +276,9 @@ def stack_of(r: dict[str, str]) -> Stack:
         name = "megatron-2024"
     elif (release and release[1] >= "26.06") or "verification_cards" in source:
         name = "megatron-2026" if blackwell else "megatron-graphs"
-    elif "EP overlap on" in text or "EP overlap, 62" in text or "A2A overlap" in text or "overlap on" in text:
+    elif re.search("EP overlap on|EP overlap, 62|A2A overlap|overlap on", text):
         name = "megatron-overlap"
-    elif source.startswith("2603") and not blackwell:  # the paper's 1F1B with all-to-all behind it
+    elif source.startswith("2603") and not blackwell:
         name = "megatron-overlap"
     elif "A2A, norm" in text:
         name = "megatron-2024"

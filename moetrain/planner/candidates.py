@@ -26,8 +26,8 @@ CONTEXT = ("all_gather", "ring", "all_to_all")
 
 @dataclass(frozen=True)
 class Mappings:
-    """Columns of equal length n. schedule, recompute, offload, dispatch, precision, context: places in the tuples above.
-    vpp: stages on a rank. dp: ranks that shard, rep: copies of the whole."""
+    """Columns of equal length n. schedule, recompute, offload, dispatch, precision, context: places in the tuples
+    above. vpp: stages on a rank. dp: ranks that shard, rep: copies of the whole."""
 
     pp: Numbers
     vpp: Numbers

@@ -31,7 +31,7 @@ class Held:
 
 @functools.lru_cache(maxsize=512)
 def stages(shape: ModelShape, seq_len: int, total: int, layout: tuple[int, ...] | None = None) -> tuple[Held, ...]:
-    """The stages of a pipeline of ``total``: as ``layout`` says, or split by cost like ``parallel.stages.all_stages``."""
+    """The stages of a pipeline of ``total``: as ``layout`` says, or split by cost as ``all_stages`` does."""
     flops = [layer_flops(kind, seq_len) for kind in shape.kinds]
     head = 2.0 * shape.dim * shape.vocab * (1 + shape.mtp) + shape.mtp * flops[shape.layers[-1]]
     counts = list(layout or split_by_cost([flops[k] for k in shape.layers], total, last=head))

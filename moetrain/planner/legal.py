@@ -44,12 +44,13 @@ def legal_mappings(cfg: Config, cluster: Cluster, world: int, precisions: tuple[
     m = Mappings(**columns)
     local = DISPATCH.index("local")
     crosses = m.ep * m.etp > cluster.domain
+    whole_domains = (cluster.domain % m.etp == 0) & (m.ep % np.maximum(1, cluster.domain // m.etp) == 0)
     sends = (m.ep > 1) | (m.etp > 1)
     fits = np.where(
         ~sends | (not moe), m.dispatch == local,
         np.select(
             [m.dispatch == local, m.dispatch == DISPATCH.index("two_step"), m.dispatch == DISPATCH.index("all_gather")],
-            [False, crosses & (cluster.domain % m.etp == 0) & (m.ep % np.maximum(1, cluster.domain // m.etp) == 0), m.ep > 1],
+            [False, crosses & whole_domains, m.ep > 1],
             m.ep > 1,
         ),
     )  # fmt: skip
@@ -120,7 +121,9 @@ def _splits(cfg: Config, cluster: Cluster, tp: int, cp: int) -> bool:
 def _context(cfg: Config, cp: int, tp: int) -> int:
     """Trading heads sends least; where they do not divide, keys go around."""
     heads = cfg.model.attention.n_heads
-    return CONTEXT.index("all_to_all" if cp > 1 and (heads // tp) % cp == 0 else "ring" if cp > 1 else cfg.parallel.context)
+    return CONTEXT.index(
+        "all_to_all" if cp > 1 and (heads // tp) % cp == 0 else "ring" if cp > 1 else cfg.parallel.context
+    )
 
 
 def _copies(cluster: Cluster, data: int, inner: int) -> list[int]:

@@ -25,12 +25,12 @@ class Load:
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 - one load lives as long as the command
     def slowest(self, ep: int) -> float:
-        """Rows of a layer's fullest rank over the mean, for ep ranks: mean of layers and samples, for all wait for it."""
+        """Rows of a layer's fullest rank over the mean, for ep ranks; mean of layers and samples."""
         return float(self._ranks(ep).max(axis=2).mean())
 
     @functools.lru_cache(maxsize=64)  # noqa: B019
     def fullest(self, ep: int) -> Numbers:
-        """Of each sample, rows of all layers together on the fullest rank, over the mean: what its memory has to hold."""
+        """Of each sample, rows of all layers on the fullest rank, over the mean: what its memory has to hold."""
         found: Numbers = self._ranks(ep).mean(axis=1).max(axis=1)
         return found
 
@@ -64,7 +64,7 @@ def read_trace(path: Path, model: ModelConfig) -> Load:
     except OSError as error:
         raise ConfigError(f"trace {file} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"trace {file} is not a loads.jsonl of a run: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"trace {file} is not a loads.jsonl of a run: {error!r}") from error
     if not samples:
         raise ConfigError(f"trace {file} is empty; a run writes a line after its first steps")
     layers = model.moe_layers()
@@ -74,7 +74,7 @@ def read_trace(path: Path, model: ModelConfig) -> Load:
         if found != expected:
             other = next((f"{f} experts for {e}" for f, e in zip(found, expected, strict=False) if f != e), "")
             raise ConfigError(
-                f"trace {file} has {len(found)} MoE layers {f'with {other} ' if other else ''}where model {model.name} has "
+                f"trace {file} has {len(found)} MoE layers{f', with {other},' if other else ''} where model {model.name} has "
                 f"{len(expected)} of {expected[0] if expected else 0} experts; give a trace of this model"
             )
     if len(set(expected)) > 1:

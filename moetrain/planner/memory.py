@@ -21,8 +21,8 @@ LOCAL, ALL_GATHER = DISPATCH.index("local"), DISPATCH.index("all_gather")
 
 @dataclass(frozen=True)
 class Run:
-    """What is common to all mappings of a search. wide: bytes of a weight (4, or 8 in float64); narrow: of a number that
-    is computed with. skew: rows of the fullest rank over the mean. document_mask: whether documents are kept apart."""
+    """What is common to all mappings of a search. wide: bytes of a weight (4, or 8 in float64); narrow: of a number
+    that is computed with. skew: rows of the fullest rank over the mean. document_mask: whether documents are kept apart."""
 
     seq_len: int
     global_batch: int
@@ -37,8 +37,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Shards:
-    """Of one layer, or of the ends of the model. own: numbers that this rank keeps. tensors: parameters. vectors: numbers
-    of those that AdamW updates under Muon. gathered: numbers of the whole units that FSDP gathers. wait: numbers of
+    """Of one layer, or of the ends of the model. own: numbers that this rank keeps. tensors: parameters. vectors:
+    numbers of those that AdamW updates under Muon. gathered: numbers of the whole units that FSDP gathers. wait: numbers of
     whole gradients that FSDP reduces."""
 
     own: Numbers
@@ -144,7 +144,9 @@ def _attention_kept(kind: LayerShape, m: Mappings, run: Run, dim: int) -> Number
     out = N * H * kind.v * e + 4 * N * H
     if kind.ranks != (0, 0):
         latents = (T + N) * sum(kind.ranks) * e + 8 * T
-        parts = max(p.outputs for p in kind.attention if p.inputs == kind.ranks[1] - kind.rope) / m.tp  # keys and values
+        parts = (
+            max(p.outputs for p in kind.attention if p.inputs == kind.ranks[1] - kind.rope) / m.tp
+        )  # keys and values
         return T * dim * e + latents + N * (2 * H * kind.qk + parts) * e + out + _context_kept(kind, m, run, N, H, H)
     core = N * (H * kind.qk + G * (kind.qk + kind.v)) * e + out
     if kind.sinks or (kind.window or run.seq_len) < run.seq_len:  # a mask; heads are copied, a sink is one more key
@@ -175,7 +177,9 @@ def _experts_kept(kind: LayerShape, m: Mappings, run: Run) -> tuple[Numbers, Num
     sent = T * x.top_k * min(1.0, x.capacity or 1.0)
     wide_copy = 4 * (T * x.dim + x.dim * x.count) if run.narrow < 4 else 0.0
     outer = wide_copy + 4 * T * x.count + T * (12 * x.top_k + 4)
-    fused_weights = (m.dispatch == LOCAL) | (m.dispatch == ALL_GATHER)  # applied by the experts, not when rows come back
+    fused_weights = (m.dispatch == LOCAL) | (
+        m.dispatch == ALL_GATHER
+    )  # applied by the experts, not when rows come back
     outer = outer + np.where(fused_weights, 0.0, sent * (x.dim * e + 4))
     held = np.select([m.dispatch == LOCAL, m.dispatch == ALL_GATHER], [T, T * m.ep * m.etp], R)
     given = held * x.dim * e + R * 8 + np.where(fused_weights, 4 * R, 0.0)

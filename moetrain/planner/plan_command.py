@@ -22,7 +22,17 @@ from moetrain.planner.plan_emit import check_emit, emit
 from moetrain.planner.plan_picture import check_picture, draw
 from moetrain.planner.plan_words import Asked, parse
 from moetrain.planner.rates import STACKS
-from moetrain.planner.search import Found, Plan, Problem, check_problem, description, gpus_that_fit, priced, refined, search
+from moetrain.planner.search import (
+    Found,
+    Plan,
+    Problem,
+    check_problem,
+    description,
+    gpus_that_fit,
+    priced,
+    refined,
+    search,
+)
 
 TOKENS = 4_194_304  # of a step, where global_batch is not given
 Loader = Callable[..., Config]
@@ -129,6 +139,6 @@ def _too_large(p: Problem, nearest: Plan | None) -> str:
     ways += [f"GPUs of {nearest.total / p.capacity * p.cluster.memory_gib:.0f} GiB", "a shorter seq or a smaller model"]
     return (
         f"{p.cfg.model.name} fits under no mapping on gpus={p.world} of {p.cluster.name}: the smallest needs "
-        f"{nearest.total / 2**30:.1f} GiB of {p.capacity / 2**30:.1f}, {over:.1f} too many (weights, gradients and optimizer "
-        f"{state:.1f}; {description(nearest.row)}); what would: {', or '.join(ways)}"
+        f"{nearest.total / 2**30:.1f} GiB of {p.capacity / 2**30:.1f}, {over:.1f} too many (weights, gradients and "
+        f"optimizer {state:.1f}; {description(nearest.row)}); what would: {', or '.join(ways)}"
     )

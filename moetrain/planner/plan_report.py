@@ -19,7 +19,8 @@ def as_json(p: Problem, found: Found, tokens: float | None) -> dict[str, Any]:
     """All numbers; seconds, bytes."""
     return {
         "model": p.cfg.model.name, "cluster": p.cluster.name, "gpus": p.world, "stack": p.stack.name,
-        "seq": p.cfg.train.seq_len, "global_batch": p.cfg.train.global_batch, "looked_at": found.looked_at, "fit": found.fit,
+        "seq": p.cfg.train.seq_len, "global_batch": p.cfg.train.global_batch,
+        "looked_at": found.looked_at, "fit": found.fit,
         "capacity": p.capacity, "plans": [_json(p, found, plan, tokens) for plan in found.best],
         "frontier": [{"bytes": b, "tokens_per_s_per_gpu": t} for b, t in found.frontier],
     }  # fmt: skip
@@ -28,9 +29,11 @@ def as_json(p: Problem, found: Found, tokens: float | None) -> dict[str, Any]:
 def _json(p: Problem, found: Found, plan: Plan, tokens: float | None) -> dict[str, Any]:
     days = None if tokens is None else tokens / (plan.tokens * p.world) / 86400
     return {
-        "mapping": plan.row, "words": description(plan.row), "seconds": plan.seconds, "tokens_per_s_per_gpu": plan.tokens,
+        "mapping": plan.row, "words": description(plan.row), "seconds": plan.seconds,
+        "tokens_per_s_per_gpu": plan.tokens,
         "tflops_per_gpu": plan.tflops, "utilisation": plan.utilisation, "parts": plan.parts, "hidden": plan.hidden,
-        "memory": plan.memory, "by_stage": plan.by_stage, "out_of_memory": plan.out_of_memory, "simulated": plan.simulated,
+        "memory": plan.memory, "by_stage": plan.by_stage, "out_of_memory": plan.out_of_memory,
+        "simulated": plan.simulated,
         "days": days, "gpu_hours": None if days is None else days * 24 * p.world,
         "loses_by": why_slower(found.best[0], plan),
     }  # fmt: skip
@@ -50,7 +53,13 @@ def best_table(p: Problem, found: Found, tokens: float | None) -> RenderableType
     for head in (*heads, "loses by"):
         table.add_column(head, justify="left" if head in ("mapping", "loses by") else "right")
     for i, plan in enumerate(found.best):
-        cells = [str(i + 1), description(plan.row), f"{plan.tokens:,.0f}", f"{plan.tflops:,.0f}", f"{plan.utilisation:.1%}"]
+        cells = [
+            str(i + 1),
+            description(plan.row),
+            f"{plan.tokens:,.0f}",
+            f"{plan.tflops:,.0f}",
+            f"{plan.utilisation:.1%}",
+        ]
         cells += [f"{plan.total / GIB:.1f}", f"{plan.seconds:.3g}"]
         if tokens is not None:
             days = tokens / (plan.tokens * p.world) / 86400

@@ -13,9 +13,9 @@ from moetrain.config.presets import nearest
 from moetrain.planner.candidates import PRECISION, WORDS
 from moetrain.planner.rates import STACKS
 
-HELP = """usage: moetrain plan model=NAME cluster=NAME gpus=N [key=value ...] [--json] [--plot FILE] [--emit experiment=NAME]
+HELP = """usage: moetrain plan model=NAME cluster=NAME gpus=N [key=value ...] [--json] [--plot FILE] [--emit ...]
        moetrain plan mapping=pp=8,ep=32,micro_batch=1 model=NAME cluster=NAME gpus=N ...
-       moetrain plan calibrate [out=FILE] [ranks=N]
+       moetrain plan calibrate [out=FILE] [ranks=N] [base=CLUSTER]
        moetrain plan check RUN_DIR [cluster=NAME]
 
 Predict memory, speed and the best mapping of a run. Other settings are those of 'moetrain train'.
@@ -110,9 +110,7 @@ def read_mapping(text: str) -> dict[str, Any]:
     for part in text.split(","):
         name, equals, value = part.partition("=")
         if not equals or name not in (*SIZES, *WORDS):
-            raise ConfigError(
-                f"mapping takes name=value,... of {', '.join((*SIZES, *WORDS))}; cannot read '{part}'"
-            )
+            raise ConfigError(f"mapping takes name=value,... of {', '.join((*SIZES, *WORDS))}; cannot read '{part}'")
         if name in SIZES:
             if not re.fullmatch(r"[0-9]+", value) or int(value) < 1:
                 raise ConfigError(f"mapping: {name} takes a whole number of 1 or more; got '{value}'")

@@ -20,7 +20,7 @@ class Constants:
     start: float = 12e-6  # until one product is under way and after it has ended: a kernel's ramp, its last wave
     passes: float = 2.0  # times that what lies between the products goes through memory, over the least possible
     fused_passes: float = 1.2  # the same where a stack fuses it (quantisation and activation into the products)
-    quantise: float = 1.0  # the same of what 8-bit products need beside that: read in 16 bits, written by rows and columns
+    quantise: float = 1.0  # the same of what 8-bit products need beside: 16 bits read, rows and columns written
     host: float = 6e-3  # host's time to start the operations of a MoE layer, forward and backward
     graphs: float = 0.3  # share of that which is left where a stack replays captured graphs
     bulk: float = 0.5  # share of tensor parallel collectives that no product hides

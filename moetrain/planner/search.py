@@ -123,7 +123,7 @@ def search(p: Problem, top: int = 10) -> Found:
     if not len(m):
         raise ConfigError(
             f"no mapping of {p.cfg.model.name} on gpus={p.world} is legal with global_batch={p.cfg.train.global_batch} "
-            f"and seq={p.cfg.train.seq_len}: their sizes do not divide; try a global_batch that is a multiple of {p.world}"
+            f"and seq={p.cfg.train.seq_len}: their sizes do not divide; try a global_batch that {p.world} divides"
         )
     seconds, memory = evaluate(p, m)
     fits = memory <= p.capacity

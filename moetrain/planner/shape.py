@@ -56,7 +56,8 @@ class LayerShape:
     """One kind of layer. attention, mlp: matrices and vectors, mlp being the dense MLP or the shared experts (with the
     router in ``router``). qk, v: widths of a head's query and value; heads 0: no attention.
 
-    scan: FLOPs per token, forward, of a mixer that is no matrix product (Mamba-2's scan), on ``scan_width`` numbers. norm_heads: RMSNorm over each
+    scan: FLOPs per token, forward, of a mixer that is no product (Mamba-2's scan), on ``scan_width`` numbers.
+    norm_heads: RMSNorm over each
     head of queries and keys. mla: whether latents are kept as well.
     """
 
@@ -147,7 +148,7 @@ def shape_of(cfg: ModelConfig) -> ModelShape:
 
 
 def with_mtp(shape: ModelShape, layers: int = 1) -> ModelShape:
-    """``shape`` with ``layers`` of multi-token prediction (DeepSeek-V3, arXiv 2412.19437, 2.2), which moetrain lacks."""
+    """``shape`` with ``layers`` of multi-token prediction (arXiv 2412.19437, 2.2), which moetrain lacks."""
     return replace(shape, mtp=layers, extra=(Matrix(shape.dim, 2 * shape.dim),))
 
 
@@ -161,7 +162,8 @@ def _layer(cfg: ModelConfig, i: int) -> LayerShape:
     if moe:
         count, inner = cfg.layer_value("num_experts", i), cfg.layer_value("shared_dim", i)
         router.append(Matrix(count, D))
-        if isinstance(cfg.router, dict) and cfg.router.get("logits_bias") or getattr(cfg.router, "logits_bias", False):
+        options = cfg.router if isinstance(cfg.router, dict) else vars(cfg.router)
+        if options.get("logits_bias"):
             router.append(Matrix(count, 0))
         parts = 1 if cfg.moe.activation in PLAIN else 2
         experts = ExpertShape(

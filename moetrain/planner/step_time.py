@@ -10,7 +10,7 @@ Constants and what stacks do: ``planner.rates``. Letters: as in ``planner.memory
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from moetrain.planner.shape import LayerShape, Matrix, ModelShape, mean_seen
 from moetrain.planner.timeline import bound
 
 TILE = 128  # rows of a grouped product's tile
+OPERATIONS = 300  # that a MoE layer starts, forward and backward
 # What a step's time is split into.
 SPLIT = ("attention", "dense", "router", "dispatch", "experts", "combine", "tensor", "head", "host", "bubble", "send",
          "reduction", "optimizer")  # fmt: skip
@@ -75,6 +76,8 @@ class Pricer:
     """Prices mappings in one setting."""
 
     def __init__(self, setting: Setting) -> None:
+        if setting.cluster.kind == "cpu":  # nothing overlaps
+            setting = replace(setting, c=replace(setting.c, bulk=1.0, hidden=0.0, reduce=0.0))
         self.s = setting
 
     def product(self, rows: Numbers, p: Matrix, m: Mappings, narrow: Numbers) -> Numbers:
@@ -114,13 +117,21 @@ class Pricer:
         if kind.sinks and not s.stack.fused_sinks:  # scores are written and read again: 4 times forward, 6 backward
             scores = m.micro_batch * kind.heads / m.tp * s.run.seq_len**2 / m.cp * e
             core_time = core_time + 10 / 3.5 * scores / self.memory
-        own = 10 * T * D * e + 10 * N * kind.scan_width / m.tp * e + 4 * N * (kind.heads + 2 * kind.kv_heads) / m.tp * kind.qk * e + 8 * sum(kind.ranks) * T
+        own = (
+            10 * T * D * e
+            + 10 * N * kind.scan_width / m.tp * e
+            + 4 * N * (kind.heads + 2 * kind.kv_heads) / m.tp * kind.qk * e
+            + 8 * sum(kind.ranks) * T
+        )
         quantise = self._quantised(kind.attention, N, T, m, dense_in)
         att_memory = passes * (own + quantise) / self.memory
         dense = sum((self.product(N, p, m, dense_in) for p in kind.mlp), zero)
         inner = N * kind.mlp_inner / m.tp * e * (kind.mlp_parts + 1) if kind.mlp else zero
         dense_memory = passes * (inner + self._quantised(kind.mlp, N, T, m, dense_in)) / self.memory
-        parts = {"attention": 3 * att + (1 + 2.5) * core_time + 3 * scan + 3 * att_memory, "dense": 3 * (dense + dense_memory)}
+        parts = {
+            "attention": 3 * att + (1 + 2.5) * core_time + 3 * scan + 3 * att_memory,
+            "dense": 3 * (dense + dense_memory),
+        }
         forward = att + core_time + scan + att_memory + dense + dense_memory
         again = forward
         parts["tensor"] = self._tensor(kind, N * D * e, m)
@@ -149,7 +160,8 @@ class Pricer:
         parts[name] = parts[name] + extra * 0.5
         device = sum(parts.values(), zero)
         host = self.host(kind)
-        total = (device**4 + host**4) ** 0.25
+        # A GPU computes while the host starts what comes next; a CPU does one after the other.
+        total = device + host if s.cluster.kind == "cpu" else (device**4 + host**4) ** 0.25
         parts["host"] = total - device
         return LayerTime(parts, hidden, total)
 
@@ -157,12 +169,16 @@ class Pricer:
         """Seconds in which the host starts a layer's operations."""
         s = self.s
         seconds = s.c.host * (s.c.graphs if s.stack.graphs else 1.0)
+        if s.cluster.launch_us is not None:
+            seconds = OPERATIONS * s.cluster.launch_us * 1e-6
         return seconds * (1.0 if kind.experts is not None else 0.5)
 
     def _quantised(self, parts: tuple[Matrix, ...], N: Numbers, T: Numbers, m: Mappings, narrow: Numbers) -> Numbers:
         """Bytes that turning a product's operands into 8 bits or fewer moves: read in 16 bits, written twice."""
         rows = [
-            (N if p.split is not None else T) * (p.inputs / (m.tp if p.split == 1 else 1) + p.outputs / (m.tp if p.split == 0 else 1)) / 2
+            (N if p.split is not None else T)
+            * (p.inputs / (m.tp if p.split == 1 else 1) + p.outputs / (m.tp if p.split == 0 else 1))
+            / 2
             for p in parts
             if p.inputs
         ]
@@ -199,7 +215,9 @@ class Pricer:
         weights = local * x.dim * F * (x.parts + 1) * e
         grouped = np.maximum(flops / (self.rate(narrow) * c.grouped), weights / self.memory) + 2 * c.start
         moved = rows * e * (4 * x.dim + (x.parts + 1) * F * x.kept / 4)
-        moved = moved + np.where(narrow >= 2, rows * 4.0 * c.quantise * (x.dim + F * (x.parts + 1) / 2 + x.dim / 2), 0.0)
+        moved = moved + np.where(
+            narrow >= 2, rows * 4.0 * c.quantise * (x.dim + F * (x.parts + 1) / 2 + x.dim / 2), 0.0
+        )
         between = passes * moved / self.memory
         router = sum((self.product(T, p, m, np.minimum(narrow, 1)) for p in kind.router if p.inputs), zero)
         router = router + passes * 24.0 * T * x.count / self.memory + 6 * c.start
@@ -257,7 +275,7 @@ class Pricer:
         optimizer = self._optimizer(m, mine[0])
         at = of_rank[int(np.argmax([r.mean() for r in of_rank]))]
         own = mine[int(np.argmax([r.mean() for r in of_rank]))]
-        parts = {name: zero for name in SPLIT}
+        parts = dict.fromkeys(SPLIT, zero)
         hidden = hidden_reduction
         for stage in own:
             for k, count in enumerate(stage.counts):
@@ -286,14 +304,21 @@ class Pricer:
         counts = [sum(stage.counts[k] for stage in fullest) for k in range(len(kinds))]
         ends = s.shape.vocab * s.shape.dim * (2 if pp == 1 and not s.shape.tied else 1) / m.tp
         dense = ends + sum(
-            (c * sum(p.numel / (m.tp if p.split is not None else 1) for p in k.dense) for c, k in zip(counts, kinds, strict=True)),
+            (
+                c * sum(p.numel / (m.tp if p.split is not None else 1) for p in k.dense)
+                for c, k in zip(counts, kinds, strict=True)
+            ),
             np.zeros(len(m)),
         )
-        experts = sum((c * k.experts.numel for c, k in zip(counts, kinds, strict=True) if k.experts), 0) / (m.ep * m.etp)
+        experts = sum((c * k.experts.numel for c, k in zip(counts, kinds, strict=True) if k.experts), 0) / (
+            m.ep * m.etp
+        )
         for numel, group in ((dense, fsdp), (experts, edp)):
             gather = gather + links.ring(numel * s.run.narrow, group, s.cluster, s.c)
             reduce = reduce + links.ring(numel * s.stack.gradients, group, s.cluster, s.c)
-        copies = 2 * links.ring(dense / np.maximum(1, m.dp * m.cp) * 4.0, Group(m.rep, m.dp * m.cp * m.tp), s.cluster, s.c)
+        copies = 2 * links.ring(
+            dense / np.maximum(1, m.dp * m.cp) * 4.0, Group(m.rep, m.dp * m.cp * m.tp), s.cluster, s.c
+        )
         if s.stack.shards == "optimizer":
             work = gather + reduce + copies
             covered = np.minimum(s.c.reduce * one, 0.95 * work)

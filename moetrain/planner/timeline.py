@@ -99,8 +99,8 @@ class Timeline:
 def simulate(
     schedule: str, pp: int, vpp: int, n: int, forward: Sequence[float], backward: Sequence[float], send: float = 0.0
 ) -> Timeline:
-    """A step of ``n`` micro-batches. forward, backward: seconds of each stage and micro-batch; send: from stage to stage
-    on another rank. Where the gradients of weights come apart, they take half of backward."""
+    """A step of ``n`` micro-batches. forward, backward: seconds of each stage and micro-batch; send: from stage to
+    stage on another rank. Where the gradients of weights come apart, they take half of backward."""
     plans = orders(schedule, pp, vpp, n)
     last = pp * vpp - 1
     done: dict[tuple[str, int, int], float] = {}
@@ -143,7 +143,13 @@ def simulate(
 
 
 def _ready(
-    kind: str, stage: int, number: int, last: int, done: dict[tuple[str, int, int], float], holder: list[int], send: float
+    kind: str,
+    stage: int,
+    number: int,
+    last: int,
+    done: dict[tuple[str, int, int], float],
+    holder: list[int],
+    send: float,
 ) -> float | None:
     """When the inputs of an action are there; None: that is not known yet."""
     if kind == "backward_weight":

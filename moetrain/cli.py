@@ -361,6 +361,31 @@ def simulate(argv: Sequence[str]) -> int:
     return 0
 
 
+def plan(argv: Sequence[str]) -> int:
+    """Predict memory, speed and the best mapping: plan model=NAME cluster=h100 gpus=64; calibrate, check RUN_DIR."""
+    parser = command_parser("plan")
+    parser.add_argument("--json", action="store_true", help="print all of it as JSON")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw time, memory and the frontier")
+    parser.add_argument("--emit", metavar="experiment=NAME", help="write the best mapping as a preset")
+    args = parser.parse_intermixed_args(argv)
+    from moetrain.planner import plan_words
+
+    if args.help or not args.overrides:
+        print(plan_words.HELP)
+        return 0 if args.help else 2
+    if args.overrides[0] in ("calibrate", "check"):
+        from moetrain.planner import calibrate, plan_check
+
+        what, rest = args.overrides[0], args.overrides[1:]
+        found = calibrate.run(rest) if what == "calibrate" else plan_check.run(rest, wide_console(), args.json)
+        print(found) if found else None
+        return 0
+    from moetrain.planner.plan_command import run
+
+    run(args.overrides, load_run, args.config_dir, wide_console(), args.json, args.plot, args.emit)
+    return 0
+
+
 def make_report(argv: Sequence[str]) -> int:
     """Write one HTML page about a run, several runs side by side, or a sweep: report RUN_DIR [RUN_DIR ...]."""
     parser = Parser(prog="moetrain report", allow_abbrev=False)
@@ -411,6 +436,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "generate": generate,
     "suggest": suggest,
     "simulate": simulate,
+    "plan": plan,
     "report": make_report,
     "watch": watch,
     "version": version,

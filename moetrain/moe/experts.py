@@ -68,17 +68,30 @@ class Experts(nn.Module):
         if b2 is not None and self.output_slice is not None:
             b2 = F.pad(b2, (self.output_slice.start, rows.x_ND.shape[1] - self.output_slice.stop))
         recompute = self.recompute if recompute is None else recompute
-        return _maybe_checkpoint(recompute, self._run, rows, w13, w2, b13, b2)
+        # Each tensor by itself, for only then does autograd know (and a dry run count) that checkpointing keeps it.
+        return _maybe_checkpoint(
+            recompute, self._run, rows.x_ND, rows.counts, rows.index_R, rows.weight_R, w13, w2, b13, b2
+        )
 
     def weights(self) -> Weights:
         """w13, w2, b13, b2: what this rank holds of them."""
         return tuple(local_part(p) for p in (self.w13, self.w2, self.b13, self.b2))  # type: ignore[return-value]
 
-    def _run(self, rows: Rows, w13: Tensor, w2: Tensor, b13: Tensor | None, b2: Tensor | None) -> Tensor:
+    def _run(
+        self,
+        x_ND: Tensor,
+        counts: list[int] | Tensor,
+        index_R: Tensor | None,
+        weight_R: Tensor | None,
+        w13: Tensor,
+        w2: Tensor,
+        b13: Tensor | None,
+        b2: Tensor | None,
+    ) -> Tensor:
         if self.ternary:
             w13, w2 = self._ternary(w13), self._ternary(w2)
         return expert_mlp(
-            rows.x_ND, rows.counts, w13, w2, index_R=rows.index_R, weight_R=rows.weight_R, b13=b13, b2=b2,
+            x_ND, counts, w13, w2, index_R=index_R, weight_R=weight_R, b13=b13, b2=b2,
             activation=self.activation, backend=self.backend, fp8=self.fp8,
         )  # fmt: skip
 

@@ -1,0 +1,200 @@
+"""Bytes on a rank, by formula, for many mappings at once; the same columns as a dry run's (``planner.dry_run``).
+
+Weights, gradients and optimizer state are exact. Activations follow what autograd saves in moetrain's own modules, with
+fused attention and norms, term by term, and are within 5% of a dry run, which counts saved tensors (tested).
+Letters: T tokens of a micro-batch on this rank between blocks, N those of all tp ranks, R rows of this rank's experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moetrain.planner.candidates import DISPATCH, RECOMPUTE, Mappings, Numbers
+from moetrain.planner.shape import LayerShape, Matrix, ModelShape
+
+SELECTIVE, FULL = RECOMPUTE.index("selective"), RECOMPUTE.index("full")
+LOCAL, ALL_GATHER = DISPATCH.index("local"), DISPATCH.index("all_gather")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is common to all mappings of a search. wide: bytes of a weight (4, or 8 in float64); narrow: of a number
+    that is computed with. skew: rows of the fullest rank over the mean. document_mask: whether documents are kept apart."""
+
+    seq_len: int
+    global_batch: int
+    wide: int = 4
+    narrow: int = 2
+    optimizer: str = "adamw"
+    prefetch: int = 1
+    skew: Any = 1.0
+    lean: bool = False
+    shards: str = "all"
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Of one layer, or of the ends of the model. own: numbers that this rank keeps. tensors: parameters. vectors:
+    numbers of those that AdamW updates under Muon. gathered: numbers of the whole units that FSDP gathers. wait: numbers of
+    whole gradients that FSDP reduces."""
+
+    own: Numbers
+    tensors: Numbers
+    vectors: Numbers
+    gathered: Numbers
+
+
+def matrices(parts: tuple[Matrix, ...], m: Mappings, kv_heads: int = 0) -> Shards:
+    """Dense parameters: split over tp, then by FSDP along the first dimension, of which the first rank has most."""
+    fsdp = m.dp * m.cp
+    own = np.zeros(len(m))
+    vectors = np.zeros(len(m))
+    gathered = np.zeros(len(m))
+    for p in parts:
+        tp = m.tp
+        if kv_heads and p.split == 0 and p.outputs % kv_heads == 0:
+            tp = np.where(kv_heads % m.tp == 0, m.tp, 1)
+        rows = p.outputs / (tp if p.split == 0 else 1)
+        across = max(1, p.inputs) / (tp if p.split == 1 else 1)
+        mine = np.ceil(rows / fsdp) * across
+        own += mine
+        gathered += mine * fsdp
+        if not p.inputs:
+            vectors += mine
+    return Shards(own, np.full(len(m), float(len(parts))), vectors, gathered)
+
+
+def layer_shards(kind: LayerShape, m: Mappings) -> tuple[Shards, Shards]:
+    """(dense parameters, routed experts) of a layer."""
+    kv = [p for p in kind.attention[1:3] if kind.ranks == (0, 0)]
+    kv_widths = {p.outputs for p in kv}
+    is_kv = [p for p in kind.dense if kv and p.split == 0 and p.outputs in kv_widths and p not in kind.mlp]
+    rest = [p for p in kind.dense if p not in is_kv]
+    a, b = matrices(tuple(rest), m), matrices(tuple(is_kv), m, kind.kv_heads)
+    vectors = a.vectors + b.vectors + matrices(tuple(p for p in kind.router if p.inputs), m).own  # Muon's way
+    dense = Shards(a.own + b.own, a.tensors + b.tensors, vectors, a.gathered + b.gathered)
+    zero = np.zeros(len(m))
+    if kind.experts is None:
+        return dense, Shards(zero, zero, zero, zero)
+    e = kind.experts
+    here = e.numel / (m.ep * m.etp)
+    alone = (m.edp == 1) & (m.offload != 2)
+    vectors = e.count * (e.parts * e.inner + e.dim) / (m.ep * m.etp * m.edp) if e.bias else zero
+    tensors = zero + (4.0 if e.bias else 2.0)
+    return dense, Shards(here / m.edp, tensors, vectors, np.where(alone, 0.0, here))
+
+
+def state_bytes(run: Run, shards: Shards) -> tuple[Numbers, Numbers, Numbers]:
+    """(weights, gradients, optimizer) of ``shards``."""
+    weights = run.wide * shards.own
+    if run.optimizer == "muon":  # a momentum for matrices, AdamW for the rest
+        states = run.wide * (shards.own + shards.vectors)
+    else:
+        states = 2 * run.wide * shards.own + 4 * shards.tensors  # and the step, a float32 of each parameter
+    return weights, weights, states
+
+
+def kept_bytes(kind: LayerShape, m: Mappings, run: Run, dim: int) -> tuple[Numbers, Numbers]:
+    """(bytes that backward needs of one layer and micro-batch, bytes beside them while the layer is computed)."""
+    e, T = float(run.narrow), m.tokens(run.seq_len)
+    N, x = T * m.tp, T * dim * e
+    before = _attention_kept(kind, m, run, dim) + 2 * (x + 4 * T)  # with inputs and factors of both norms
+    inner = mlp = np.zeros(len(m))
+    if kind.mlp:
+        mlp = N * dim * e + kind.shared_gate * T * (dim + 1) * e  # its input, of all tp ranks; what a gate scales
+        inner = N * kind.mlp_inner / m.tp * e * (4 if kind.mlp_parts == 2 else 2)
+    outer = np.zeros(len(m))
+    rows = N
+    if kind.experts is not None:
+        outer, selective_input, experts_inner = _experts_kept(kind, m, run)
+        inner = inner + experts_inner
+        # What goes into the experts is kept where their inside is not; a local dispatcher's is the shared MLP's, too.
+        mlp = mlp + np.where(m.recompute == SELECTIVE, selective_input, 0.0)
+        rows = _rows(kind, m, run)
+    elif kind.mlp:
+        mlp = np.where((m.recompute == SELECTIVE) & (m.tp > 1), x, mlp)  # tokens are gathered again
+    plain = before + mlp + outer + inner
+    kept = np.select([m.recompute == FULL, m.recompute == SELECTIVE], [x, plain - inner], plain)
+    # Of a block that is computed again its inside lives once more; of any block the gradients that are under way.
+    width = kind.experts.dim if kind.experts else dim
+    again = np.select([m.recompute == FULL, m.recompute == SELECTIVE], [plain, inner], 0.0)
+    return kept, again + 3 * rows * width * e + 2 * x
+
+
+def _rows(kind: LayerShape, m: Mappings, run: Run) -> Numbers:
+    """R: rows of the experts here, after etp ranks have gathered each other's."""
+    assert kind.experts is not None
+    factor = kind.experts.capacity
+    share = 1.0 if factor is None else min(1.0, factor)
+    rows: Numbers = m.tokens(run.seq_len) * kind.experts.top_k * share * m.etp * run.skew
+    return rows
+
+
+def _attention_kept(kind: LayerShape, m: Mappings, run: Run, dim: int) -> Numbers:
+    """Input, queries, keys, values before and after norm and rotation, output, and a factor for each head and query."""
+    e, T = float(run.narrow), m.tokens(run.seq_len)
+    N = T * m.tp
+    if not kind.heads:
+        return T * dim * e
+    H = kind.heads / m.tp
+    G = np.maximum(1.0, kind.kv_heads / m.tp)
+    out = N * H * kind.v * e + 4 * N * H
+    if kind.ranks != (0, 0):
+        latents = (T + N) * sum(kind.ranks) * e + 8 * T
+        parts = (
+            max(p.outputs for p in kind.attention if p.inputs == kind.ranks[1] - kind.rope) / m.tp
+        )  # keys and values
+        return T * dim * e + latents + N * (2 * H * kind.qk + parts) * e + out + _context_kept(kind, m, run, N, H, H)
+    core = N * (H * kind.qk + G * (kind.qk + kind.v)) * e + out
+    if kind.sinks or (kind.window or run.seq_len) < run.seq_len:  # a mask; heads are copied, a sink is one more key
+        core = N * H * (2 * kind.qk + kind.v + 16 * kind.sinks) * e + run.seq_len**2 * e + out
+    if kind.norm_heads:
+        core = core + N * (H + G) * (kind.qk * e + 4)
+    return N * dim * e + core + _context_kept(kind, m, run, N, H, G)
+
+
+def _context_kept(kind: LayerShape, m: Mappings, run: Run, N: Numbers, H: Numbers, G: Numbers) -> Numbers:
+    """What context parallelism adds: keys and values of the tokens that this rank's queries see, by ``context``."""
+    e = float(run.narrow)
+    kv = G * (kind.qk + kind.v) * e
+    whole = N * m.cp
+    mask = run.seq_len / (2 * m.cp) * run.seq_len * e
+    copies = np.where(H != G, whole * H * (kind.qk + kind.v) * e, 0.0)
+    gathered = (whole - N) * kv + copies + mask + N * H * kind.v * e
+    ring = 0.0 * N + N * kv
+    traded = 0.0 * N + N * H * kind.v * e
+    return np.where(m.cp > 1, np.select([m.context == 0, m.context == 1], [gathered, ring], traded), 0.0)
+
+
+def _experts_kept(kind: LayerShape, m: Mappings, run: Run) -> tuple[Numbers, Numbers, Numbers]:
+    """(what router, dispatch and combine keep; the experts' input, if their inside is not kept; that inside)."""
+    assert kind.experts is not None
+    x, e, T = kind.experts, float(run.narrow), m.tokens(run.seq_len)
+    R = _rows(kind, m, run)
+    sent = T * x.top_k * min(1.0, x.capacity or 1.0)
+    wide_copy = 4 * (T * x.dim + x.dim * x.count) if run.narrow < 4 else 0.0
+    outer = wide_copy + 4 * T * x.count + T * (12 * x.top_k + 4)
+    fused_weights = (m.dispatch == LOCAL) | (
+        m.dispatch == ALL_GATHER
+    )  # applied by the experts, not when rows come back
+    outer = outer + np.where(fused_weights, 0.0, sent * (x.dim * e + 4))
+    held = np.select([m.dispatch == LOCAL, m.dispatch == ALL_GATHER], [T, T * m.ep * m.etp], R)
+    given = held * x.dim * e + R * 8 + np.where(fused_weights, 4 * R, 0.0)
+    if run.lean:
+        return outer, given, given * (m.recompute != SELECTIVE) + R * x.inner / m.etp * x.parts * e
+    inside = R * (x.dim + x.inner / m.etp * x.kept) * e + 8 * R * (1 + x.bias)
+    inside = inside + np.where(fused_weights, R * (x.dim * e + 4), 0.0)
+    alone = (m.edp == 1) & (m.offload != 2) & (run.narrow < run.wide)
+    return outer, given, inside + np.where(alone, x.numel / (m.ep * m.etp) * e, 0.0)
+
+
+def ends_bytes(shape: ModelShape, m: Mappings, run: Run) -> tuple[Numbers, Numbers]:
+    """Kept bytes of one micro-batch at (the embedding, the final norm with head and loss)."""
+    T, e = m.tokens(run.seq_len), float(run.narrow)
+    first = 8 * T * m.tp
+    head = shape.vocab / m.tp * shape.dim * 4.0
+    last = T * shape.dim * e + 4 * T + T * m.tp * shape.dim * e + head
+    return first + 0.0, last

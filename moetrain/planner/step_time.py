@@ -1,0 +1,347 @@
+"""Seconds of a training step, part by part, for many mappings at once.
+
+A layer is its products (a roofline each: the matrix units, or memory, and a kernel's start), attention, what goes
+through memory between them, and its collectives. A pipeline's stages then follow ``timeline.bound``, or event by event
+``timeline.simulate``. What overlaps: dispatch and combine with computation where the stack does that; the reduction of
+gradients and gathers of weights with a micro-batch's computation; the host's starting of operations with all of it.
+
+Constants and what stacks do: ``planner.rates``. Letters: as in ``planner.memory``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from moetrain.config.sizes import Sizes
+from moetrain.planner import links
+from moetrain.planner.candidates import DISPATCH, PRECISION, RECOMPUTE, SCHEDULES, Mappings, Numbers
+from moetrain.planner.cluster import Cluster
+from moetrain.planner.footprint import Held, stages
+from moetrain.planner.links import Group, Sent
+from moetrain.planner.memory import Run
+from moetrain.planner.rates import Constants, Stack
+from moetrain.planner.shape import LayerShape, Matrix, ModelShape, mean_seen
+from moetrain.planner.timeline import bound
+
+TILE = 128  # rows of a grouped product's tile
+OPERATIONS = 300  # that a MoE layer starts, forward and backward
+# What a step's time is split into.
+SPLIT = ("attention", "dense", "router", "dispatch", "experts", "combine", "tensor", "head", "host", "bubble", "send",
+         "reduction", "optimizer")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is common to all mappings. skew: rows of the fullest rank over the mean, one number or one
+    for each mapping. recompute_extra: share of forward that is computed again whatever
+    the mapping says (a published run's own choice)."""
+
+    shape: ModelShape
+    run: Run
+    cluster: Cluster
+    stack: Stack
+    c: Constants
+    skew: Any = 1.0
+    recompute_extra: float = 0.0
+    layout: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """Of one layer and micro-batch, forward and backward. parts: seconds of SPLIT's first names, exposed. hidden:
+    seconds of communication behind computation. again: seconds that recomputing it costs, in ``parts`` as well."""
+
+    parts: dict[str, Numbers]
+    hidden: Numbers
+    total: Numbers
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """seconds: of a step. parts: by SPLIT, of the slowest rank; they add up to it. hidden: of communication."""
+
+    seconds: Numbers
+    parts: dict[str, Numbers]
+    hidden: Numbers
+    forward: list[Numbers] = field(default_factory=list)  # of each stage and micro-batch
+    backward: list[Numbers] = field(default_factory=list)
+    send: Numbers = field(default_factory=lambda: np.zeros(0))
+    tail: Numbers = field(default_factory=lambda: np.zeros(0))
+
+
+class Pricer:
+    """Prices mappings in one setting."""
+
+    def __init__(self, setting: Setting) -> None:
+        if setting.cluster.kind == "cpu":  # nothing overlaps
+            setting = replace(setting, c=replace(setting.c, bulk=1.0, hidden=0.0, reduce=0.0))
+        self.s = setting
+
+    def product(self, rows: Numbers, p: Matrix, m: Mappings, narrow: Numbers) -> Numbers:
+        """Seconds of rows (rows, in) x (in, out), where tp splits one of the two; forward."""
+        outputs = p.outputs / (m.tp if p.split == 0 else 1)
+        inputs = p.inputs / (m.tp if p.split == 1 else 1)
+        flops = 2.0 * rows * outputs * inputs
+        moved = (rows * (inputs + outputs) + inputs * outputs) * self.s.run.narrow
+        return np.maximum(flops / self.rate(narrow), moved / self.memory) + self.s.c.start
+
+    @property
+    def memory(self) -> float:
+        """Bytes per second."""
+        return self.s.cluster.memory_gb_s * 1e9 * self.s.c.memory
+
+    def rate(self, narrow: Numbers) -> Numbers:
+        """FLOPs per second of a large product, by the place of its precision in PRECISION."""
+        c, peak = self.s.c, self.s.cluster.peak
+        eight = peak("fp8") * c.product_8  # published runs in NVFP4 are no faster than in MXFP8
+        return np.array([peak("float32") * c.product_16, peak("bf16") * c.product_16, eight, eight])[narrow]
+
+    def layer(self, kind: LayerShape, m: Mappings) -> LayerTime:
+        """Of one layer; its parts in seconds."""
+        s, c = self.s, self.s.c
+        D, e, T = s.shape.dim, float(s.run.narrow), m.tokens(s.run.seq_len)
+        N = T * m.tp
+        experts_in = m.precision
+        dense_in = m.precision if s.stack.narrow_all else np.minimum(m.precision, 1)
+        passes = c.fused_passes if s.stack.fused else c.passes
+        zero = np.zeros(len(m))
+        att = sum((self.product(N if p.split is not None else T, p, m, dense_in) for p in kind.attention), zero)
+        core = 2.0 * kind.heads / m.tp * (kind.qk + kind.v) * mean_seen(s.run.seq_len, kind.window) * N
+        peak = s.cluster.peak("bf16" if s.run.narrow == 2 else "float32")
+        # Below 128 numbers a head the exponentials of its scores take as long as its products.
+        core_time = core / (peak * c.attention) * max(1.0, 256 / max(1, kind.qk + kind.v))
+        scan = kind.scan * N / m.tp / (0.1 * peak)
+        if kind.sinks and not s.stack.fused_sinks:  # scores are written and read again: 4 times forward, 6 backward
+            scores = m.micro_batch * kind.heads / m.tp * s.run.seq_len**2 / m.cp * e
+            core_time = core_time + 10 / 3.5 * scores / self.memory
+        own = (
+            10 * T * D * e
+            + 10 * N * kind.scan_width / m.tp * e
+            + 4 * N * (kind.heads + 2 * kind.kv_heads) / m.tp * kind.qk * e
+            + 8 * sum(kind.ranks) * T
+        )
+        quantise = self._quantised(kind.attention, N, T, m, dense_in)
+        att_memory = passes * (own + quantise) / self.memory
+        dense = sum((self.product(N, p, m, dense_in) for p in kind.mlp), zero)
+        inner = N * kind.mlp_inner / m.tp * e * (kind.mlp_parts + 1) if kind.mlp else zero
+        dense_memory = passes * (inner + self._quantised(kind.mlp, N, T, m, dense_in)) / self.memory
+        parts = {
+            "attention": 3 * att + (1 + 2.5) * core_time + 3 * scan + 3 * att_memory,
+            "dense": 3 * (dense + dense_memory),
+        }
+        forward = att + core_time + scan + att_memory + dense + dense_memory
+        again = forward
+        parts["tensor"] = self._tensor(kind, N * D * e, m)
+        moe_forward, hidden = zero, zero
+        inside = dense + dense_memory
+        if kind.experts is not None:
+            found, moe_forward = self._experts(kind, T, m, experts_in, passes)
+            parts |= found
+            inside = inside + found["_inside"]
+            del parts["_inside"]
+        # Recomputed: the whole forward pass with its collectives, or the inside of MLPs and experts.
+        is_full, is_selective = m.recompute == RECOMPUTE.index("full"), m.recompute == RECOMPUTE.index("selective")
+        sent = parts.get("dispatch", zero) / 2 + parts.get("combine", zero) / 2 + parts["tensor"] / 3
+        whole = again + moe_forward + sent
+        extra = np.select([is_full, is_selective], [whole, inside], 0.0) + s.recompute_extra * (again + moe_forward)
+        compute = sum((v for k, v in parts.items() if k not in ("dispatch", "combine", "tensor")), zero) + extra
+        if s.stack.overlap:
+            exchange = parts.get("dispatch", zero) + parts.get("combine", zero)
+            hidden = np.minimum(c.hidden * exchange, 0.9 * compute)
+            left = np.where(exchange > 0, 1 - hidden / np.maximum(exchange, 1e-12), 1.0)
+            for name in ("dispatch", "combine"):
+                if name in parts:
+                    parts[name] = parts[name] * left
+        parts["attention"] = parts["attention"] + extra * 0.5
+        name = "experts" if kind.experts is not None else "dense"
+        parts[name] = parts[name] + extra * 0.5
+        device = sum(parts.values(), zero)
+        host = self.host(kind)
+        # A GPU computes while the host starts what comes next; a CPU does one after the other.
+        total = device + host if s.cluster.kind == "cpu" else (device**4 + host**4) ** 0.25
+        parts["host"] = total - device
+        return LayerTime(parts, hidden, total)
+
+    def host(self, kind: LayerShape) -> float:
+        """Seconds in which the host starts a layer's operations."""
+        s = self.s
+        seconds = s.c.host * (s.c.graphs if s.stack.graphs else 1.0)
+        if s.cluster.launch_us is not None:
+            seconds = OPERATIONS * s.cluster.launch_us * 1e-6
+        return seconds * (1.0 if kind.experts is not None else 0.5)
+
+    def _quantised(self, parts: tuple[Matrix, ...], N: Numbers, T: Numbers, m: Mappings, narrow: Numbers) -> Numbers:
+        """Bytes that turning a product's operands into 8 bits or fewer moves: read in 16 bits, written twice."""
+        rows = [
+            (N if p.split is not None else T)
+            * (p.inputs / (m.tp if p.split == 1 else 1) + p.outputs / (m.tp if p.split == 0 else 1))
+            / 2
+            for p in parts
+            if p.inputs
+        ]
+        return np.where(narrow >= PRECISION.index("fp8"), 4.0 * self.s.c.quantise * sum(rows, np.zeros(len(m))), 0.0)
+
+    def _tensor(self, kind: LayerShape, size: Numbers, m: Mappings) -> Numbers:
+        """All-gathers and reduce-scatters of tp and what cp exchanges, forward and backward, as far as nothing hides
+        them."""
+        s, group = self.s, Group(m.tp, np.ones(len(m)))
+        pairs = (1 if kind.attention else 0) + (1 if kind.mlp else 0)
+        width = size if kind.ranks == (0, 0) else 0.5 * size
+        times = 3 * pairs  # gathered and scattered, again backward, where the gathered input is gathered once more
+        tensor = np.where(m.tp > 1, times * 2 / 1.5 * links.ring(width, group, s.cluster, s.c), 0.0)
+        keys = 2 * m.tokens(s.run.seq_len) * m.tp * m.cp * (2 * kind.kv_heads / m.tp) * kind.qk
+        context = np.where(m.cp > 1, 3 * links.ring(keys, Group(m.cp, m.tp), s.cluster, s.c), 0.0)
+        return s.c.bulk * (tensor + context)
+
+    def _experts(
+        self, kind: LayerShape, T: Numbers, m: Mappings, narrow: Numbers, passes: float
+    ) -> tuple[dict[str, Numbers], Numbers]:
+        """(parts of the routed experts forward and backward, seconds of their computation forward)."""
+        s, c, x = self.s, self.s.c, kind.experts
+        assert x is not None
+        e, zero = float(s.run.narrow), np.zeros(len(m))
+        share = 1.0 if x.capacity is None else min(1.0, x.capacity)
+        skew = 1.0 if x.capacity is not None else s.skew
+        rows = T * x.top_k * share * m.etp * skew
+        local = np.maximum(1.0, x.count / m.ep)
+        # Balanced rows fill tiles alike; uneven ones leave half a tile of each expert empty.
+        even = np.ceil(rows / local / TILE - 1e-9) * TILE * local
+        tiled = np.where(np.asarray(skew) == 1.0, even, rows + local * TILE / 2)
+        F = x.inner / m.etp
+        flops = 2.0 * tiled * x.dim * F * (x.parts + 1)
+        weights = local * x.dim * F * (x.parts + 1) * e
+        grouped = np.maximum(flops / (self.rate(narrow) * c.grouped), weights / self.memory) + 2 * c.start
+        moved = rows * e * (4 * x.dim + (x.parts + 1) * F * x.kept / 4)
+        moved = moved + np.where(
+            narrow >= 2, rows * 4.0 * c.quantise * (x.dim + F * (x.parts + 1) / 2 + x.dim / 2), 0.0
+        )
+        between = passes * moved / self.memory
+        router = sum((self.product(T, p, m, np.minimum(narrow, 1)) for p in kind.router if p.inputs), zero)
+        router = router + passes * 24.0 * T * x.count / self.memory + 6 * c.start
+        group = Group(m.ep, m.etp)
+        cost = [links.DISPATCH_COST["two_step" if s.stack.once and name == "all_to_all" else name] for name in DISPATCH]
+        sent = Sent(T * share * skew, x.top_k, x.dim * e, group)
+        one_way = np.select([m.dispatch == i for i in range(len(cost))], [f(sent, s.cluster, c) for f in cost], zero)
+        split = links.ring(rows * x.dim * e, Group(m.etp, np.ones(len(m))), s.cluster, c)
+        one_way = one_way + split
+        inside = grouped + between * 0.5
+        parts = {
+            "router": 3 * router,
+            "dispatch": 2 * one_way,
+            "experts": 3 * (grouped + between),
+            "combine": 2 * one_way,
+            "_inside": inside,
+        }
+        return parts, grouped + between + router
+
+    def head(self, m: Mappings) -> Numbers:
+        """Seconds of the final norm, the head and the loss for one micro-batch, forward and backward."""
+        s = self.s
+        N = m.tokens(s.run.seq_len) * m.tp
+        logits = Matrix(s.shape.vocab, s.shape.dim, 0)
+        moved = 6 * 4.0 * N * s.shape.vocab / m.tp / self.memory
+        return (3 * self.product(N, logits, m, np.minimum(m.precision, 1)) + moved) * (1 + s.shape.mtp)
+
+    def step(self, m: Mappings) -> StepTime:
+        """Of mappings that share pp, vpp and schedule."""
+        s = self.s
+        pp, vpp, schedule = int(m.pp[0]), int(m.vpp[0]), SCHEDULES[int(m.schedule[0])]
+        layers = [self.layer(kind, m) for kind in s.shape.kinds]
+        held = stages(s.shape, s.run.seq_len, pp * vpp, s.layout)
+        sizes = Sizes(pp=pp, stages_per_rank=vpp)
+        head, zero, n = self.head(m), np.zeros(len(m)), m.micro_batches(s.run.global_batch)
+
+        def seconds(stage: Held) -> Numbers:
+            total = sum((count * layers[k].total for k, count in enumerate(stage.counts)), zero)
+            if stage.last:
+                last = layers[s.shape.layers[-1]].total
+                total = total + head + s.shape.mtp * last
+            return total
+
+        of_stage = [seconds(stage) for stage in held]
+        mine = [[held[i] for i in sizes.stages_of_rank(rank, schedule)] for rank in range(pp)]
+        of_rank = [sum((of_stage[stage.index] for stage in own), zero) for own in mine]
+        slowest, total = np.maximum.reduce(of_rank), sum(of_rank, zero)
+        whole = bound(schedule, m.pp, m.vpp, n, slowest, total)
+        size = m.tokens(s.run.seq_len) * s.shape.dim * s.run.narrow
+        far = Group(m.pp, m.world // np.maximum(1, m.pp))
+        slow = far.inside(s.cluster.domain) < m.pp
+        send = size / np.where(slow, s.cluster.network_gb_s * s.c.network, s.cluster.link_gb_s * s.c.plain) / 1e9
+        passing = np.where(m.pp > 1, 2 * (m.pp - 1 + 0.1 * n * m.vpp) * send, 0.0)
+        reduction, hidden_reduction = self._data(m, slowest, n, layers, mine, pp)
+        optimizer = self._optimizer(m, mine[0])
+        at = of_rank[int(np.argmax([r.mean() for r in of_rank]))]
+        own = mine[int(np.argmax([r.mean() for r in of_rank]))]
+        parts = dict.fromkeys(SPLIT, zero)
+        hidden = hidden_reduction
+        for stage in own:
+            for k, count in enumerate(stage.counts):
+                for name, value in layers[k].parts.items():
+                    parts[name] = parts[name] + n * count * value
+                hidden = hidden + n * count * layers[k].hidden
+            if stage.last:
+                parts["head"] = parts["head"] + n * (of_stage[stage.index] - sum(
+                    (count * layers[k].total for k, count in enumerate(stage.counts)), zero
+                ))  # fmt: skip
+        parts["bubble"] = whole - n * at
+        parts["send"], parts["reduction"], parts["optimizer"] = passing, reduction, optimizer
+        return StepTime(
+            whole + passing + reduction + optimizer, parts, hidden,
+            [t / 3 for t in of_stage], [2 * t / 3 for t in of_stage], send, passing + reduction + optimizer,
+        )  # fmt: skip
+
+    def _data(
+        self, m: Mappings, one: Numbers, n: Numbers, layers: list[LayerTime], mine: list[list[Held]], pp: int
+    ) -> tuple[Numbers, Numbers]:
+        """(exposed, hidden) seconds of gathering weights and reducing gradients. one: of a micro-batch."""
+        s, kinds = self.s, self.s.shape.kinds
+        fsdp, edp = Group(m.dp * m.cp, m.tp), Group(m.edp, m.ep * m.etp)
+        gather, reduce, copies = (np.zeros(len(m)) for _ in range(3))
+        fullest = max(mine, key=lambda own: sum(sum(stage.counts) for stage in own))
+        counts = [sum(stage.counts[k] for stage in fullest) for k in range(len(kinds))]
+        ends = s.shape.vocab * s.shape.dim * (2 if pp == 1 and not s.shape.tied else 1) / m.tp
+        dense = ends + sum(
+            (
+                c * sum(p.numel / (m.tp if p.split is not None else 1) for p in k.dense)
+                for c, k in zip(counts, kinds, strict=True)
+            ),
+            np.zeros(len(m)),
+        )
+        experts = sum((c * k.experts.numel for c, k in zip(counts, kinds, strict=True) if k.experts), 0) / (
+            m.ep * m.etp
+        )
+        for numel, group in ((dense, fsdp), (experts, edp)):
+            gather = gather + links.ring(numel * s.run.narrow, group, s.cluster, s.c)
+            reduce = reduce + links.ring(numel * s.stack.gradients, group, s.cluster, s.c)
+        copies = 2 * links.ring(
+            dense / np.maximum(1, m.dp * m.cp) * 4.0, Group(m.rep, m.dp * m.cp * m.tp), s.cluster, s.c
+        )
+        if s.stack.shards == "optimizer":
+            work = gather + reduce + copies
+            covered = np.minimum(s.c.reduce * one, 0.95 * work)
+            return work - covered, covered
+        # FSDP: in a pipeline weights are gathered forward (backward finds them), without one for both passes.
+        each = gather * (1.0 if pp > 1 else 2.0)
+        covered = np.minimum(s.c.reduce * one, 0.95 * each)
+        if s.stack.reduce_each:
+            each, reduce = each + reduce, 0 * reduce
+            covered = np.minimum(s.c.reduce * one, 0.95 * each)
+        last = reduce + copies
+        last_covered = np.where((n > 1) | (pp > 1), 0.0, np.minimum(0.5 * s.c.reduce * one, 0.95 * last))
+        return n * (each - covered) + last - last_covered, n * covered + last_covered
+
+    def _optimizer(self, m: Mappings, own: list[Held]) -> Numbers:
+        """AdamW reads weight, gradient and two states and writes three: 28 bytes of a float32 parameter."""
+        s, numbers = self.s, np.zeros(len(m))
+        for stage in own:
+            for k, count in enumerate(stage.counts):
+                kind = s.shape.kinds[k]
+                split = sum(p.numel / (m.tp if p.split is not None else 1) for p in kind.dense) / (m.dp * m.cp)
+                experts = kind.experts.numel / (m.ep * m.etp * m.edp) if kind.experts else 0.0
+                numbers = numbers + count * (split + experts)
+            numbers = numbers + (stage.first + stage.last) * s.shape.vocab * s.shape.dim / (m.tp * m.dp * m.cp)
+        offloaded = np.where(m.offload > 0, 8.0 * numbers * 2 / (s.cluster.host_gb_s * 1e9), 0.0)
+        return 28.0 * numbers / self.memory + offloaded

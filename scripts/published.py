@@ -1,0 +1,297 @@
+"""Published pretraining speeds as the planner's settings: which model, machine, mapping and software a row tells of."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moetrain.config import load
+from moetrain.planner.candidates import columns
+from moetrain.planner.cluster import Cluster, load_cluster
+from moetrain.planner.footprint import footprint
+from moetrain.planner.memory import Run
+from moetrain.planner.rates import STACKS, Constants, Stack
+from moetrain.planner.shape import ExpertShape, LayerShape, Matrix, ModelShape, shape_of, with_mtp
+from moetrain.planner.step_time import Pricer, Setting, StepTime
+
+H100_PEAK = 989.5e12  # what MFU in the papers is a share of
+
+
+def preset(name: str) -> ModelShape:
+    """Of a model that ships with moetrain."""
+    return shape_of(load([f"model={name}"], kinds=False).model)
+
+
+def layer(D: int, heads: int, kv: int, d: int, inner: int = 0, experts: ExpertShape | None = None) -> LayerShape:
+    """Grouped-query attention with a gated MLP (or shared experts), and experts."""
+    attention = (Matrix(heads * d, D, 0), Matrix(kv * d, D, 0), Matrix(kv * d, D, 0), Matrix(D, heads * d, 1))
+    mlp = (Matrix(inner, D, 0), Matrix(inner, D, 0), Matrix(D, inner, 1)) if inner else ()
+    router = (Matrix(experts.count, D),) if experts else ()
+    return LayerShape(
+        attention, mlp, router, (Matrix(D, 0),) * 2, heads, kv, d, d, experts=experts, mlp_inner=inner
+    )  # fmt: skip
+
+
+def even(name: str, D: int, vocab: int, layers: int, kind: LayerShape) -> ModelShape:
+    """A model whose layers are all alike."""
+    return ModelShape(name, D, vocab, (kind,), (0,) * layers)
+
+
+def nemotron(
+    name: str, D: int, layers: tuple[int, int, int], heads: int, experts: ExpertShape, shared: int
+) -> ModelShape:
+    """A hybrid of Mamba-2, MoE and attention layers (arXiv 2512.20848): so many of each. heads: of Mamba."""
+    inner, groups, state = heads * 64, 8, 128
+    mamba = LayerShape(
+        attention=(Matrix(2 * inner + 2 * groups * state + heads, D, 0), Matrix(D, inner, 1)),
+        norms=(Matrix(D, 0),), scan=6.0 * inner * state, scan_width=2 * inner + 2 * groups * state,
+    )  # fmt: skip
+    latent = (Matrix(experts.dim, D), Matrix(D, experts.dim)) if experts.dim != D else ()
+    moe = LayerShape(
+        mlp=(Matrix(shared, D, 0), Matrix(D, shared, 1)), router=(Matrix(experts.count, D), *latent),
+        norms=(Matrix(D, 0),), experts=experts, mlp_inner=shared, mlp_parts=1,
+    )  # fmt: skip
+    attention = replace(layer(D, 32, 2, 128), norms=(Matrix(D, 0),))
+    kinds = (mamba, moe, attention)
+    return ModelShape(name, D, 131072, kinds, tuple(k for k, n in enumerate(layers) for _ in range(n)))
+
+
+def moe(count: int, top_k: int, inner: int, D: int, parts: int = 2, capacity: float | None = None) -> ExpertShape:
+    """Routed experts."""
+    return ExpertShape(count, top_k, inner, D, parts, capacity=capacity)
+
+
+def kimi() -> ModelShape:
+    """Kimi K2 (arXiv 2507.20534): DeepSeek-V3 with 384 experts, 64 heads and one dense layer."""
+    words = ["model=deepseek-v3", "model.moe.num_experts=384", "model.attention.n_heads=64", "model.moe.first_dense=1",
+             "model.vocab_size=163840", "model.router.n_groups=1", "model.router.topk_groups=1"]  # fmt: skip
+    return shape_of(load(words, kinds=False).model)
+
+
+def moonlight() -> ModelShape:
+    """Moonlight 16B-A3B (arXiv 2502.16982): a DeepSeek-V3 of 27 layers without a latent for queries."""
+    words = ["model=deepseek-v3", "model.n_layers=27", "model.dim=2048", "model.attention.n_heads=16",
+             "model.attention.q_lora_rank=null", "model.moe.num_experts=64", "model.moe.top_k=6", 
+             "model.moe.expert_dim=1408",
+             "model.moe.shared_dim=2816", "model.dense_dim=11264", "model.moe.first_dense=1", "model.vocab_size=163840",
+             "model.router.n_groups=1", "model.router.topk_groups=1"]  # fmt: skip
+    return shape_of(load(words, kinds=False).model)
+
+
+MODELS: dict[str, Any] = {
+    "deepseek v3": lambda: preset("deepseek-v3"),
+    "kimi k2": kimi,
+    "moonlight 16b a3b": moonlight,
+    "qwen3 235b": lambda: preset("qwen3-235b-a22b"),
+    "qwen3 30b a3b": lambda: preset("qwen3-30b-a3b"),
+    "gpt oss 120b": lambda: preset("gpt-oss-120b"),
+    "mixtral 8x22b g8t8": lambda: even("g8t8", 6144, 32768, 56, layer(6144, 48, 8, 128, 0, moe(64, 8, 2048, 6144))),
+    "mixtral 8x22b": lambda: preset("mixtral-8x22b"),
+    "qwen2 57b a14b": lambda: preset("qwen2-57b-a14b"),
+    "llama3 8x70b": lambda: even("8x70b", 8192, 128256, 80, layer(8192, 64, 8, 128, 0, moe(8, 2, 28672, 8192))),
+    "internal 352b": lambda: even("352b", 4096, 131072, 60, layer(4096, 32, 8, 128, 0, moe(32, 3, 14336, 4096))),
+    "llama3 70b dense": lambda: even("llama3-70b", 8192, 128256, 80, layer(8192, 64, 8, 128, 28672)),
+    "llama3 405b dense": lambda: even("llama3-405b", 16384, 128256, 126, layer(16384, 128, 8, 128, 53248)),
+    "nemotron 3 nano": lambda: nemotron("nano", 2688, (23, 23, 6), 64, moe(128, 6, 1856, 2688, 1), 3712),
+    "nemotron 3 super": lambda: replace(
+        nemotron("super", 4096, (40, 40, 8), 128, moe(512, 22, 2688, 1024, 1), 5376), 
+        layers=(0,) * 40 + (2,) * 8 + (1,) * 40, mtp=2
+    ),
+}  # fmt: skip
+# Rows that tell of no training run, or of a model or mapping that is not published.
+LEFT_OUT = ("layer only", "7b fine-grained")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A published row. tokens: per second and GPU, as told or from its TFLOP/s or MFU."""
+
+    number: int
+    source: str
+    model: str
+    gpu: str
+    tokens: float
+    setting: Setting
+    row: dict[str, Any]
+    text: str
+
+    def price(self, c: Constants) -> StepTime:
+        """The step that constants ``c`` predict."""
+        return Pricer(replace(self.setting, c=c)).step(columns([self.row]))
+
+    def predict(self, c: Constants) -> float:
+        """Tokens per second and GPU."""
+        run, m = self.setting.run, columns([self.row])
+        tokens = float((m.micro_batches(run.global_batch) * m.micro_batch * m.data)[0]) * run.seq_len
+        return tokens / float(self.price(c).seconds[0]) / float(m.world[0])
+
+
+@functools.cache
+def model(name: str) -> ModelShape:
+    """An entry of MODELS."""
+    made: ModelShape = MODELS[name]()
+    return made
+
+
+def shape_named(text: str) -> tuple[str, ModelShape] | None:
+    """The model that ``text`` names."""
+    plain = re.sub(r"[^a-z0-9]+", " ", text.lower()).strip().replace("deepseekv3", "deepseek v3")
+    for name in sorted(MODELS, key=len, reverse=True):
+        if plain.startswith(name):
+            return name, model(name)
+    return None
+
+
+def rows_of(file: Path) -> Iterator[Row]:
+    """The usable rows of a file laid out like published_perf.csv."""
+    with file.open() as lines:
+        for number, record in enumerate(csv.DictReader(lines), start=2):
+            row = read(number, {key: value or "" for key, value in record.items()})
+            if row is not None:
+                yield row
+
+
+def read(number: int, r: dict[str, str]) -> Row | None:
+    """None: a row that tells too little."""
+    named = shape_named(r["model"])
+    usable = named is not None and r["seq_len"] and r["n_gpus"] and not any(w in r["model"].lower() for w in LEFT_OUT)
+    if not usable or "KNOWN REGRESSION" in r["notes"] or r["mfu"] == "OOM" or "mapping unknown" in r["notes"]:
+        return None
+    assert named is not None
+    name, shape = named
+    stack = stack_of(r)
+    if name == "deepseek v3" and "w/o mtp" not in r["model"].lower() and "Automodel" not in r["source"]:
+        shape = with_mtp(shape)
+    if "token drop" in r["notes"] or "tokendrop" in r["model"] or r["source"].startswith("2504"):
+        kinds = tuple(replace(k, experts=replace(k.experts, capacity=1.0) if k.experts else None) for k in shape.kinds)
+        shape = replace(shape, kinds=kinds)
+    seq, world = int(r["seq_len"]), int(r["n_gpus"])
+    told = tokens_of(r, shape, seq)
+    if told is None:
+        return None
+    row = mapping_of(r, world, name)
+    if row is None:
+        return None
+    # Of stages that outnumber layers (a framework counts embedding and loss as layers) as many as there are layers for.
+    row["vpp"] = min(row["vpp"], len(shape.layers) // row["pp"])
+    if row["vpp"] == 1:
+        row["schedule"] = "1f1b"
+    batch = int(r["gbs"] or 0) or 256
+    flush = re.search(r"LBS=(\d+)", r["notes"])  # sequences that a rank's pipeline runs before it is empty again
+    batch = int(flush[1]) * row["dp"] if flush else batch
+    natural = "natural routing" in r["notes"]
+    setting = Setting(
+        shape, Run(seq, batch), machine(cluster_of(r["gpu"])), stack, Constants(),
+        recompute_extra=recompute_of(r), skew=-1.0 if natural else 1.0,
+    )  # fmt: skip
+    if row["recompute"] == "none" and not setting.recompute_extra:
+        setting = replace(setting, recompute_extra=recompute_to_fit(setting, row))
+    return Row(number, r["source"], name, cluster_of(r["gpu"]), told, setting, row, " ".join(r.values()))
+
+
+def tokens_of(r: dict[str, str], shape: ModelShape, seq: int) -> float | None:
+    """Tokens per second and GPU."""
+    if r["tokens_per_s_per_gpu"]:
+        return float(r["tokens_per_s_per_gpu"])
+    flops = shape.flops_per_token(seq)
+    if r["tflops_per_gpu"]:
+        return float(r["tflops_per_gpu"]) * 1e12 / flops
+    return float(r["mfu"]) / 100 * H100_PEAK / flops if r["mfu"] else None
+
+
+def mapping_of(r: dict[str, str], world: int, name: str) -> dict[str, Any] | None:
+    """The mapping of a row; None where it does not multiply out to the number of GPUs."""
+    tp, cp, pp, vpp, ep = (int(r[key] or 1) for key in ("tp", "cp", "pp", "vpp", "ep"))
+    text = r["notes"]
+    etp = int(r["etp"] or 1)
+    if r["source"].startswith("2504") and not r["etp"]:  # without folding experts are split as attention is
+        etp = tp
+    if r["source"].startswith("2505.11432"):
+        etp, tp = (tp, tp) if tp > 1 else (1, 8 if "SP attention" in text else 1)
+    if name.startswith("llama3 70b d") or name.startswith("llama3 405b"):
+        ep = etp = 1
+    if world % (pp * tp * cp) or world % (pp * ep * etp):
+        return None
+    narrow = r["precision"].lower()
+    precision = "fp4" if "fp4" in narrow else "fp8" if "fp8" in narrow or "fp8" in narrow.replace("-", "") else "bf16"
+    return {
+        "pp": pp, "vpp": vpp if pp > 1 else 1, "dp": world // (pp * tp * cp), "cp": cp, "tp": tp,
+        "edp": world // (pp * ep * etp), "ep": ep, "etp": etp, "micro_batch": int(r["mbs"] or 1),
+        "schedule": "interleaved_1f1b" if vpp > 1 and pp > 1 else "1f1b",
+        "recompute": "full" if "full recompute" in text else "none",
+        "dispatch": "all_to_all" if ep > 1 else "local", "precision": precision, "context": "ring",
+    }  # fmt: skip
+
+
+def recompute_to_fit(s: Setting, row: dict[str, Any]) -> float:
+    """Share of forward that a row which is silent about it computes again, for its activations to fit. What is cheapest
+    for its bytes goes first, so freeing a share f of them costs about f^2 of a forward pass."""
+    run = replace(s.run, shards=s.stack.shards, lean=True)
+    found = footprint(s.shape, columns([row]), run)
+    held = {name: float(value[0]) for name, value in found.of_fullest().items()}
+    need = float(found.total[0]) - (held["unreduced"] if s.stack.reduce_each else 0.0)
+    over = need - 0.95 * s.cluster.memory_gib * 2**30
+    return float(np.clip(over / held["activations"], 0.0, 1.0)) ** 2
+
+
+def recompute_of(r: dict[str, str]) -> float:
+    """Share of forward that a row computes again beside what its mapping says."""
+    text = r["notes"]
+    if "layernorm+moe" in text:
+        return 0.6
+    return 0.0
+
+
+def cluster_of(gpu: str) -> str:
+    """h100 for "H100 SXM 80GB"."""
+    return gpu.split()[0].lower()
+
+
+@functools.cache
+def machine(name: str) -> Cluster:
+    """A cluster that ships with moetrain."""
+    return load_cluster(name)
+
+
+def stack_of(r: dict[str, str]) -> Stack:
+    """The software of a row, from its source and its release."""
+    source, text = r["source"], r["notes"]
+    release = re.search(r"NeMo (\d\d\.\d\d(?:\.\d\d)?)", text)
+    blackwell = cluster_of(r["gpu"]) in ("gb200", "gb300", "b200", "b300")
+    name = "megatron"
+    if source.startswith("2504"):
+        name = "fsdp" if text.startswith("FSDP") else "megatron-2024"
+    elif source.startswith("2505.11432"):
+        name = "megascale" if "MegaScale" in text else "megatron-2024"
+    elif "Automodel" in source or "FSDP on" in text:
+        name = "automodel"
+    elif "llama README" in source:
+        name = "megatron-2024"
+    elif (release and release[1] >= "26.06") or "verification_cards" in source:
+        name = "megatron-2026" if blackwell else "megatron-graphs"
+    elif re.search("EP overlap on|EP overlap, 62|A2A overlap|overlap on", text):
+        name = "megatron-overlap"
+    elif source.startswith("2603") and not blackwell:
+        name = "megatron-overlap"
+    elif "A2A, norm" in text:
+        name = "megatron-2024"
+    elif release and release[1] >= "26.02.01":
+        name = "megatron-graphs"
+    return STACKS[name]
+
+
+def predictions(rows: Iterable[Row], c: Constants) -> np.ndarray:
+    """Tokens per second and GPU of each row; where routing is natural, with ``c.natural``."""
+    found = []
+    for row in rows:
+        s = row.setting
+        natural = replace(row, setting=replace(s, skew=c.natural)) if s.skew < 0 else row
+        found.append(natural.predict(c))
+    return np.array(found)

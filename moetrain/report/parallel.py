@@ -40,7 +40,10 @@ def places(values: Sequence[str | float | None]) -> tuple[list[float | None], li
         at = {name: (n + 0.5) / len(names) for n, name in enumerate(names)}
         return [None if v is None else at[str(v)] for v in values], [(at[name], name[:16]) for name in names]
     log = min(given) > 0 and max(given) > 20 * min(given)
-    scale = math.log10 if log else float
+
+    def scale(value: float) -> float:
+        return math.log10(value) if log else value
+
     low, high = scale(min(given)), scale(max(given))
     if high - low < 1e-12 * max(1.0, abs(high)):
         low, high = low - 0.5, high + 0.5

@@ -85,7 +85,7 @@ class Launcher:
                 job = Job(sweep.folder.resolve(), (), cfg.launch)
                 self._executor = array.executor_of(job.run_dir, job, local=self.kind == "submitit_local")
             except LaunchError as error:
-                raise ConfigError(f"sweep.launcher={self.kind}: {error}; sweep.launcher=joblib runs here") from error
+                raise ConfigError(f"sweep.launcher={self.kind}: {error}") from error
 
     def start(self, run: Path) -> Handle:
         """Start the run in ``run``, or go on with it, or find the Slurm job of it that is still at work."""

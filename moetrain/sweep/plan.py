@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from moetrain_launch import local
+from moetrain_launch import local, slurm
+from moetrain_launch.job import LaunchError
 
 from moetrain.config import Config, load, to_dict
 from moetrain.config.check import check_mapping
@@ -120,6 +121,11 @@ def check_settings(settings: SweepConfig, configs: Sequence[Config]) -> None:
         need("joblib", "sweep.jobs" if settings.launcher != "joblib" else "sweep.launcher=joblib")
     if settings.launcher in ("slurm", "submitit_local"):
         need("submitit", f"sweep.launcher={settings.launcher}")
+    if settings.launcher == "slurm":
+        try:
+            slurm.refuse_partition(configs[0].launch.slurm.partition if configs else None)
+        except LaunchError as error:
+            raise ConfigError(f"sweep.launcher=slurm: {error}; sweep.launcher=joblib runs on this machine") from error
 
 
 def need(package: str, what: str) -> None:

@@ -175,7 +175,7 @@ def test_a_sweep_that_cannot_run_is_one_line(
     assert cli.main(["train", "-m", *words.split(), "run_dir=s"]) == 2
     err = capsys.readouterr().err
     assert says in err and err.count("\n") == 1
-    assert not Path("s/000").exists()
+    assert not Path("s").exists()
 
 
 def test_a_package_that_is_missing_is_named(

@@ -85,10 +85,10 @@ class Snapshots:
         return find(self._ranks, self._nodes, self.folder.path, held, self._slot)
 
     def load(self, found: Found, tensors: Mapping[str, Tensor]) -> Any:
-        """Put this rank's state of ``found`` into ``tensors``; the first rank's ``train``, on all. Raises ValueError
-        when it is of other tensors; then none is changed."""
+        """Put this rank's state of ``found`` into ``tensors``; the first rank's ``train``, on all. Raises RankError
+        when it is of other tensors on any rank; then none is changed."""
         ranks = self._ranks
-        mine = bring(self._ranks, found, self._slot)
+        mine = bring(ranks, found, self._slot)
         header = mine.header()
         assert header is not None
         about = decode(mine.about(header.size, header.about).numpy().tobytes())

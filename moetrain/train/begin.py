@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from moetrain.checkpoint import layout, load
 from moetrain.checkpoint.snapshot_find import Found
-from moetrain.comm.ranks import Ranks
+from moetrain.comm.ranks import RankError, Ranks
 from moetrain.convert.features import differences
 from moetrain.convert.open import check_init, open_weights
 from moetrain.data.position import restore
@@ -84,7 +84,7 @@ def from_snapshot(trainer: Trainer) -> dict[str, Any] | None:
         engine.state(trainer.progress())  # makes the optimizer's state
         try:
             progress = snapshots.load(found, engine.tensors())
-        except ValueError as error:
+        except RankError as error:
             log.warning("snapshot of step %d is passed over: %s", found.step, error)
         else:
             engine.load_state(engine.state(progress))

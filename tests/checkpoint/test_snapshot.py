@@ -17,6 +17,7 @@ from torch import Tensor
 from moetrain.checkpoint import slots
 from moetrain.checkpoint.slots import Folder, Slot, checksum
 from moetrain.checkpoint.snapshot import Snapshots, neighbours
+from moetrain.comm.ranks import RankError
 from tests.checkpoint.saving import Lines
 
 MAPPING = {"ep": 2}
@@ -120,6 +121,30 @@ def test_what_is_not_whole_is_named_and_passed_over(tmp_path: Path) -> None:
     assert spoil("a/own-0-1", lambda bytes_N: bytes_N[:64].zero_())[0] == 2  # as while it is written
     assert found(tmp_path, "ab") == (4, [])
     assert found(tmp_path, "a", world=1)[0] == 0
+
+
+def test_a_snapshot_of_another_model_changes_nothing(tmp_path: Path) -> None:
+    """One rank sees the difference; all refuse. Optimizer state that never was is the only thing that may be absent."""
+    run_ranks(2, take, tmp_path, [2], "aa")
+
+    def load(rank_1_has: dict[str, Tensor]) -> str:
+        snapshots = on(tmp_path, "aa")
+        best = snapshots.find()
+        assert best is not None
+        into = {name: torch.zeros_like(value) for name, value in tensors(dist.get_rank(), 0).items()}
+        into |= rank_1_has if dist.get_rank() == 1 else {}
+        try:
+            snapshots.load(best, into)
+        except RankError as error:
+            assert not any(value.any() for value in into.values())
+            return str(error)
+        return ""
+
+    what = "rank 1: it is of another model or optimizer: "
+    assert run_ranks(2, load, {"optim.never": torch.zeros(3)}) == ["", ""]
+    assert run_ranks(2, load, {"more": torch.zeros(3)}) == [f"{what}more"] * 2
+    assert run_ranks(2, load, {"w": torch.zeros(3, 7)}) == [f"{what}w"] * 2
+    assert run_ranks(2, load, {"b": torch.zeros(4, 7)}) == [f"{what}b"] * 2
 
 
 def test_a_full_node_stops_snapshots_on_all_ranks_with_one_line(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``bench.py lsh``."""
     parser.add_argument("--steps", type=int, default=200, help="steps of each run")
     parser.add_argument("--hashes", type=int, nargs="+", default=[2, 4, 6, 8, 10])
-    parser.add_argument("--axes", type=int, nargs="+", default=[2], help="dispatch.axes, each with all hashes")
+    parser.add_argument("--axes", type=int, nargs="+", default=[1], help="dispatch.axes, each with all hashes")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--folder", type=Path, help="where the runs go; without: a temporary folder")
 

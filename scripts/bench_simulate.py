@@ -37,8 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=16384, help="of a GPU and step")
     parser.add_argument("--slots", type=int, default=14, help="copies that a GPU has room for in each layer")
     parser.add_argument("--efficiency", type=float, default=0.15, help="share of the peak that matrix products reach")
-    parser.add_argument("--steps", type=int, default=10, help="steps of the made-up loads, 5 of them to learn from")
+    parser.add_argument("--steps", type=int, default=7, help="steps of the made-up loads, 5 of them to learn from")
     parser.add_argument("--trace", type=Path, help="loads of a run of 64 experts, in place of made-up ones")
+    parser.add_argument("--systems", default="ep,fssdp,fssdp-rm", help="as of moetrain simulate")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
 
 
@@ -63,7 +64,7 @@ def one(args: argparse.Namespace, cluster: str, name: str, skew: float | str) ->
     words = [
         *("ranks=32", f"cluster={cluster}", source, f"steps={args.steps}", f"slots={args.slots}"),
         *("attention=unfused", f"efficiency={args.efficiency}"),
-        *("systems=ep,fssdp,fssdp-rm,shadow,static,migrate,lsh", f"model.dim={dim}", f"model.n_layers={layers}"),
+        *(f"systems={args.systems}", f"model.dim={dim}", f"model.n_layers={layers}"),
         *(f"model.attention.n_heads={dim // 64}", f"model.attention.n_kv_heads={dim // 64}"),
         *("model.attention.head_dim=64", "model.attention.qk_norm=none", f"model.vocab_size={VOCAB}"),
         *("model.max_seq_len=2048", "model.moe.num_experts=64", "model.moe.top_k=2"),

@@ -112,10 +112,11 @@ def replay(trace: Trace, model: Model, system: System, clock: Clock, warm_up: in
     for i, (step, counts_LRE) in enumerate(zip(trace.steps, trace.counts_SLRE, strict=True)):
         if i == warm_up:
             total = _scaled(state.rehome(0), (len(trace.steps) - warm_up) / state.every)
-        figures = state.step(counts_LRE)
-        _add(figures, state.learn(step, counts_LRE))
         if i >= warm_up:
-            _add(total, figures)
+            _add(total, state.step(counts_LRE))
+        moved = state.learn(step, counts_LRE)
+        if i >= warm_up:
+            _add(total, moved)
     return _scaled(total, 1 / (len(trace.steps) - warm_up))
 
 

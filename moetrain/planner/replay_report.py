@@ -30,7 +30,7 @@ and others. Settings are those of 'moetrain train': the model, train.seq_len, tr
   ranks=N          GPUs, all in one expert parallel group
   trace=PATH       run directory of a run with train.trace=true; without: made up by the next three
   skew=1.0         how uneven made-up loads are; 0: even
-  steps=20         steps that are made up, or the first ones of the trace
+  steps=20         steps that are made up, or the last ones of the trace
   seed=0           of what is made up
   slots=8          copies of experts that a rank has room for in each layer
   sent=0.2         share of rows that dispatch=lsh sends (lsh_sent_share of a run's metrics)
@@ -196,7 +196,7 @@ def trace_of(asked: Asked, model: Model) -> Trace:
     if shape[1] < L:
         raise ConfigError(f"trace={asked.trace} has {shape[1]} MoE layers, the model {L}; set model.n_layers")
     n = asked.steps
-    return Trace(found.steps[:n], found.layers[:L], found.counts_SLRE[:n, :L]).scaled(asked.ranks, rows)
+    return Trace(found.steps[-n:], found.layers[:L], found.counts_SLRE[-n:, :L]).scaled(asked.ranks, rows)
 
 
 def model_of(cfg: Config, unfused: bool = False) -> Model:

@@ -46,7 +46,7 @@ class LshOptions:
         default=6, description="hashes that must all agree; more: smaller buckets, more rows sent, less error"
     )
     axes: Positive = Field(
-        default=2, description="directions that a hash tells apart are twice this; more: smaller buckets"
+        default=1, description="directions that a hash tells apart are twice this; more: smaller buckets"
     )
     resample: bool = Field(default=False, description="draw new rotations every step instead of once per layer")
     residual: bool = Field(

@@ -6,6 +6,10 @@ of the machine meets all alike. moetrain steps as its trainer does (FSDP2 on one
 compute). transformers uses SDPA attention, torch's fused AdamW, and in bf16 the faster of autocast over float32 weights
 and plain bfloat16 weights; heats find its fastest experts implementation first.
 
+"At the dense rate" is how much faster than the peer a step would be that made the products of its layers (forward, and
+twice that backward) at the rate of one large product of torch, measured just before, and did nothing else: what any
+implementation could reach whose products are no faster than torch's.
+
 Memory is the peak resident size of a contestant's process during its steps after the first (VmHWM, reset with
 /proc/self/clear_refs), less its size before the model was built. So it has weights, gradients, optimizer state,
 activations and what the allocator keeps, and not the libraries.
@@ -14,6 +18,7 @@ activations and what the allocator keeps, and not the libraries.
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import datetime
 import multiprocessing as mp
 import os
@@ -124,6 +129,7 @@ def contest(ours: Spec, rounds: int, with_eager: bool, keep: bool) -> list[dict[
             heats[peer] = seconds
     order = sorted(heats, key=lambda peer: heats[peer])
     finalists = list(dict.fromkeys([ours, order[0], *[p for p in order if p.experts == "eager"][:1]]))
+    rate = in_pool(dense_rate, ours)
     results = race(finalists, rounds)
     our_median = statistics.median(results[0]["seconds"])
     rows = []
@@ -135,6 +141,8 @@ def contest(ours: Spec, rounds: int, with_eager: bool, keep: bool) -> list[dict[
             "seconds_min": min(result["seconds"]),
             "tokens_per_s": spec.batch * spec.seq_len / median,
             "moetrain_is_faster_by": median / our_median,
+            "dense_gflops": rate / 1e9,
+            "faster_at_the_dense_rate": median / (product_flops(ours) / rate),
             "peak_gib": result["peak_gib"],
             "first_loss": result["losses"][0],
             "loss_difference": abs(result["losses"][0] - results[0]["losses"][0]),
@@ -147,7 +155,32 @@ def contest(ours: Spec, rounds: int, with_eager: bool, keep: bool) -> list[dict[
 def describe(row: dict[str, Any], label: str) -> str:
     """A row for people."""
     speed = f"{row['tokens_per_s']:8.0f} tokens/s {row['seconds']:7.3f} s  x{row['moetrain_is_faster_by']:.2f}"
+    speed += f" (x{row['faster_at_the_dense_rate']:.2f} at the dense rate)"
     return f"  {label:42s} {speed}  peak {row['peak_gib']:.2f} GiB  loss {row['first_loss']:.5f}"
+
+
+def product_flops(spec: Spec) -> float:
+    """Of a step's matrix products: 2 operations for each weight and token forward, 4 backward, causal attention too."""
+    experts, width, top_k, _ = SHAPES[spec.shape]
+    head_dim = DIM // HEADS
+    attention = DIM * head_dim * 2 * (HEADS + KV_HEADS) + spec.seq_len * DIM  # two products, half of each seen
+    layer = attention + DIM * experts + 3 * DIM * width * top_k
+    return 6.0 * spec.batch * spec.seq_len * (LAYERS * layer + DIM * spec.vocab)
+
+
+def dense_rate(spec: Spec) -> float:
+    """Operations per second of one large product in the step's dtype, with its threads: the median of 9."""
+    import torch
+
+    torch.set_num_threads(spec.threads)
+    dtype = torch.bfloat16 if spec.dtype == "bf16" else torch.float32
+    a, b = torch.randn(2048, 1024).to(dtype), torch.randn(2048, 1024).to(dtype)
+    seconds = []
+    for _ in range(12):
+        start = time.perf_counter()
+        torch.mm(a, b.t())
+        seconds.append(time.perf_counter() - start)
+    return 2 * 2048 * 2048 * 1024 / statistics.median(seconds[3:])
 
 
 def peers(ours: Spec, with_eager: bool, keep: bool) -> list[Spec]:
@@ -206,6 +239,12 @@ def ask(here: Connection, spec: Spec, message: int | None) -> Any:
     if not ok:
         raise SystemExit(f"bench: {spec.label}, {spec.shape}, {spec.dtype} failed: {answer}")
     return answer
+
+
+def in_pool(function: Any, *args: Any) -> Any:
+    """What ``function`` returns in a fresh process."""
+    with concurrent.futures.ProcessPoolExecutor(1, mp.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
 
 
 def in_child(function: Any, *args: Any) -> None:

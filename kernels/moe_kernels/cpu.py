@@ -113,22 +113,11 @@ class _WeightGrad:
 
 
 class _ExpertMLP(torch.autograd.Function):
-    """Inputs as ``moe_kernels.expert_mlp``; w13 comes flattened to (e, nF, D) and b13 to (e, nF)."""
+    """Of all ``Operands``, in order; w13 comes flattened to (e, nF, D), b13 to (e, nF), counts as a list."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x_ND: Tensor,
-        w13: Tensor,
-        w2: Tensor,
-        weight_R: Tensor | None,
-        b13: Tensor | None,
-        b2: Tensor | None,
-        index_R: Tensor | None,
-        row_TK: Tensor | None,
-        counts: list[int],
-        activation: str,
-    ) -> Tensor:
+    def forward(ctx: Any, *operands: Any) -> Tensor:
+        x_ND, counts, w13, w2, index_R, weight_R, b13, b2, activation, row_TK = operands
         R = sum(counts)
         blocks = _blocks(counts, x_ND.dtype)
         h_RnF = x_ND.new_empty(_end(blocks), w13.shape[1])
@@ -155,7 +144,7 @@ class _ExpertMLP(torch.autograd.Function):
         run = _Backward(ctx, grads[0])
         for b in run.blocks:
             run.expert(b)
-        return *run.results(), None, None, None, None
+        return Operands.gradients(*run.results())
 
 
 class _Backward:
@@ -163,7 +152,7 @@ class _Backward:
 
     def __init__(self, ctx: Any, dy: Tensor) -> None:
         x_ND, w13, w2, weight_R, self.b13, self.b2, self.index_R, self.row_TK, self.h_RnF = ctx.saved_tensors
-        need_x, need_w13, need_w2, need_weight, need_b13, need_b2 = ctx.needs_input_grad[:6]
+        need_x, need_w13, need_w2, need_weight, need_b13, need_b2 = Operands.needed(ctx)
         dtype, self.activation, self.tokens = x_ND.dtype, ctx.activation, len(x_ND)
         self.blocks = _blocks(ctx.counts, dtype)
         self.x_of = _Input(x_ND, self.index_R, self.blocks)
@@ -240,5 +229,4 @@ def cpu_expert_mlp(o: Operands) -> Tensor:
         return native_expert_mlp(o)
     b13 = None if o.b13 is None else o.b13.flatten(1, 2).to(o.x_ND.dtype)
     b2 = None if o.b2 is None else o.b2.to(o.x_ND.dtype)
-    parameters = o.w13.flatten(1, 2), o.w2, o.weight_R, b13, b2
-    return _ExpertMLP.apply(o.x_ND, *parameters, o.index_R, o.row_TK, o.row_counts, o.activation)
+    return _ExpertMLP.apply(*o._replace(counts=o.row_counts, w13=o.w13.flatten(1, 2), b13=b13, b2=b2))

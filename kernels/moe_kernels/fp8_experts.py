@@ -71,22 +71,11 @@ def _experts(counts: list[int]) -> Iterator[tuple[int, slice]]:
 
 
 class _ExpertMLP(torch.autograd.Function):
-    """Inputs as ``moe_kernels.expert_mlp``."""
+    """Of all ``Operands``, in order; counts come as a list."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x_ND: Tensor,
-        w13: Tensor,
-        w2: Tensor,
-        weight_R: Tensor | None,
-        b13: Tensor | None,
-        b2: Tensor | None,
-        index_R: Tensor | None,
-        row_TK: Tensor | None,
-        counts: list[int],
-        activation: str,
-    ) -> Tensor:
+    def forward(ctx: Any, *operands: Any) -> Tensor:
+        x_ND, counts, w13, w2, index_R, weight_R, b13, b2, activation, row_TK = operands
         (_, n, inner, D), R = w13.shape, sum(counts)
         x = _Matrix(*quantize_rows(x_ND, pow2=True))
         h_RnF, y_RD = x_ND.new_empty(R, n * inner), x_ND.new_empty(R, D)
@@ -113,7 +102,7 @@ class _ExpertMLP(torch.autograd.Function):
         run = _Backward(ctx, grads[0])
         for e, rows in _experts(ctx.counts):
             run.expert(e, rows)
-        return *run.results(), None, None, None, None
+        return Operands.gradients(*run.results())
 
 
 class _Backward:
@@ -125,7 +114,7 @@ class _Backward:
         )
         self.x, self.activation, self.dtype = _Matrix(q, scales), ctx.activation, self.h_RnF.dtype
         self.dy_wide, self.dy = dy, _Matrix(*quantize_rows(dy, pow2=True))
-        need_x, need_w13, need_w2, need_weight, need_b13, need_b2 = ctx.needs_input_grad[:6]
+        need_x, need_w13, need_w2, need_weight, need_b13, need_b2 = Operands.needed(ctx)
         self.dx_RD = self.h_RnF.new_empty(len(self.h_RnF), q.shape[1]) if need_x else None
         self.dw13 = torch.zeros_like(self.w13) if need_w13 else None
         self.dw2 = torch.zeros_like(self.w2) if need_w2 else None
@@ -179,5 +168,4 @@ def _column(weight_R: Tensor | None, rows: slice) -> Tensor | None:
 
 def fp8_expert_mlp(o: Operands) -> Tensor:
     """``moe_kernels.expert_mlp`` in FP8, emulated. y_RD (R, D), or with row_TK out_TD."""
-    parameters = o.w13, o.w2, o.weight_R, o.b13, o.b2
-    return _ExpertMLP.apply(o.x_ND, *parameters, o.index_R, o.row_TK, o.row_counts, o.activation)
+    return _ExpertMLP.apply(*o._replace(counts=o.row_counts))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +40,24 @@ class Operands(NamedTuple):
     b2: Tensor | None = None
     activation: str = "swiglu"
     row_TK: Tensor | None = None
+
+    @staticmethod
+    def needed(ctx: Any) -> tuple[bool, ...]:
+        """In a function of all operands, in order: whether x, w13, w2, weight_R, b13 and b2 need gradients."""
+        x, _, w13, w2, _, weight, b13, b2, *_ = ctx.needs_input_grad
+        return x, w13, w2, weight, b13, b2
+
+    @staticmethod
+    def gradients(
+        dx: Tensor | None,
+        dw13: Tensor | None,
+        dw2: Tensor | None,
+        dweight: Tensor | None,
+        db13: Tensor | None,
+        db2: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        """What its backward returns: a gradient or None for each operand."""
+        return dx, None, dw13, dw2, None, dweight, db13, db2, None, None
 
     def check(self) -> None:
         """Raises ValueError where shapes, dtypes or counts do not fit."""

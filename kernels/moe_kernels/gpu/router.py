@@ -37,7 +37,9 @@ def _number(key):
 
 
 @triton.jit
-def _scores(x, real, SOFTMAX: tl.constexpr):
+def _scores(logits, at, mask, real, SOFTMAX: tl.constexpr):
+    """The scores of the logits ``at``, float32; those of columns that are not ``real`` count for nothing."""
+    x = tl.load(logits + at, mask=mask, other=0.0).to(tl.float32)
     if SOFTMAX:
         z = tl.where(real, x, float("-inf"))
         z = tl.exp(z - tl.max(z, 1)[:, None])
@@ -88,10 +90,10 @@ def router_topk_kernel(
         t = row + tl.arange(0, ROWS)
         live, row_at = (t < end)[:, None], t.to(tl.int64)[:, None]
         mask = live & real[None, :]
-        s = tl.load(logits + row_at * E + e[None, :], mask=mask, other=0.0).to(tl.float32)
-        s = _scores(s, real[None, :], SOFTMAX)
+        at = row_at * E + e[None, :]
+        s = _scores(logits, at, mask, real[None, :], SOFTMAX)
         if scores is not None:
-            tl.store(scores + row_at * E + e[None, :], s, mask=mask)
+            tl.store(scores + at, s, mask=mask)
         biased = s
         if bias is not None:
             biased += tl.load(bias + e, mask=real, other=0.0).to(tl.float32)[None, :]
@@ -127,7 +129,7 @@ def router_topk_backward_kernel(
     row_at = t.to(tl.int64)
     mask = (t < T)[:, None] & (e < E)[None, :]
     at = row_at[:, None] * E + e[None, :]
-    s = _scores(tl.load(logits + at, mask=mask, other=0.0).to(tl.float32), (e < E)[None, :], SOFTMAX)
+    s = _scores(logits, at, mask, (e < E)[None, :], SOFTMAX)
     ds = tl.zeros((ROWS, E_POW2), tl.float32)
     chosen = tl.zeros((ROWS, E_POW2), tl.int32)
     for i in tl.static_range(K):
@@ -178,6 +180,13 @@ def launch_backward(E: int, k: int, softmax: bool, renormalize: bool) -> dict[st
     return {"E": E, "K": k, "E_POW2": wide, "SOFTMAX": softmax, "RENORMALIZE": renormalize, "ROWS": rows}
 
 
+def _outputs(logits_TE: Tensor, k: int, with_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for weights_TK, ids_TK and, if asked for, scores_TE."""
+    T, E = logits_TE.shape
+    weights_TK, ids_TK = logits_TE.new_empty(T, k, dtype=torch.float32), logits_TE.new_empty(T, k, dtype=torch.int64)
+    return weights_TK, ids_TK, logits_TE.new_empty((T, E) if with_scores else 0, dtype=torch.float32)
+
+
 @torch.library.custom_op("moe_kernels::router_topk_forward", mutates_args=())
 def router_topk_forward(
     logits_TE: Tensor,
@@ -195,8 +204,7 @@ def router_topk_forward(
     T, E = logits_TE.shape
     constants = launch(E, k, groups, top_groups, top2, softmax, renormalize)
     each = constants["ROWS"] * triton.cdiv(max(T, 1), constants["ROWS"] * PROGRAMS)
-    weights_TK, ids_TK = logits_TE.new_empty(T, k, dtype=torch.float32), logits_TE.new_empty(T, k, dtype=torch.int64)
-    scores_TE = logits_TE.new_empty((T, E) if with_scores else 0, dtype=torch.float32)
+    weights_TK, ids_TK, scores_TE = _outputs(logits_TE, k, with_scores)
     counts_PE = logits_TE.new_empty(triton.cdiv(T, each), E, dtype=torch.int32)
     if T:
         router_topk_kernel[(len(counts_PE),)](
@@ -219,10 +227,8 @@ def _(
     scale: float,
     with_scores: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    T, E = logits_TE.shape
-    weights_TK, ids_TK = logits_TE.new_empty(T, k, dtype=torch.float32), logits_TE.new_empty(T, k, dtype=torch.int64)
-    scores_TE = logits_TE.new_empty((T, E) if with_scores else 0, dtype=torch.float32)
-    return weights_TK, ids_TK, ids_TK.new_empty(E), scores_TE
+    weights_TK, ids_TK, scores_TE = _outputs(logits_TE, k, with_scores)
+    return weights_TK, ids_TK, ids_TK.new_empty(logits_TE.shape[1]), scores_TE
 
 
 @torch.library.custom_op("moe_kernels::router_topk_backward", mutates_args=())

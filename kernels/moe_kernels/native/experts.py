@@ -20,22 +20,11 @@ COLUMNS = 64  # of a tile, likewise
 
 
 class _Experts(torch.autograd.Function):
-    """Inputs as ``native_expert_mlp``, contiguous."""
+    """Of all ``Operands``, in order, contiguous; counts come as a tensor."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x_ND: Tensor,
-        w13: Tensor,
-        w2: Tensor,
-        weight_R: Tensor | None,
-        b13: Tensor | None,
-        b2: Tensor | None,
-        index_R: Tensor | None,
-        row_TK: Tensor | None,
-        counts_e: Tensor,
-        activation: str,
-    ) -> Tensor:
+    def forward(ctx: Any, *operands: Any) -> Tensor:
+        x_ND, counts_e, w13, w2, index_R, weight_R, b13, b2, activation, row_TK = operands
         e, matrices, width, D = w13.shape
         R = len(x_ND if index_R is None else index_R)
         s_R = None if weight_R is None else weight_R.float()
@@ -53,7 +42,7 @@ class _Experts(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_ND, w13, w2, weight_R, b13, b2, index_R, row_TK, h_RnF = ctx.saved_tensors
         counts_e = ctx.counts_e
-        need_x, need_w13, need_w2, need_weight, need_b13, need_b2 = ctx.needs_input_grad[:6]
+        need_x, need_w13, need_w2, need_weight, need_b13, need_b2 = Operands.needed(ctx)
         dy, dy_index = grads[0].contiguous(), None if row_TK is None else index_R
         e, _, width, D = w13.shape
         R = len(h_RnF)
@@ -87,7 +76,7 @@ class _Experts(torch.autograd.Function):
         if need_b2 and b2 is not None:
             scaled = dys.float() if s_R is None else dys * s_R[:, None]
             db2 = torch.stack([part.sum(0) for part in scaled.split(counts)]).to(b2.dtype)
-        return dx_ND, dw13, dw2, ds_R, db13, db2, None, None, None, None
+        return Operands.gradients(dx_ND, dw13, dw2, ds_R, db13, db2)
 
 
 def rows_times_weights(
@@ -154,8 +143,6 @@ def native_expert_mlp(o: Operands) -> Tensor:
     real = index_R is not None and len(index_R) > 0 and not index_R.is_meta
     if index_R is not None and real and not 0 <= index_R.min() <= index_R.max() < len(o.x_ND):
         raise IndexError(f"index_R goes from {index_R.min()} to {index_R.max()}, but x has {len(o.x_ND)} rows")
-    biases = (None if b is None else b.to(o.x_ND.dtype) for b in (o.b13, o.b2))
-    rows = (None if t is None else t.contiguous() for t in (*biases, index_R, o.row_TK))
-    counts_e = torch.tensor(o.row_counts, dtype=torch.int64)
-    parameters = o.w13.contiguous(), o.w2.contiguous(), o.weight_R
-    return _Experts.apply(o.x_ND.contiguous(), *parameters, *rows, counts_e, o.activation)
+    b13, b2 = (None if b is None else b.to(o.x_ND.dtype) for b in (o.b13, o.b2))
+    o = o._replace(counts=torch.tensor(o.row_counts, dtype=torch.int64), b13=b13, b2=b2)
+    return _Experts.apply(*(t.contiguous() if isinstance(t, Tensor) else t for t in o))

@@ -22,8 +22,8 @@ from scipy.optimize import least_squares
 
 from moetrain.planner.rates import FITTED, Constants
 
-FREE = ("product_16", "product_8", "grouped", "attention", "start", "passes", "fused_passes", "quantise", "host", "graphs",
-        "bulk",
+FREE = ("product_16", "product_8", "grouped", "attention", "start", "passes", "fused_passes", "quantise", "host",
+        "graphs", "bulk",
         "hidden", "reduce", "natural")  # fmt: skip
 PRIOR = 0.3  # standard deviation of a constant's logarithm before any row is seen
 NOISE = 0.12  # of a row's: releases of one framework differ by as much

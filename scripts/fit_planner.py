@@ -1,7 +1,8 @@
 """Fit the constants of the planner's time model to published speeds, and say how well it predicts what it has not seen.
 
     python scripts/fit_planner.py ROWS.csv            # cross-validated errors, the worst rows, the constants
-    python scripts/fit_planner.py ROWS.csv --check     # errors with the constants that moetrain has
+    python scripts/fit_planner.py ROWS.csv --check     # the same with the constants that moetrain has
+    python scripts/fit_planner.py ROWS.csv --check --no-cross --rows   # every row, predicted beside told
 
 ROWS.csv has the columns of published_perf.csv (docs/plan.md says which). Least squares on the logarithm of tokens per
 second and GPU, robust against rows that no model explains; each constant is held near the value that a measurement of a
@@ -22,8 +23,8 @@ from scipy.optimize import least_squares
 
 from moetrain.planner.rates import FITTED, Constants
 
-FREE = ("product_16", "product_8", "grouped", "attention", "start", "passes", "fused_passes", "quantise", "host", "graphs",
-        "bulk",
+FREE = ("product_16", "product_8", "grouped", "attention", "start", "passes", "fused_passes", "quantise", "host",
+        "graphs", "bulk",
         "hidden", "reduce", "natural")  # fmt: skip
 PRIOR = 0.3  # standard deviation of a constant's logarithm before any row is seen
 NOISE = 0.12  # of a row's: releases of one framework differ by as much
@@ -118,11 +119,12 @@ def show(name: str, found: np.ndarray) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", type=Path)
+    parser.add_argument("file", type=Path, metavar="ROWS.csv")
     parser.add_argument("--check", action="store_true", help="no fit: the constants that moetrain has")
     parser.add_argument("--no-cross", action="store_true", help="no cross-validation")
+    parser.add_argument("--rows", dest="rows_too", action="store_true", help="every row, predicted beside told")
     args = parser.parse_args()
-    rows = list(rows_of(args.rows))
+    rows = list(rows_of(args.file))
     print(f"{len(rows)} rows of {len({r.model for r in rows})} models on {len({r.gpu for r in rows})} GPUs")
     whole = FITTED if args.check else fit(rows)
     found = errors(rows, whole)
@@ -134,6 +136,12 @@ def main() -> None:
         show("leaving out each model", by_model)
         show("leaving out each GPU", by_gpu)
         crossed = by_model
+    if args.rows_too:
+        for r, error in zip(rows, found, strict=True):
+            d = r.row
+            sizes = " ".join(f"{k}{d[k]}" for k in ("pp", "vpp", "tp", "cp", "ep", "etp", "micro_batch"))
+            told = f"told {r.tokens:8.0f} predicted {r.tokens * (1 + error):8.0f} {error:+6.1%}"
+            print(f"  line {r.number:3d} {told} {r.model}, {r.gpu}, {r.setting.stack.name}, {d['precision']}, {sizes}")
     print("worst rows:")
     for i in np.argsort(-np.abs(crossed))[:10]:
         r = rows[i]

@@ -78,7 +78,7 @@ def kimi() -> ModelShape:
 def moonlight() -> ModelShape:
     """Moonlight 16B-A3B (arXiv 2502.16982): a DeepSeek-V3 of 27 layers without a latent for queries."""
     words = ["model=deepseek-v3", "model.n_layers=27", "model.dim=2048", "model.attention.n_heads=16",
-             "model.attention.q_lora_rank=null", "model.moe.num_experts=64", "model.moe.top_k=6", 
+             "model.attention.q_lora_rank=null", "model.moe.num_experts=64", "model.moe.top_k=6",
              "model.moe.expert_dim=1408",
              "model.moe.shared_dim=2816", "model.dense_dim=11264", "model.moe.first_dense=1", "model.vocab_size=163840",
              "model.router.n_groups=1", "model.router.topk_groups=1"]  # fmt: skip
@@ -101,7 +101,7 @@ MODELS: dict[str, Any] = {
     "llama3 405b dense": lambda: even("llama3-405b", 16384, 128256, 126, layer(16384, 128, 8, 128, 53248)),
     "nemotron 3 nano": lambda: nemotron("nano", 2688, (23, 23, 6), 64, moe(128, 6, 1856, 2688, 1), 3712),
     "nemotron 3 super": lambda: replace(
-        nemotron("super", 4096, (40, 40, 8), 128, moe(512, 22, 2688, 1024, 1), 5376), 
+        nemotron("super", 4096, (40, 40, 8), 128, moe(512, 22, 2688, 1024, 1), 5376),
         layers=(0,) * 40 + (2,) * 8 + (1,) * 40, mtp=2
     ),
 }  # fmt: skip
@@ -276,9 +276,7 @@ def stack_of(r: dict[str, str]) -> Stack:
         name = "megatron-2024"
     elif (release and release[1] >= "26.06") or "verification_cards" in source:
         name = "megatron-2026" if blackwell else "megatron-graphs"
-    elif re.search("EP overlap on|EP overlap, 62|A2A overlap|overlap on", text):
-        name = "megatron-overlap"
-    elif source.startswith("2603") and not blackwell:
+    elif re.search("overlap on|EP overlap, 62|A2A overlap", text) or (source.startswith("2603") and not blackwell):
         name = "megatron-overlap"
     elif "A2A, norm" in text:
         name = "megatron-2024"

@@ -74,7 +74,7 @@ def measure(ranks: int) -> dict[str, Any]:
     memory_gb_s = mean("copy") / FITTED.memory
     link["gb_s"] = min(link["gb_s"], memory_gb_s)
     found: dict[str, Any] = {
-        "name": "this-machine", "device": torch.cuda.get_device_name() if on_gpu else "CPU, a share of the cores a rank",
+        "name": "this-machine", "device": torch.cuda.get_device_name() if on_gpu else "CPU, some cores a rank",
         "kind": "gpu" if on_gpu else "cpu", "node": ranks, "domain": ranks, "memory_gib": memory / 2**30,
         "tflops": tflops, "memory_gb_s": memory_gb_s, "link_gb_s": link["gb_s"], "link_us": link["us"],
         "network_gb_s": link["gb_s"], "network_us": link["us"], "host_gb_s": memory_gb_s,

@@ -56,7 +56,7 @@ def zipf(model: ModelConfig, power: float) -> Load:
 
 
 def read_trace(path: Path, model: ModelConfig) -> Load:
-    """The loads in a run directory, or in a file like its ``loads.jsonl``; each line is a sample. Raises ConfigError."""
+    """The loads in a run directory, or a file like its ``loads.jsonl``; each line is a sample. Raises ConfigError."""
     file = path / "loads.jsonl" if path.is_dir() else path
     try:
         lines = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
@@ -73,8 +73,9 @@ def read_trace(path: Path, model: ModelConfig) -> Load:
         found = [len(counts) for counts in sample]
         if found != expected:
             other = next((f"{f} experts for {e}" for f, e in zip(found, expected, strict=False) if f != e), "")
+            which = f", with {other}," if other else ""
             raise ConfigError(
-                f"trace {file} has {len(found)} MoE layers{f', with {other},' if other else ''} where model {model.name} has "
+                f"trace {file} has {len(found)} MoE layers{which} where model {model.name} has "
                 f"{len(expected)} of {expected[0] if expected else 0} experts; give a trace of this model"
             )
     if len(set(expected)) > 1:

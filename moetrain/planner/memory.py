@@ -22,7 +22,10 @@ LOCAL, ALL_GATHER = DISPATCH.index("local"), DISPATCH.index("all_gather")
 @dataclass(frozen=True)
 class Run:
     """What is common to all mappings of a search. wide: bytes of a weight (4, or 8 in float64); narrow: of a number
-    that is computed with. skew: rows of the fullest rank over the mean. document_mask: whether documents are kept apart."""
+    that is computed with. skew: rows of the fullest rank over the mean. lean: whether the experts' kernels keep their
+    input and what the first matrices give, and compute the rest again (the CPU's, Triton's, SonicMoE's; not
+    grouped_mm). shards: what data parallel ranks split, as in ``rates.Stack``: "optimizer" is Megatron's distributed
+    optimizer, with 16-bit weights and 32-bit gradients whole on every rank."""
 
     seq_len: int
     global_batch: int
@@ -38,8 +41,7 @@ class Run:
 @dataclass(frozen=True)
 class Shards:
     """Of one layer, or of the ends of the model. own: numbers that this rank keeps. tensors: parameters. vectors:
-    numbers of those that AdamW updates under Muon. gathered: numbers of the whole units that FSDP gathers. wait: numbers of
-    whole gradients that FSDP reduces."""
+    numbers of those that AdamW updates under Muon. gathered: numbers of the whole units that FSDP gathers."""
 
     own: Numbers
     tensors: Numbers

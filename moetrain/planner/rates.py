@@ -42,8 +42,9 @@ class Stack:
     of its experts. overlap: dispatch and combine run beside computation. fused: see Constants.fused_passes. graphs:
     captured CUDA graphs start the operations. shards: what data parallel ranks split: "all" with gathers for each
     micro-batch (FSDP), or "optimizer" with gathers once a step. narrow_all: 8 bits in all matrices, not the experts'
-    alone. gradients: bytes of a gradient on its way. reduce_each: gradients are reduced after each micro-batch, not at the
-    end of the step. fused_sinks: attention with sinks has a fused kernel, else its scores go through memory."""
+    alone. gradients: bytes of a gradient on its way. reduce_each: gradients are reduced after each micro-batch, not
+    at the end of the step. fused_sinks: attention with sinks has a fused kernel, else its scores go through memory.
+    """
 
     name: str
     once: bool = False

@@ -117,6 +117,16 @@ def test_threads_change_no_bit(dtype: torch.dtype, counts: list[int]) -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_results_that_are_written_past_the_cache(dtype: torch.dtype) -> None:
+    """The pre-activation has more than 8 MB, and so have the activation and dh."""
+    case = make_case([9000, 0, 6400], dim=32, expert_dim=288, tokens=500, dtype=dtype)
+    got, want = case.run("cpu", dtype), case.run("loop", torch.float64)
+    for name in want:
+        assert (got[name] - want[name]).norm() <= (1e-5 if dtype == torch.float32 else 0.02) * want[name].norm(), name
+
+
+@needs_compiler
 @pytest.mark.parametrize("index", [-1, 24])
 def test_rows_that_are_not_there_are_refused(index: int) -> None:
     x, w13, w2 = torch.zeros(24, 8), torch.zeros(2, 2, 4, 8), torch.zeros(2, 8, 4)

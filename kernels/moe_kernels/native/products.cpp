@@ -107,8 +107,24 @@ void rows_product(Rows<T> a, Matrices<W> w, const i64* counts, i64 threads, Then
           }
       }
     }
+    streamed();
     at::native::cpublas::brgemm_release(PAIR<T> == 2);
   }
+}
+
+// Whether a result of so many bytes a row is larger than what stays in the cache.
+bool is_far(const i64* counts, i64 experts, i64 bytes) {
+  i64 rows = 0;
+  for (i64 e = 0; e < experts; e++) rows += counts[e];
+  return rows * bytes > (i64(8) << 20);
+}
+
+template <class T>
+void put(bool far, const float* from, i64 n, T* to) {
+  if (far)
+    stream(from, n, to);
+  else
+    convert(from, n, to);
 }
 
 // ---- activations: moe_kernels.activation ------------------------------------------------------------------------------
@@ -179,6 +195,7 @@ void with_activation(i64 name, Do run) {
 template <class T, class W, int ACT>
 void up_projection(Rows<T> x, Matrices<W> w13, const T* b13, const float* s, T* h, T* a, const i64* counts, i64 threads) {
   const i64 F = w13.n, parts = w13.parts;
+  const bool far = is_far(counts, w13.experts, F * sizeof(T));
   rows_product(x, w13, counts, threads, [=](const Tile& t) {
     float room[2][COLS], value[COLS];
     for (i64 r = 0; r < t.rows; r++) {
@@ -191,9 +208,9 @@ void up_projection(Rows<T> x, Matrices<W> w13, const T* b13, const float* s, T* 
             room[p][c] = part[p][c] + wide(b13[(t.expert * parts + p) * F + t.column + c]);
           part[p] = room[p];
         }
-        convert(part[p], t.columns, row_h + p * F);
+        put(far, part[p], t.columns, row_h + p * F);
         if (PAIR<T> == 2) {
-          for (i64 c = 0; c < t.columns; c++) room[p][c] = wide(row_h[p * F + c]);
+          for (i64 c = 0; c < t.columns; c++) room[p][c] = wide(narrow<T>(part[p][c]));
           part[p] = room[p];
         }
       }
@@ -203,7 +220,7 @@ void up_projection(Rows<T> x, Matrices<W> w13, const T* b13, const float* s, T* 
         float in_gate, in_up;
         value[c] = weight * activation<ACT>(gate[c], up[c], in_gate, in_up);
       }
-      convert(value, t.columns, a + (t.row + r) * F + t.column);
+      put(far, value, t.columns, a + (t.row + r) * F + t.column);
     }
   });
 }
@@ -211,12 +228,13 @@ void up_projection(Rows<T> x, Matrices<W> w13, const T* b13, const float* s, T* 
 // out (R, n) = rows W (+ s * bias).
 template <class T, class W>
 void rows_times_weights(Rows<T> rows, Matrices<W> w, const T* bias, const float* s, T* out, const i64* counts, i64 threads) {
+  const bool far = is_far(counts, w.experts, w.n * sizeof(T));
   rows_product(rows, w, counts, threads, [=](const Tile& t) {
     for (i64 r = 0; r < t.rows; r++) {
       const float* from = t.part[0] + r * t.columns;
       T* to = out + (t.row + r) * w.n + t.column;
       if (bias == nullptr) {
-        convert(from, t.columns, to);
+        put(far, from, t.columns, to);
       } else {
         const float weight = s ? s[t.row + r] : 1.0f;
         const T* b = bias + t.expert * w.n + t.column;
@@ -234,6 +252,7 @@ void down_gradient(Rows<T> dy, Matrices<W> w2, const float* s, const T* h, T* a,
                    i64 R, i64 threads) {
   constexpr bool gated = ACT != GELU && ACT != RELU2;
   const i64 F = w2.n, n_F = gated ? 2 * F : F, UP = n_F - F;
+  const bool far = is_far(counts, w2.experts, F * sizeof(T));
   rows_product(dy, w2, counts, threads, [=](const Tile& t) {
     float gate[COLS], up[COLS], value[COLS], in_gate[COLS], in_up[COLS];
     for (i64 r = 0; r < t.rows; r++) {
@@ -251,9 +270,9 @@ void down_gradient(Rows<T> dy, Matrices<W> w2, const float* s, const T* h, T* a,
         in_gate[c] *= weight * da[c];
         in_up[c] *= weight * da[c];
       }
-      convert(value, t.columns, a + row * F + t.column);
-      if (gated) convert(in_gate, t.columns, row_dh);
-      convert(in_up, t.columns, row_dh + UP);
+      put(far, value, t.columns, a + row * F + t.column);
+      if (gated) put(far, in_gate, t.columns, row_dh);
+      put(far, in_up, t.columns, row_dh + UP);
       float sum = 0;
       for (float part : sums) sum += part;
       ds[t.column / COLS * R + row] = sum;

@@ -84,6 +84,34 @@ void convert(const From* __restrict from, i64 n, T* __restrict to) {
   for (; c < n; c++) to[c] = as<T>(from[c]);
 }
 
+// Likewise, past the cache, for what is so large that it would have left it before it is read: memory is then not read
+// before it is written.
+template <class T>
+void stream(const float* from, i64 n, T* to) {
+#ifdef __AVX512BF16__
+  if (reinterpret_cast<uintptr_t>(to) % 64 == 0 && n % 32 == 0) {
+    for (i64 c = 0; c < n; c += 16)
+      if constexpr (sizeof(T) == 4) {
+        _mm512_stream_ps(to + c, _mm512_loadu_ps(from + c));
+      } else {
+        const auto rounded = _mm512_cvtneps_pbh(_mm512_loadu_ps(from + c));
+        __m256i bits;
+        memcpy(&bits, &rounded, sizeof(bits));
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(to + c), bits);
+      }
+    return;
+  }
+#endif
+  convert(from, n, to);
+}
+
+// Once a thread has streamed: others see it.
+inline void streamed() {
+#ifdef __AVX512BF16__
+  _mm_sfence();
+#endif
+}
+
 // n values as T: where they are, or converted into ``room``.
 template <class T, class From>
 const T* converted(const From* from, i64 n, T* room) {

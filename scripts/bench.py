@@ -14,6 +14,7 @@ import bench_dispatch
 import bench_experts
 import bench_lsh
 import bench_overhead
+import bench_placement
 import bench_simulate
 import bench_step
 
@@ -23,6 +24,7 @@ BENCHES = {
     "experts": (bench_experts, "experts on CPU as shares of a dense product's rate, against torch's grouped_mm"),
     "dispatch": (bench_dispatch, "bytes, time and overlap of the dispatchers, against DeepSpeed's MoE layer"),
     "lsh": (bench_lsh, "rows sent and loss of dispatch=lsh, against uncompressed dispatch"),
+    "placement": (bench_placement, "which ranks hold which experts, against plain expert parallelism"),
     "simulate": (bench_simulate, "the simulator of expert placement, beside Hecate's paper"),
     "data": (bench_data, "a mixture of 1,000 sources, against Hugging Face datasets and megatron-core"),
     "convert": (bench_convert, "a 30B-shaped checkpoint there and back, against a file copy and transformers"),

@@ -7,6 +7,7 @@ two MoE layers, so that exchanges of one run beside the other's.
 from __future__ import annotations
 
 import logging
+import random
 import shutil
 import threading
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from moetrain_launch.fork import run_ranks
 
@@ -23,9 +25,11 @@ from moetrain.config import Config
 from moetrain.config import load as load_config
 from moetrain.config.check import check_mapping, resolve_sizes
 from moetrain.config.errors import ConfigError
+from moetrain.moe.dispatch.placed import PlacedDispatcher
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.placement.copies import Copies
-from moetrain.moe.placement.plan import at_home, ep_homes
+from moetrain.moe.placement.plan import Placement, Topology, at_home, ep_homes, held, routes
+from moetrain.moe.routing import Memo, Routing
 from moetrain.train import parity
 from moetrain.train.engine import TorchEngine, whole_weights
 from moetrain.train.trainer import Trainer
@@ -137,6 +141,34 @@ def test_related_policies_equal_one_process(prepared: Path) -> None:
         (["experts/placement=migrate", "experts.placement.every=2", "train.micro_batch=2"], {"moved"}),
     ]
     check(prepared, 4, True, variants, [])
+
+
+def layouts(placements: list[Placement], topology: Topology) -> list[tuple[list[int], list[int], list[int]]]:
+    """Of each placement, on this rank with tokens of its own: (choices of each expert, rows to each rank, rows of each
+    expert held here)."""
+    found, n = [], len(placements[0])
+    for i, placement in enumerate(placements):
+        generator = torch.Generator().manual_seed(100 * i + dist.get_rank())
+        ids_TK = torch.rand(5 + 4 * dist.get_rank(), n, generator=generator).square().topk(3).indices
+        routing = Routing(n, len(ids_TK), Memo(), ids_TK=ids_TK, weights_TK=torch.ones(ids_TK.shape))
+        layout = PlacedDispatcher(n, dist.group.WORLD, placement, topology).layout(routing)
+        found.append((torch.bincount(ids_TK.flatten(), minlength=n).tolist(), layout.send, layout.counts))
+    return found
+
+
+def test_rows_go_where_the_plan_says() -> None:
+    """So what a simulator counts by ``plan.routes`` is what ranks send; also to a rank that holds nothing."""
+    topology, draw = Topology(4, 2), random.Random(0)
+    placements: list[Placement] = [
+        tuple(tuple(sorted(draw.sample(range(4), draw.randint(1, 4)))) for _ in range(6)) for _ in range(8)
+    ]
+    placements.append(((0, 1), (1,), (0,), (0, 1), (1,), (0, 1)))
+    ranks = run_ranks(4, layouts, placements, topology)
+    for i, placement in enumerate(placements):
+        sent = routes([rank[i][0] for rank in ranks], placement, topology)
+        for rank in range(4):
+            assert ranks[rank][i][1] == [sum(rows) for rows in sent[rank]]
+            assert ranks[rank][i][2] == [sum(of[rank][e] for of in sent) for e in held(placement, rank)]
 
 
 def save_half_way(cfg: Config) -> list[dict[str, Any]]:

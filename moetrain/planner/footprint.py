@@ -87,7 +87,7 @@ def footprint(
 
 def _adam(tables: memory.Shards) -> memory.Shards:
     """Muon leaves tables to AdamW."""
-    return replace(tables, vectors=tables.own)
+    return replace(tables, vectors=tables.own, of_adam=tables.tensors)
 
 
 class _Pieces:

@@ -40,12 +40,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Shards:
-    """Of one layer, or of the ends of the model. own: numbers that this rank keeps. tensors: parameters. vectors:
-    numbers of those that AdamW updates under Muon. gathered: numbers of the whole units that FSDP gathers."""
+    """Of one layer, or of the ends of the model. own: numbers that this rank keeps. tensors: parameters. vectors,
+    of_adam: numbers and parameters that AdamW updates under Muon. gathered: numbers of the whole units that FSDP gathers."""
 
     own: Numbers
     tensors: Numbers
     vectors: Numbers
+    of_adam: Numbers
     gathered: Numbers
 
 
@@ -66,7 +67,9 @@ def matrices(parts: tuple[Matrix, ...], m: Mappings, kv_heads: int = 0) -> Shard
         gathered += mine * fsdp
         if not p.inputs:
             vectors += mine
-    return Shards(own, np.full(len(m), float(len(parts))), vectors, gathered)
+    counts = (np.full(len(m), float(n)) for n in (len(parts), sum(not p.inputs for p in parts)))
+    tensors, of_adam = counts
+    return Shards(own, tensors, vectors, of_adam, gathered)
 
 
 def layer_shards(kind: LayerShape, m: Mappings) -> tuple[Shards, Shards]:
@@ -76,24 +79,25 @@ def layer_shards(kind: LayerShape, m: Mappings) -> tuple[Shards, Shards]:
     is_kv = [p for p in kind.dense if kv and p.split == 0 and p.outputs in kv_widths and p not in kind.mlp]
     rest = [p for p in kind.dense if p not in is_kv]
     a, b = matrices(tuple(rest), m), matrices(tuple(is_kv), m, kind.kv_heads)
-    vectors = a.vectors + b.vectors + matrices(tuple(p for p in kind.router if p.inputs), m).own  # Muon's way
-    dense = Shards(a.own + b.own, a.tensors + b.tensors, vectors, a.gathered + b.gathered)
+    gates = matrices(tuple(p for p in kind.router if p.inputs), m)  # which Muon leaves to AdamW
+    vectors, of_adam = a.vectors + b.vectors + gates.own, a.of_adam + b.of_adam + gates.tensors
+    dense = Shards(a.own + b.own, a.tensors + b.tensors, vectors, of_adam, a.gathered + b.gathered)
     zero = np.zeros(len(m))
     if kind.experts is None:
-        return dense, Shards(zero, zero, zero, zero)
+        return dense, Shards(zero, zero, zero, zero, zero)
     e = kind.experts
     here = e.numel / (m.ep * m.etp)
     alone = (m.edp == 1) & (m.offload != 2)
     vectors = e.count * (e.parts * e.inner + e.dim) / (m.ep * m.etp * m.edp) if e.bias else zero
     tensors = zero + (4.0 if e.bias else 2.0)
-    return dense, Shards(here / m.edp, tensors, vectors, np.where(alone, 0.0, here))
+    return dense, Shards(here / m.edp, tensors, vectors, tensors - 2.0, np.where(alone, 0.0, here))
 
 
 def state_bytes(run: Run, shards: Shards) -> tuple[Numbers, Numbers, Numbers]:
     """(weights, gradients, optimizer) of ``shards``."""
     weights = run.wide * shards.own
     if run.optimizer == "muon":  # a momentum for matrices, AdamW for the rest
-        states = run.wide * (shards.own + shards.vectors)
+        states = run.wide * (shards.own + shards.vectors) + 4 * shards.of_adam
     else:
         states = 2 * run.wide * shards.own + 4 * shards.tensors  # and the step, a float32 of each parameter
     return weights, weights, states

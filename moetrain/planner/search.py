@@ -10,7 +10,7 @@ import numpy as np
 from moetrain.config.errors import ConfigError
 from moetrain.config.schema import Config
 from moetrain.optim.optimizers.muon import MuonOptions
-from moetrain.planner.candidates import SCHEDULES, Mappings, Numbers
+from moetrain.planner.candidates import SCHEDULES, Mappings, Numbers, columns
 from moetrain.planner.cluster import Cluster
 from moetrain.planner.footprint import PARTS, footprint
 from moetrain.planner.legal import legal_mappings
@@ -208,8 +208,6 @@ def refined(p: Problem, plan: Plan) -> Plan:
     n = p.cfg.train.global_batch // (row["micro_batch"] * row["dp"] * row["rep"])
     if row["pp"] == 1 or 3 * row["pp"] * row["vpp"] * n > EVENTS:
         return plan
-    from moetrain.planner.candidates import columns
-
     m = columns([row])
     step = Pricer(_setting(p, m)).step(m)
     forward, backward = ([float(x[0]) for x in times] for times in (step.forward, step.backward))
@@ -268,6 +266,7 @@ def description(row: dict[str, Any]) -> str:
     names = {"pp": "pp", "vpp": "vpp", "rep": "dp_replicate", "cp": "cp", "tp": "tp", "ep": "ep", "etp": "etp"}
     sizes = [f"{short}={row[name]}" for name, short in names.items() if row[name] != 1]
     words = [f"micro_batch={row['micro_batch']}"]
+    words += [f"context={row['context']}"] if row["cp"] > 1 else []
     words += [f"schedule={row['schedule']}"] if row["pp"] > 1 and row["schedule"] != SCHEDULES[0] else []
     words += [f"recompute={row['recompute']}"] if row["recompute"] != "none" else []
     words += [f"offload={row['offload']}"] if row["offload"] != "none" else []

@@ -110,10 +110,6 @@ def check_problem(p: Problem) -> None:
             f"gpus={p.world} is more than the {p.tokens:.0f} tokens of a step (global_batch={t.global_batch} x "
             f"seq={t.seq_len}); plan for fewer GPUs or a larger global_batch"
         )
-    if t.seq_len > p.cfg.model.max_seq_len:
-        raise ConfigError(
-            f"seq={t.seq_len} is above model.max_seq_len={p.cfg.model.max_seq_len}; shorten it or raise that setting"
-        )
 
 
 def search(p: Problem, top: int = 10) -> Found:

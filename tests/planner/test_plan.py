@@ -191,7 +191,7 @@ def test_emitted_preset_is_what_train_accepts(tmp_path: Path, capsys: pytest.Cap
         ("cluster=h100 gpus=4096 seq=16 global_batch=8", "more than the 128 tokens"),
         ("cluster=h100 gpus=8 tokens=many", "tokens takes"),
         ("cluster=h100 gpus=8 zipf=-1", "zipf takes"),
-        ("cluster=h100 gpus=8 trace=nowhere", "cannot be read"),
+        ("cluster=h100 gpus=8 seq=256 trace=nowhere", "cannot be read"),
         ("cluster=h100 gpus=8 zipf=1 trace=x", "one of them"),
         ("cluster=h100 gpus=8 mapping=pp", "cannot read 'pp'"),
         ("cluster=h100 gpus=8 mapping=recompute=half", "takes none, selective, full"),

@@ -241,7 +241,7 @@ def reported(router: Any) -> int:
 
 def end_of_step(cfg: Config, sizes: Sizes, loads: list[int], device: str) -> dict[str, Traffic]:
     """The small all-reduces of ``train.step``: token counts, loss and norm, and the loads of all experts (int64; one
-    number more for each layer, of the dropped). loads: experts of the MoE layers here."""
+    number more for each layer, of the dropped; over stages their positions too). loads: of the MoE layers here."""
     wide = 8 if device == "cpu" else 4  # bytes of a sum; see ``parallel.run.sum_dtype``
     everywhere = [cfg.model.layer_value("num_experts", i) for i in cfg.model.moe_layers()]
     tensors = [
@@ -249,7 +249,7 @@ def end_of_step(cfg: Config, sizes: Sizes, loads: list[int], device: str) -> dic
         ("world", sizes.world, wide * (1 + len(aux_names(cfg.balance)))),
         ("world", sizes.world, wide),
         ("stage", sizes.world // sizes.pp, sum(8 * (n + 1) for n in loads)),
-        ("pp", sizes.pp, sum(8 * (n + 1) for n in everywhere)),
+        ("pp", sizes.pp, sum(8 * (n + 1 + POSITIONS) for n in everywhere)),
     ]
     found: dict[str, Traffic] = {}
     for name, ranks, size in tensors:

@@ -46,12 +46,13 @@ CALIBRATES = [*FSSDP, "experts.placement.slots=2", "experts.placement.budget=1",
 
 
 def build(cfg: Config, hot: bool) -> Trainer:
-    """A trainer; hot: every token chooses expert 0 first."""
+    """A trainer; hot: every token chooses expert 0 first, and none one of the last four."""
     trainer = Trainer(cfg, resolve_sizes(cfg.parallel, dist.get_world_size()), Path(cfg.run_dir))
     for layer in trainer.engine.model.modules():
         if isinstance(layer, MoELayer) and hot:
             router: Any = layer.router
             router.balance["bias"].bias_E[0] = 10.0
+            router.balance["bias"].bias_E[4:] = -10.0
     return trainer
 
 

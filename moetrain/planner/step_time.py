@@ -343,7 +343,7 @@ class Pricer:
                 experts = kind.experts.numel / (m.ep * m.etp * m.edp) if kind.experts else 0.0
                 numbers = numbers + count * (split + experts)
             numbers = numbers + (stage.first + stage.last) * s.shape.vocab * s.shape.dim / (m.tp * m.dp * m.cp)
-        # Offloaded state comes and goes; offloaded weights come for every gather, gradients go, and the CPU updates them.
+        # Offloaded state comes and goes; offloaded weights come for every gather, and the CPU updates them.
         host = s.cluster.host_gb_s * 1e9
         gathers = m.micro_batches(s.run.global_batch) * np.where(m.pp > 1, 1, 2)
         here, there = 28.0 * numbers / self.memory, (28.0 + 4.0 + 4.0 * gathers) * numbers / host

@@ -99,7 +99,8 @@ def _of_rank(ranks: int) -> dict[str, float]:
         name: _products(dtype, device, scale) for name, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16))
     }
     x = torch.empty(scale * 2**24, device=device)
-    found["copy"] = 2 * x.nbytes / _seconds(lambda: x.clone(), device) / 1e9
+    y = torch.empty_like(x)
+    found["copy"] = 2 * x.nbytes / _seconds(lambda: y.copy_(x), device) / 1e9
     small = torch.ones(64, device=device)
     found["start"] = _seconds(lambda: [small.add(1) for _ in range(100)], device) / 100 * 1e6
     if ranks > 1:

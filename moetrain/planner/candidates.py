@@ -73,7 +73,7 @@ class Mappings:
 
     def row(self, i: int) -> dict[str, Any]:
         """One mapping, in words and numbers."""
-        numbers = {f.name: int(getattr(self, f.name)[i]) for f in dataclasses.fields(self)}
+        numbers: dict[str, Any] = {f.name: int(getattr(self, f.name)[i]) for f in dataclasses.fields(self)}
         for name, words in WORDS.items():
             numbers[name] = words[numbers[name]]
         return numbers

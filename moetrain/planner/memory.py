@@ -41,7 +41,8 @@ class Run:
 @dataclass(frozen=True)
 class Shards:
     """Of one layer, or of the ends of the model. own: numbers that this rank keeps. tensors: parameters. vectors,
-    of_adam: numbers and parameters that AdamW updates under Muon. gathered: numbers of the whole units that FSDP gathers."""
+    of_adam: numbers and parameters that AdamW updates under Muon. gathered: numbers of the whole units that FSDP
+    gathers."""
 
     own: Numbers
     tensors: Numbers

@@ -64,7 +64,8 @@ def emit(file: Path, p: Problem, plan: Plan, words: Sequence[str], tokens: float
 def _split(words: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(presets, settings) of ``words``."""
     known = Presets.find().groups()
-    groups, settings = {}, {}
+    groups: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for override in parse(words):
         (groups if override.key_or_group in known else settings)[override.key_or_group] = override.value()
     return groups, settings

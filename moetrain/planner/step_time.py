@@ -343,5 +343,8 @@ class Pricer:
                 experts = kind.experts.numel / (m.ep * m.etp * m.edp) if kind.experts else 0.0
                 numbers = numbers + count * (split + experts)
             numbers = numbers + (stage.first + stage.last) * s.shape.vocab * s.shape.dim / (m.tp * m.dp * m.cp)
-        offloaded = np.where(m.offload > 0, 8.0 * numbers * 2 / (s.cluster.host_gb_s * 1e9), 0.0)
-        return 28.0 * numbers / self.memory + offloaded
+        # Offloaded state comes and goes; offloaded weights come for every gather, and the CPU updates them.
+        host = s.cluster.host_gb_s * 1e9
+        gathers = m.micro_batches(s.run.global_batch) * np.where(m.pp > 1, 1, 2)
+        here, there = 28.0 * numbers / self.memory, (28.0 + 4.0 + 4.0 * gathers) * numbers / host
+        return np.select([m.offload == 1, m.offload == 2], [here + 16.0 * numbers / host, there], here)

@@ -119,7 +119,7 @@ def test_a_run_accepts_every_mapping_that_is_searched() -> None:
     p = problem()
     m = legal_mappings(p.cfg, p.cluster, p.world, p.precisions)
     assert len(m) > 1000
-    for i in np.random.default_rng(0).choice(len(m), 40, replace=False):
+    for i in np.random.default_rng(0).choice(len(m), 8, replace=False):
         row = m.row(int(i))
         words = [f"parallel.{k}={row[k]}" for k in ("pp", "cp", "tp", "ep", "etp", "schedule", "offload", "context")]
         words += [f"parallel.dp_replicate={row['rep']}", f"train.micro_batch={row['micro_batch']}"]

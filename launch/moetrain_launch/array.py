@@ -80,7 +80,6 @@ def executor_of(folder: Path, job: Job, local: bool = False) -> Any:
         raise LaunchError("launch -m starts runs of one node each, without a container; launch others one by one")
     limit = int(slurm.minutes(str(s.slurm.time)))
     setup = [*(f"export {name}={shlex.quote(value)}" for name, value in sorted(s.env.items())), *s.setup]
-    executor: Any
     if local:
         executor: Any = submitit.LocalExecutor(folder=folder / "submitit", python=shlex.quote(job.python))
         executor.update_parameters(timeout_min=limit, signal_delay_s=s.slurm.signal_s, setup=setup)

@@ -9,7 +9,7 @@ from html import escape
 
 from moetrain.report.svg import card, number, ticks
 
-HEIGHT, TOP, BOTTOM, SIDE, APART = 320, 42, 18, 74, 150
+HEIGHT, TOP, BOTTOM, SIDE, APART = 328, 50, 18, 74, 150
 BEST, GOOD, BAD = "#d55e00", (0, 114, 178), (170, 184, 196)
 
 
@@ -87,7 +87,7 @@ def parallel(title: str, columns: Sequence[Column], names: Sequence[str], cut: S
             parts.append(f'<path class="grid" d="M{px(n) - 4} {py(place):.1f}h8"/>')
             parts.append(f'<text class="halo" x="{px(n) + 7}" y="{py(place) + 5:.1f}">{escape(text)}</text>')
     drawing = f'<svg viewBox="0 0 {width} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
-    limits = f"min-width:{round(0.75 * width)}px;max-width:{2 * width}px"
+    limits = f"min-width:{round(0.75 * width)}px;max-width:{round(1.3 * width)}px"
     inside = f'<div class="scroll"><div style="{limits}">{drawing}</div></div>'
     note = "<p>One line per run, the best in orange, then from blue to grey; dashed: stopped early.</p>"
     return card(title, inside + note, wide=True)

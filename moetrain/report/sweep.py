@@ -22,6 +22,7 @@ from moetrain.report.svg import card, table
 
 FULL = ("finished", "the data has run out")
 SHOWN = 10  # runs in the charts over steps
+SIZES = ("ladder", "model", "train")  # where nothing else differs, losses follow sizes and tokens
 
 
 @dataclass
@@ -98,7 +99,9 @@ def sweep_page(sweep: SweepRuns) -> str:
     body = [f"<h1>{escape(name)}</h1>", *notes(sweep), best(sweep), ranking(sweep)]
     if ranked and sweep.keys:
         body.append(section("What the keys did", keys(sweep, ranked)))
-    body.append(section("Scaling law", scaling([(e.run, e.value) for e in ranked if e.ended in FULL], sweep.metric)))
+    if all(key.lstrip("+").split(".")[0] in SIZES for key in sweep.keys):
+        full = [(entry.run, entry.value) for entry in ranked if entry.ended in FULL]
+        body.append(section("Scaling law", scaling(full, sweep.metric)))
     body.append(section(f"Training{many}", compared(shown)))
     return html(f"sweep {name}", body)
 

@@ -84,15 +84,16 @@ class Snapshots:
         held = {name: header for name, header in headers.items() if header and header.mapping == self._mapping}
         return find(self._ranks, self._nodes, self.folder.path, held, self._slot)
 
-    def load(self, found: Found, tensors: Mapping[str, Tensor]) -> Any:
-        """Put this rank's state of ``found`` into ``tensors``; the first rank's ``train``, on all. Raises RankError
-        when it is of other tensors on any rank; then none is changed."""
+    def load(self, found: Found, tensors_for: Callable[[Any], Mapping[str, Tensor]]) -> Any:
+        """Put this rank's state of ``found`` into the tensors for the first rank's ``train``, which is returned on all.
+        Raises RankError when it is of other tensors on any rank; then none is changed."""
         ranks = self._ranks
         mine = bring(ranks, found, self._slot)
         header = mine.header()
         assert header is not None
         about = decode(mine.about(header.size, header.about).numpy().tobytes())
-        targets = {name: local(value) for name, value in tensors.items()}
+        train = ranks.first(lambda: about["train"])
+        targets = {name: local(value) for name, value in tensors_for(train).items()}
         spec = {name: (list(t.shape), str(t.dtype)) for name, t in targets.items()}
         saved = {name: (shape, dtype) for name, shape, dtype in about["tensors"]}
 
@@ -106,7 +107,7 @@ class Snapshots:
         ranks.each(refuse)
         for name, view in _views(mine, saved).items():
             targets[name].copy_(view)
-        return ranks.first(lambda: about["train"])
+        return train
 
     def keep_only(self, found: Found | None) -> None:
         """Forget all snapshots but ``found``: what was not whole must not be mistaken for it later."""

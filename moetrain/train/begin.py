@@ -83,7 +83,7 @@ def from_snapshot(trainer: Trainer) -> dict[str, Any] | None:
         engine = trainer.engine
         engine.state(trainer.progress())  # makes the optimizer's state
         try:
-            progress = snapshots.load(found, engine.tensors())
+            progress = snapshots.load(found, engine.tensors)
         except RankError as error:
             log.warning("snapshot of step %d is passed over: %s", found.step, error)
         else:

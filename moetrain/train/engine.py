@@ -82,8 +82,13 @@ class Engine(Protocol):
         """Put a loaded ``state`` in place; its progress."""
         ...
 
-    def tensors(self) -> dict[str, Tensor]:
-        """What a snapshot holds: all tensors of ``state`` by name, the live ones, found in little time."""
+    def progress(self, progress: dict[str, Any]) -> dict[str, Any]:
+        """``progress`` as ``state`` has it: with what the engine itself needs to go on, beside tensors."""
+        ...
+
+    def tensors(self, progress: dict[str, Any] | None = None) -> dict[str, Tensor]:
+        """What a snapshot holds: all tensors of ``state`` by name, the live ones, found in little time. progress: that
+        of a snapshot, whose tensors they shall take. Collective then."""
         ...
 
 
@@ -203,9 +208,9 @@ class TorchEngine:
         self.runner.weights_updated()
 
     def state(self, progress: dict[str, Any]) -> dict[str, Any]:
+        state = gather_state(self.model, self.optimizer, self.progress(progress))
         if self.placement is None:
-            return gather_state(self.model, self.optimizer, progress)
-        state = gather_state(self.model, self.optimizer, {**progress, "placement": self.placement.state()})
+            return state
         return {**state, **{part: self.placement.as_ep(state[part]) for part in ("model", "optim")}}
 
     def load_state(self, state: dict[str, Any]) -> dict[str, Any]:
@@ -217,7 +222,12 @@ class TorchEngine:
         self.runner.weights_updated()
         return progress
 
-    def tensors(self) -> dict[str, Tensor]:
+    def progress(self, progress: dict[str, Any]) -> dict[str, Any]:
+        return progress if self.placement is None else {**progress, "placement": self.placement.state()}
+
+    def tensors(self, progress: dict[str, Any] | None = None) -> dict[str, Tensor]:
+        if progress is not None and self.placement is not None:
+            self.placement.load_state(progress.get("placement"), self.optimizer)
         found = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         for name, p in self.model.named_parameters():
             found |= {f"optim.{name}.{key}": value for key, value in self.optimizer.state.get(p, {}).items()}

@@ -121,7 +121,11 @@ class DeepSpeedEngine:
         """See ``Engine``."""
         return self.zero_state.apply(state)
 
-    def tensors(self) -> dict[str, Tensor]:
+    def progress(self, progress: dict[str, Any]) -> dict[str, Any]:
+        """See ``Engine``."""
+        return progress
+
+    def tensors(self, progress: dict[str, Any] | None = None) -> dict[str, Tensor]:
         """See ``Engine``. None: what DeepSpeed gives are copies."""
         raise ConfigError("parallel.engine=deepspeed takes no snapshots; use torch, or train.snapshot.every=0")
 

@@ -48,7 +48,7 @@ class RunSnapshots:
     def take(self, step: int, engine: Engine, progress: dict[str, Any], base: int) -> None:
         """One of the state after ``step`` steps; base: step of the newest checkpoint."""
         assert self.kept is not None
-        self.kept.take(step, engine.tensors(), progress, base)
+        self.kept.take(step, engine.tensors(), engine.progress(progress), base)
 
     def forget(self) -> None:
         """The run has ended in a way that needs none."""

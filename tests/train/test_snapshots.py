@@ -105,6 +105,21 @@ def test_a_lost_rank_costs_the_steps_since_the_snapshot(folder: Path) -> None:
     assert curve(run_dir) == curve(folder / "straight")
 
 
+def test_experts_are_where_the_snapshot_had_them(folder: Path) -> None:
+    """Homes change every second step: by number (fssdp), or among ranks that keep theirs (migrate)."""
+    for placement in (["fssdp", "reshard_every=2"], ["migrate", "every=2"]):
+        kind, often = placement
+        words = [*WORDS, "parallel.ep=2", f"experts/placement={kind}", f"experts.placement.{often}"]
+        cfg = load(folder, [*words, f"run_dir={folder / kind}"])
+        with pytest.raises((RuntimeError, FileNotFoundError)):
+            run_ranks(2, live, cfg, 9, folder / "began")
+        run_ranks(2, live, cfg, -1, folder / "began")
+        first, lines = json.loads((folder / "began").read_text())
+        assert first == 8 and any("snapshot of step 8" in line for line in lines)
+        run_ranks(2, live, load(folder, [*words, f"run_dir={folder / kind}-straight"]), -1, folder / "began")
+        assert curve(folder / kind) == curve(folder / f"{kind}-straight")
+
+
 def damage(kept: Path, kind: str, owner: int, step: int) -> None:
     for i in (0, 1):
         slot = slots.Slot(kept / f"{kind}-{owner}-{i}")

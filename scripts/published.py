@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from recipes import recipe
+
 from moetrain.config import load
 from moetrain.planner.candidates import columns
 from moetrain.planner.cluster import Cluster, load_cluster
@@ -122,15 +124,16 @@ class Row:
     row: dict[str, Any]
     text: str
 
-    def price(self, c: Constants) -> StepTime:
-        """The step that constants ``c`` predict."""
-        return Pricer(replace(self.setting, c=c)).step(columns([self.row]))
+    def price(self, c: Constants, sets: int = 1) -> StepTime:
+        """The step that constants ``c`` predict; where these are arrays of ``sets`` values, so many steps."""
+        return Pricer(replace(self.setting, c=c)).step(columns([self.row] * sets))
 
-    def predict(self, c: Constants) -> float:
-        """Tokens per second and GPU."""
+    def predict(self, c: Constants, sets: int = 1) -> np.ndarray:
+        """Tokens per second and GPU, for each set of constants."""
         run, m = self.setting.run, columns([self.row])
         tokens = float((m.micro_batches(run.global_batch) * m.micro_batch * m.data)[0]) * run.seq_len
-        return tokens / float(self.price(c).seconds[0]) / float(m.world[0])
+        found: np.ndarray = tokens / self.price(c, sets).seconds / float(m.world[0])
+        return found
 
 
 @functools.cache
@@ -167,6 +170,11 @@ def read(number: int, r: dict[str, str]) -> Row | None:
     assert named is not None
     name, shape = named
     stack = stack_of(r)
+    release = re.search(r"NeMo (\d\d\.\d\d(?:\.\d\d)?)", r["notes"])
+    when = release[1] if release else "26.06" if "verification_cards" in r["source"] else ""
+    known = recipe(name, cluster_of(r["gpu"]), when, precision_of(r)) if when else None
+    if known:
+        stack = known[0]
     if name == "deepseek v3" and "w/o mtp" not in r["model"].lower() and "Automodel" not in r["source"]:
         shape = with_mtp(shape)
     if "token drop" in r["notes"] or "tokendrop" in r["model"] or r["source"].startswith("2504"):
@@ -189,9 +197,9 @@ def read(number: int, r: dict[str, str]) -> Row | None:
     natural = "natural routing" in r["notes"]
     setting = Setting(
         shape, Run(seq, batch), machine(cluster_of(r["gpu"])), stack, Constants(),
-        recompute_extra=recompute_of(r), skew=-1.0 if natural else 1.0,
+        recompute_extra=known[1] if known else recompute_of(r), skew=-1.0 if natural else 1.0,
     )  # fmt: skip
-    if row["recompute"] == "none" and not setting.recompute_extra:
+    if row["recompute"] == "none" and not setting.recompute_extra and not known:
         setting = replace(setting, recompute_extra=recompute_to_fit(setting, row))
     return Row(number, r["source"], name, cluster_of(r["gpu"]), told, setting, row, " ".join(r.values()))
 
@@ -219,15 +227,19 @@ def mapping_of(r: dict[str, str], world: int, name: str) -> dict[str, Any] | Non
         ep = etp = 1
     if world % (pp * tp * cp) or world % (pp * ep * etp):
         return None
-    narrow = r["precision"].lower()
-    precision = "fp4" if "fp4" in narrow else "fp8" if "fp8" in narrow or "fp8" in narrow.replace("-", "") else "bf16"
     return {
         "pp": pp, "vpp": vpp if pp > 1 else 1, "dp": world // (pp * tp * cp), "cp": cp, "tp": tp,
         "edp": world // (pp * ep * etp), "ep": ep, "etp": etp, "micro_batch": int(r["mbs"] or 1),
         "schedule": "interleaved_1f1b" if vpp > 1 and pp > 1 else "1f1b",
         "recompute": "full" if "full recompute" in text else "none",
-        "dispatch": "all_to_all" if ep > 1 else "local", "precision": precision, "context": "ring",
+        "dispatch": "all_to_all" if ep > 1 else "local", "precision": precision_of(r), "context": "ring",
     }  # fmt: skip
+
+
+def precision_of(r: dict[str, str]) -> str:
+    """A word of candidates.PRECISION."""
+    narrow = r["precision"].lower()
+    return "fp4" if "fp4" in narrow else "fp8" if "fp8" in narrow else "bf16"
 
 
 def recompute_to_fit(s: Setting, row: dict[str, Any]) -> float:
@@ -285,11 +297,11 @@ def stack_of(r: dict[str, str]) -> Stack:
     return STACKS[name]
 
 
-def predictions(rows: Iterable[Row], c: Constants) -> np.ndarray:
-    """Tokens per second and GPU of each row; where routing is natural, with ``c.natural``."""
+def predictions(rows: Iterable[Row], c: Constants, sets: int = 1) -> np.ndarray:
+    """Tokens per second and GPU, an array (rows, sets of constants); where routing is natural, with ``c.natural``."""
     found = []
     for row in rows:
         s = row.setting
-        natural = replace(row, setting=replace(s, skew=c.natural)) if s.skew < 0 else row
-        found.append(natural.predict(c))
+        natural = replace(row, setting=replace(s, skew=c.natural)) if np.any(s.skew < 0) else row
+        found.append(natural.predict(c, sets))
     return np.array(found)

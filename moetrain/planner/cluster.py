@@ -43,6 +43,9 @@ class Cluster:
         default=None, ge=1, description="network cards of a machine, which its GPUs share evenly; null: one for each"
     )
     launch_us: Latency | None = Field(default=None, description="time to start one operation; null: the stack's")
+    exponentials: Rate | None = Field(
+        default=None, description="10^12 exponentials a second, which may bound attention; null: they never do"
+    )
     price: float | None = Field(default=None, gt=0, le=1e4, description="money for one GPU-hour; null: not known")
 
     def peak(self, precision: str) -> float:

@@ -101,7 +101,7 @@ class Pricer:
     def rate(self, narrow: Numbers) -> Numbers:
         """FLOPs per second of a large product, by the place of its precision in PRECISION."""
         c, peak = self.s.c, self.s.cluster.peak
-        eight = peak("fp8") * c.product_8  # published runs in NVFP4 are no faster than in MXFP8
+        eight = peak("fp8") * c.product_16 * c.product_8  # published runs in NVFP4 are no faster than in MXFP8
         found: Numbers = np.choose(narrow, (peak("float32") * c.product_16, peak("bf16") * c.product_16, eight, eight))
         return found
 
@@ -174,8 +174,8 @@ class Pricer:
         return LayerTime(parts, hidden, total)
 
     def _core(self, kind: LayerShape, flops: Numbers, narrow: Numbers) -> tuple[Numbers, Numbers]:
-        """Seconds of attention's own products (forward, backward), or of the exponentials of its scores, which run beside
-        them: one for each score, forward and again backward."""
+        """Seconds of attention's own products (forward, backward), or of the exponentials of its scores, which run
+        beside them: one for each score, forward and again backward."""
         s, share = self.s, self.s.c.attention
         peak = np.full(len(flops), s.cluster.peak("bf16" if s.run.narrow == 2 else "float32"))
         if s.stack.attention_8:

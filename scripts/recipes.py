@@ -16,8 +16,8 @@ from moetrain.planner.rates import STACKS, Stack
 class Recipe(NamedTuple):
     """models, gpus: by the start of a name. since, until: releases, the last not included. dispatch: "flex" (DeepEP or
     HybridEP) or "plain" (all-to-all). graphs: as in Stack. whole: the recipes of mid 2026 on Blackwell, with graphs of
-    a whole iteration, overlap, one kernel for all experts and attention in 8 bits. again: share of a forward pass that is
-    computed again; 0.08 is about what up-projections of MLA are, 0.03 norms and activations."""
+    a whole iteration, overlap, one kernel for all experts and attention in 8 bits. again: share of a forward pass that
+    is computed again; 0.08 is about what up-projections of MLA are, 0.03 norms and activations."""
 
     models: tuple[str, ...]
     gpus: tuple[str, ...]

@@ -100,7 +100,7 @@ class Pricer:
 
     def rate(self, narrow: Numbers) -> Numbers:
         """FLOPs per second of a large product, by the place of its precision in PRECISION."""
-        c, peak = self.s.c, self.s.cluster.peak
+        c, peak = self.s.c, self.s.cluster.lasting
         eight = peak("fp8") * c.product_16 * c.product_8  # published runs in NVFP4 are no faster than in MXFP8
         found: Numbers = np.choose(narrow, (peak("float32") * c.product_16, peak("bf16") * c.product_16, eight, eight))
         return found
@@ -116,7 +116,7 @@ class Pricer:
         zero = np.zeros(len(m))
         att = sum((self.product(N if p.split is not None else T, p, m, dense_in) for p in kind.attention), zero)
         core = 2.0 * kind.heads / m.tp * (kind.qk + kind.v) * mean_seen(s.run.seq_len, kind.window) * N
-        peak = s.cluster.peak("bf16" if s.run.narrow == 2 else "float32")
+        peak = s.cluster.lasting("bf16" if s.run.narrow == 2 else "float32")
         core_forward, core_backward = self._core(kind, core, dense_in)
         scan = kind.scan * N / m.tp / (0.1 * peak)
         if kind.sinks and not s.stack.fused_sinks:  # scores are written and read again: 4 times forward, 6 backward
@@ -177,9 +177,9 @@ class Pricer:
         """Seconds of attention's own products (forward, backward), or of the exponentials of its scores, which run
         beside them: one for each score, forward and again backward."""
         s, share = self.s, self.s.c.attention
-        peak = np.full(len(flops), s.cluster.peak("bf16" if s.run.narrow == 2 else "float32"))
+        peak = np.full(len(flops), s.cluster.lasting("bf16" if s.run.narrow == 2 else "float32"))
         if s.stack.attention_8:
-            peak = np.where(narrow >= PRECISION.index("fp8"), s.cluster.peak("fp8"), peak)
+            peak = np.where(narrow >= PRECISION.index("fp8"), s.cluster.lasting("fp8"), peak)
         scores = flops / (2.0 * max(1, kind.qk + kind.v))
         exponentials = scores / (s.cluster.exponentials * 1e12) if s.cluster.exponentials else 0.0 * scores
         products = flops / peak

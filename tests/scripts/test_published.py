@@ -14,7 +14,10 @@ import best_mappings
 import fit_planner
 import published
 
-HEAD = "source,model,gpu,n_gpus,precision,seq_len,gbs,mbs,tp,cp,pp,vpp,ep,etp,tflops_per_gpu,mfu,tokens_per_s_per_gpu,notes"
+HEAD = (
+    "source,model,gpu,n_gpus,precision,seq_len,gbs,mbs,tp,cp,pp,vpp,ep,etp,tflops_per_gpu,mfu,"
+    "tokens_per_s_per_gpu,notes"
+)
 # MoE Parallel Folding (arXiv 2504.14960), table 3: Qwen2-57B on 64 H100.
 FOLDING = """
 2504.14960 T3,Qwen2-57B-A14B,H100 SXM 80G,64,bf16,4096,256,,4,1,1,,4,,,,2699,MCore

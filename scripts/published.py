@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from recipes import recipe
 
 from moetrain.config import load
 from moetrain.planner.candidates import columns
@@ -75,6 +76,19 @@ def kimi() -> ModelShape:
     return shape_of(load(words, kinds=False).model)
 
 
+def qwen3_next() -> ModelShape:
+    """Qwen3-Next 80B-A3B (its config.json): three layers with gated DeltaNet to one with gated attention; without its
+    prediction layer. scan: the state of a head read, corrected and written for each token."""
+    D, experts = 2048, moe(512, 10, 512, 2048)
+    plain = layer(D, 16, 2, 256, 512, experts)
+    gated = replace(plain, attention=(Matrix(2 * 16 * 256, D, 0), *plain.attention[1:]))
+    delta = replace(
+        plain, attention=(Matrix(2 * 2048 + 2 * 4096 + 64, D, 0), Matrix(D, 4096, 1)), heads=0, kv_heads=0, qk=0, v=0,
+        scan=6.0 * 32 * 128 * 128,
+    )  # fmt: skip
+    return ModelShape("qwen3-next", D, 151936, (delta, gated), (0, 0, 0, 1) * 12)
+
+
 def moonlight() -> ModelShape:
     """Moonlight 16B-A3B (arXiv 2502.16982): a DeepSeek-V3 of 27 layers without a latent for queries."""
     words = ["model=deepseek-v3", "model.n_layers=27", "model.dim=2048", "model.attention.n_heads=16",
@@ -85,16 +99,21 @@ def moonlight() -> ModelShape:
     return shape_of(load(words, kinds=False).model)
 
 
+# Those that ship with moetrain.
+PRESETS = {
+    "deepseek v3": "deepseek-v3",
+    "qwen3 235b": "qwen3-235b-a22b",
+    "qwen3 30b a3b": "qwen3-30b-a3b",
+    "gpt oss 120b": "gpt-oss-120b",
+    "mixtral 8x22b": "mixtral-8x22b",
+    "qwen2 57b a14b": "qwen2-57b-a14b",
+}
 MODELS: dict[str, Any] = {
-    "deepseek v3": lambda: preset("deepseek-v3"),
+    **{name: functools.partial(preset, of) for name, of in PRESETS.items()},
     "kimi k2": kimi,
+    "qwen3 next 80b a3b": qwen3_next,
     "moonlight 16b a3b": moonlight,
-    "qwen3 235b": lambda: preset("qwen3-235b-a22b"),
-    "qwen3 30b a3b": lambda: preset("qwen3-30b-a3b"),
-    "gpt oss 120b": lambda: preset("gpt-oss-120b"),
     "mixtral 8x22b g8t8": lambda: even("g8t8", 6144, 32768, 56, layer(6144, 48, 8, 128, 0, moe(64, 8, 2048, 6144))),
-    "mixtral 8x22b": lambda: preset("mixtral-8x22b"),
-    "qwen2 57b a14b": lambda: preset("qwen2-57b-a14b"),
     "llama3 8x70b": lambda: even("8x70b", 8192, 128256, 80, layer(8192, 64, 8, 128, 0, moe(8, 2, 28672, 8192))),
     "internal 352b": lambda: even("352b", 4096, 131072, 60, layer(4096, 32, 8, 128, 0, moe(32, 3, 14336, 4096))),
     "llama3 70b dense": lambda: even("llama3-70b", 8192, 128256, 80, layer(8192, 64, 8, 128, 28672)),
@@ -105,8 +124,8 @@ MODELS: dict[str, Any] = {
         layers=(0,) * 40 + (2,) * 8 + (1,) * 40, mtp=2
     ),
 }  # fmt: skip
-# Rows that tell of no training run, or of a model or mapping that is not published.
-LEFT_OUT = ("layer only", "7b fine-grained")
+# Rows that tell of no training run, of a mapping that is not published, or of one that its source calls untuned.
+LEFT_OUT = ("layer only", "7b fine-grained", "next-80b")
 
 
 @dataclass(frozen=True)
@@ -121,16 +140,18 @@ class Row:
     setting: Setting
     row: dict[str, Any]
     text: str
+    release: str = ""
 
-    def price(self, c: Constants) -> StepTime:
-        """The step that constants ``c`` predict."""
-        return Pricer(replace(self.setting, c=c)).step(columns([self.row]))
+    def price(self, c: Constants, sets: int = 1) -> StepTime:
+        """The step that constants ``c`` predict; where these are arrays of ``sets`` values, so many steps."""
+        return Pricer(replace(self.setting, c=c)).step(columns([self.row] * sets))
 
-    def predict(self, c: Constants) -> float:
-        """Tokens per second and GPU."""
+    def predict(self, c: Constants, sets: int = 1) -> np.ndarray:
+        """Tokens per second and GPU, for each set of constants."""
         run, m = self.setting.run, columns([self.row])
         tokens = float((m.micro_batches(run.global_batch) * m.micro_batch * m.data)[0]) * run.seq_len
-        return tokens / float(self.price(c).seconds[0]) / float(m.world[0])
+        found: np.ndarray = tokens / self.price(c, sets).seconds / float(m.world[0])
+        return found
 
 
 @functools.cache
@@ -167,6 +188,11 @@ def read(number: int, r: dict[str, str]) -> Row | None:
     assert named is not None
     name, shape = named
     stack = stack_of(r)
+    release = re.search(r"NeMo (\d\d\.\d\d(?:\.\d\d)?)", r["notes"])
+    when = release[1] if release else "26.06" if "verification_cards" in r["source"] else ""
+    known = recipe(name, cluster_of(r["gpu"]), when, precision_of(r)) if when else None
+    if known:
+        stack = known[0]
     if name == "deepseek v3" and "w/o mtp" not in r["model"].lower() and "Automodel" not in r["source"]:
         shape = with_mtp(shape)
     if "token drop" in r["notes"] or "tokendrop" in r["model"] or r["source"].startswith("2504"):
@@ -189,11 +215,11 @@ def read(number: int, r: dict[str, str]) -> Row | None:
     natural = "natural routing" in r["notes"]
     setting = Setting(
         shape, Run(seq, batch), machine(cluster_of(r["gpu"])), stack, Constants(),
-        recompute_extra=recompute_of(r), skew=-1.0 if natural else 1.0,
+        recompute_extra=known[1] if known else recompute_of(r), skew=-1.0 if natural else 1.0,
     )  # fmt: skip
-    if row["recompute"] == "none" and not setting.recompute_extra:
+    if row["recompute"] == "none" and not setting.recompute_extra and not known:
         setting = replace(setting, recompute_extra=recompute_to_fit(setting, row))
-    return Row(number, r["source"], name, cluster_of(r["gpu"]), told, setting, row, " ".join(r.values()))
+    return Row(number, r["source"], name, cluster_of(r["gpu"]), told, setting, row, " ".join(r.values()), when)
 
 
 def tokens_of(r: dict[str, str], shape: ModelShape, seq: int) -> float | None:
@@ -219,15 +245,19 @@ def mapping_of(r: dict[str, str], world: int, name: str) -> dict[str, Any] | Non
         ep = etp = 1
     if world % (pp * tp * cp) or world % (pp * ep * etp):
         return None
-    narrow = r["precision"].lower()
-    precision = "fp4" if "fp4" in narrow else "fp8" if "fp8" in narrow or "fp8" in narrow.replace("-", "") else "bf16"
     return {
         "pp": pp, "vpp": vpp if pp > 1 else 1, "dp": world // (pp * tp * cp), "cp": cp, "tp": tp,
         "edp": world // (pp * ep * etp), "ep": ep, "etp": etp, "micro_batch": int(r["mbs"] or 1),
         "schedule": "interleaved_1f1b" if vpp > 1 and pp > 1 else "1f1b",
         "recompute": "full" if "full recompute" in text else "none",
-        "dispatch": "all_to_all" if ep > 1 else "local", "precision": precision, "context": "ring",
+        "dispatch": "all_to_all" if ep > 1 else "local", "precision": precision_of(r), "context": "ring",
     }  # fmt: skip
+
+
+def precision_of(r: dict[str, str]) -> str:
+    """A word of candidates.PRECISION."""
+    narrow = r["precision"].lower()
+    return "fp4" if "fp4" in narrow else "fp8" if "fp8" in narrow else "bf16"
 
 
 def recompute_to_fit(s: Setting, row: dict[str, Any]) -> float:
@@ -285,11 +315,11 @@ def stack_of(r: dict[str, str]) -> Stack:
     return STACKS[name]
 
 
-def predictions(rows: Iterable[Row], c: Constants) -> np.ndarray:
-    """Tokens per second and GPU of each row; where routing is natural, with ``c.natural``."""
+def predictions(rows: Iterable[Row], c: Constants, sets: int = 1) -> np.ndarray:
+    """Tokens per second and GPU, an array (rows, sets of constants); where routing is natural, with ``c.natural``."""
     found = []
     for row in rows:
         s = row.setting
-        natural = replace(row, setting=replace(s, skew=c.natural)) if s.skew < 0 else row
-        found.append(natural.predict(c))
+        natural = replace(row, setting=replace(s, skew=c.natural)) if np.any(s.skew < 0) else row
+        found.append(natural.predict(c, sets))
     return np.array(found)

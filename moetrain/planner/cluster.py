@@ -43,6 +43,12 @@ class Cluster:
         default=None, ge=1, description="network cards of a machine, which its GPUs share evenly; null: one for each"
     )
     launch_us: Latency | None = Field(default=None, description="time to start one operation; null: the stack's")
+    sustained: float = Field(
+        default=1.0, gt=0.2, le=1, description="share of tflops that the best of large products was measured to reach"
+    )
+    exponentials: Rate | None = Field(
+        default=None, description="10^12 exponentials a second, which may bound attention; null: they never do"
+    )
     price: float | None = Field(default=None, gt=0, le=1e4, description="money for one GPU-hour; null: not known")
 
     def peak(self, precision: str) -> float:
@@ -50,6 +56,10 @@ class Cluster:
         order = ("fp4", "fp8", "bf16", "float32")
         wider = order[order.index(precision) :]
         return 1e12 * next(self.tflops[p] for p in wider if p in self.tflops)  # type: ignore[index]
+
+    def lasting(self, precision: str) -> float:
+        """``peak`` as far as products were measured to reach it; power and operands keep them from more."""
+        return self.sustained * self.peak(precision)
 
 
 def names() -> list[str]:

@@ -142,7 +142,7 @@ def evaluate(p: Problem, m: Mappings) -> tuple[Numbers, Numbers]:
         for start in range(0, len(of_key), CHUNK):
             places = of_key[start : start + CHUNK]
             part = m.take(places)
-            memory[places] = footprint(p.shape, part, _skewed(p, part), only=_telling(int(part.pp[0]))).total
+            memory[places] = footprint(p.shape, part, _skewed(p, part), only=telling(int(part.pp[0]))).total
             memory[places] += np.where(_host_full(p, part), np.inf, 0.0)
             able = places[memory[places] <= p.capacity]
             seconds[places] = np.inf
@@ -151,7 +151,7 @@ def evaluate(p: Problem, m: Mappings) -> tuple[Numbers, Numbers]:
     return seconds, memory
 
 
-def _telling(pp: int) -> tuple[int, ...]:
+def telling(pp: int) -> tuple[int, ...]:
     """Pipeline ranks of which one is the fullest: the first hold most micro-batches, the last has the head, and stages
     are split by cost, so those between hold no more than the second or third."""
     return tuple(sorted({0, min(1, pp - 1), min(2, pp - 1), pp - 1}))

@@ -27,7 +27,12 @@ from moetrain.planner.shape import LayerShape, Matrix, ModelShape, mean_seen
 from moetrain.planner.timeline import bound
 
 TILE = 128  # rows of a grouped product's tile
-OPERATIONS = 300  # that a MoE layer starts, forward and backward
+# Operations that the host starts for a layer, forward and backward; and for each local expert where each is a kernel.
+STARTS = {"attention": 100, "mlp": 50, "router": 80, "experts": 120}
+STARTS_EACH = 6
+STREAMS = 4  # on which kernels of single experts run
+# Which of them a stack's graphs replay.
+REPLAYED = {"": (), "router": ("router",), "attention": ("attention", "mlp", "router"), "all": tuple(STARTS)}
 # What a step's time is split into.
 SPLIT = ("attention", "dense", "router", "dispatch", "experts", "combine", "tensor", "head", "host", "bubble", "send",
          "reduction", "optimizer")  # fmt: skip
@@ -95,9 +100,10 @@ class Pricer:
 
     def rate(self, narrow: Numbers) -> Numbers:
         """FLOPs per second of a large product, by the place of its precision in PRECISION."""
-        c, peak = self.s.c, self.s.cluster.peak
-        eight = peak("fp8") * c.product_8  # published runs in NVFP4 are no faster than in MXFP8
-        return np.array([peak("float32") * c.product_16, peak("bf16") * c.product_16, eight, eight])[narrow]
+        c, peak = self.s.c, self.s.cluster.lasting
+        eight = peak("fp8") * c.product_16 * c.product_8  # published runs in NVFP4 are no faster than in MXFP8
+        found: Numbers = np.choose(narrow, (peak("float32") * c.product_16, peak("bf16") * c.product_16, eight, eight))
+        return found
 
     def layer(self, kind: LayerShape, m: Mappings) -> LayerTime:
         """Of one layer; its parts in seconds."""
@@ -110,13 +116,15 @@ class Pricer:
         zero = np.zeros(len(m))
         att = sum((self.product(N if p.split is not None else T, p, m, dense_in) for p in kind.attention), zero)
         core = 2.0 * kind.heads / m.tp * (kind.qk + kind.v) * mean_seen(s.run.seq_len, kind.window) * N
-        peak = s.cluster.peak("bf16" if s.run.narrow == 2 else "float32")
-        # Below 128 numbers a head the exponentials of its scores take as long as its products.
-        core_time = core / (peak * c.attention) * max(1.0, 256 / max(1, kind.qk + kind.v))
+        peak = s.cluster.lasting("bf16" if s.run.narrow == 2 else "float32")
+        core_forward, core_backward = self._core(kind, core, dense_in)
         scan = kind.scan * N / m.tp / (0.1 * peak)
         if kind.sinks and not s.stack.fused_sinks:  # scores are written and read again: 4 times forward, 6 backward
             scores = m.micro_batch * kind.heads / m.tp * s.run.seq_len**2 / m.cp * e
-            core_time = core_time + 10 / 3.5 * scores / self.memory
+            core_forward, core_backward = (
+                core_forward + 4 * scores / self.memory,
+                core_backward + 6 * scores / self.memory,
+            )
         own = (
             10 * T * D * e
             + 10 * N * kind.scan_width / m.tp * e
@@ -129,10 +137,10 @@ class Pricer:
         inner = N * kind.mlp_inner / m.tp * e * (kind.mlp_parts + 1) if kind.mlp else zero
         dense_memory = passes * (inner + self._quantised(kind.mlp, N, T, m, dense_in)) / self.memory
         parts = {
-            "attention": 3 * att + (1 + 2.5) * core_time + 3 * scan + 3 * att_memory,
+            "attention": 3 * att + core_forward + core_backward + 3 * scan + 3 * att_memory,
             "dense": 3 * (dense + dense_memory),
         }
-        forward = att + core_time + scan + att_memory + dense + dense_memory
+        forward = att + core_forward + scan + att_memory + dense + dense_memory
         again = forward
         parts["tensor"] = self._tensor(kind, N * D * e, m)
         moe_forward, hidden = zero, zero
@@ -159,19 +167,37 @@ class Pricer:
         name = "experts" if kind.experts is not None else "dense"
         parts[name] = parts[name] + extra * 0.5
         device = sum(parts.values(), zero)
-        host = self.host(kind)
+        host = self.host(kind, m)
         # A GPU computes while the host starts what comes next; a CPU does one after the other.
         total = device + host if s.cluster.kind == "cpu" else (device**4 + host**4) ** 0.25
         parts["host"] = total - device
         return LayerTime(parts, hidden, total)
 
-    def host(self, kind: LayerShape) -> float:
+    def _core(self, kind: LayerShape, flops: Numbers, narrow: Numbers) -> tuple[Numbers, Numbers]:
+        """Seconds of attention's own products (forward, backward), or of the exponentials of its scores, which run
+        beside them: one for each score, forward and again backward."""
+        s, share = self.s, self.s.c.attention
+        peak = np.full(len(flops), s.cluster.lasting("bf16" if s.run.narrow == 2 else "float32"))
+        if s.stack.attention_8:
+            peak = np.where(narrow >= PRECISION.index("fp8"), s.cluster.lasting("fp8"), peak)
+        scores = flops / (2.0 * max(1, kind.qk + kind.v))
+        exponentials = scores / (s.cluster.exponentials * 1e12) if s.cluster.exponentials else 0.0 * scores
+        products = flops / peak
+        return np.maximum(products, exponentials) / share, np.maximum(2.5 * products / 0.7, exponentials) / share
+
+    def host(self, kind: LayerShape, m: Mappings) -> Numbers:
         """Seconds in which the host starts a layer's operations."""
         s = self.s
-        seconds = s.c.host * (s.c.graphs if s.stack.graphs else 1.0)
-        if s.cluster.launch_us is not None:
-            seconds = OPERATIONS * s.cluster.launch_us * 1e-6
-        return seconds * (1.0 if kind.experts is not None else 0.5)
+        there = {"attention": bool(kind.attention), "mlp": bool(kind.mlp), "router": bool(kind.experts),
+                 "experts": bool(kind.experts)}  # fmt: skip
+        replayed = REPLAYED[s.stack.graphs]
+        count = np.full(
+            len(m), float(sum(STARTS[name] for name, is_there in there.items() if is_there and name not in replayed))
+        )
+        if kind.experts and s.stack.loops:
+            count = count + STARTS_EACH * np.maximum(1.0, kind.experts.count / m.ep)
+        each = s.c.host if s.cluster.launch_us is None else s.cluster.launch_us * 1e-6
+        return count * each
 
     def _quantised(self, parts: tuple[Matrix, ...], N: Numbers, T: Numbers, m: Mappings, narrow: Numbers) -> Numbers:
         """Bytes that turning a product's operands into 8 bits or fewer moves: read in 16 bits, written twice."""
@@ -213,7 +239,8 @@ class Pricer:
         F = x.inner / m.etp
         flops = 2.0 * tiled * x.dim * F * (x.parts + 1)
         weights = local * x.dim * F * (x.parts + 1) * e
-        grouped = np.maximum(flops / (self.rate(narrow) * c.grouped), weights / self.memory) + 2 * c.start
+        grouped = np.maximum(flops / (self.rate(narrow) * c.grouped), weights / self.memory)
+        grouped = grouped + 2 * c.start * (np.maximum(1.0, local / STREAMS) if s.stack.loops else 1.0)
         moved = rows * e * (4 * x.dim + (x.parts + 1) * F * x.kept / 4)
         moved = moved + np.where(
             narrow >= 2, rows * 4.0 * c.quantise * (x.dim + F * (x.parts + 1) / 2 + x.dim / 2), 0.0

@@ -58,7 +58,7 @@ WORDS = [
     "device=cpu", "faults.checksum_every=5", "faults.retry_after=6",
 ]  # fmt: skip
 POISONED = 7  # the step, from 0, whose batch is always bad
-TMPFS_MIB = 16
+TMPFS_MIB = 24  # four checkpoints to keep, one that is damaged, one that is being written
 WAIT_S = 600
 FULL, NAN_RANK, STEP, LIMIT = range(4)  # places in the memory that harness and ranks share
 

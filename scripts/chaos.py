@@ -34,6 +34,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -283,13 +284,10 @@ class Chaos:
         before = log.read_text().count("was not saved")
         filler = self.checkpoints / "filler"
         if self.mounted:
-            with filler.open("wb") as file:
-                try:
-                    while True:
-                        file.write(bytes(2**16))
-                        file.flush()
-                except OSError:
-                    pass
+            # Not buffered: closing would try to write what is left, and fail
+            with filler.open("wb", buffering=0) as file, suppress(OSError):
+                while True:
+                    file.write(bytes(2**16))
         else:
             self.shared[FULL] = 1
         self.shared[LIMIT] += 9

@@ -2,8 +2,9 @@
 
 The loop of the trainer with everything that it does between steps, on one rank and on two (gloo, one thread each), on
 the demo's model and batch. Contestants live in processes of their own and take turns of ten steps; a turn ends when its
-snapshot has. Shown are ratios of sums over all turns, of time and of processor time (all ranks and threads; other work
-on the machine disturbs it less), and the spread of time over stretches of 40 steps, each with two snapshots.
+snapshot has. Two processes that do the same differ by some percent for as long as they live, so each stretch of 40
+steps (with two snapshots) has new ones. Shown are ratios of sums over all turns, of time and of processor time (all
+ranks and threads; other work on the machine disturbs it less), and the standard error of the first over the stretches.
 
 off: no line of metrics, no spans, no checksums, no snapshot, no look for spikes, no agreement on signals.
 on: everything at its default: metrics of every step, TensorBoard and the bar among them; spans of every step; checksums
@@ -33,6 +34,7 @@ OFF = {
     "guard": ["faults.spike=0"],
     "snapshot": ["train.snapshot.every=0"],
 }
+Turns = dict[str, list[float]]  # of each contestant
 WARM, TURN, STRETCH = 10, 10, 4  # steps before, steps of a turn, turns of a stretch
 
 
@@ -62,15 +64,18 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         prepare(toy_data(folder), progress=False)
         for world in args.ranks:
             split = [f"launch.ranks={world}", f"parallel.ep={world}"]
-            steps = WARM + TURN * STRETCH * args.rounds + 1
-            cfgs = {}
-            for name in names:
-                run_dir = folder / f"{name}-{world}"
-                own = [f"train.steps={steps}", f"run_dir={run_dir}", *without(name), *args.words]
-                cfgs[name] = config.load([*BASE, *split, *own])
-                cfgs[name].data = toy_data(folder, cfgs[name].data)
-                (run_dir / "checkpoints").mkdir(parents=True)
-            rows += contest(cfgs, world, args.rounds, folder)
+            split.append(f"train.steps={WARM + TURN * STRETCH + 1}")
+            wall: Turns = {name: [] for name in names}
+            cpu: Turns = {name: [] for name in names}
+            for number in range(args.rounds):
+                cfgs = {}
+                for name in names if number % 2 else reversed(names):  # whoever is first has no advantage
+                    run_dir = folder / f"{name}-{world}-{number}"
+                    cfgs[name] = config.load([*BASE, *split, f"run_dir={run_dir}", *without(name), *args.words])
+                    cfgs[name].data = toy_data(folder, cfgs[name].data)
+                    (run_dir / "checkpoints").mkdir(parents=True)
+                contest(cfgs, world, wall, cpu)
+            rows += [row_of(name, world, wall, cpu) for name in names]
     return {"command": " ".join(sys.argv), "machine": machine(), "rows": rows}
 
 
@@ -79,8 +84,8 @@ def without(name: str) -> list[str]:
     return [word for part, words in OFF.items() if name not in ("on", part) for word in words]
 
 
-def contest(cfgs: dict[str, Any], world: int, rounds: int, folder: Path) -> list[dict[str, Any]]:
-    """All contestants on ``world`` ranks, in turns; a row for each."""
+def contest(cfgs: dict[str, Any], world: int, wall: Turns, cpu: Turns) -> None:
+    """One stretch of all contestants on ``world`` ranks, in turns; adds seconds of a step in each turn."""
     context = mp.get_context("fork")
     pipes: dict[str, list[Connection]] = {}
     processes = []
@@ -89,14 +94,12 @@ def contest(cfgs: dict[str, Any], world: int, rounds: int, folder: Path) -> list
         for rank in range(world):
             here, there = context.Pipe()
             pipes[name].append(here)
-            processes.append(context.Process(target=rank_of, args=(name, cfg, rank, world, folder, there)))
+            processes.append(context.Process(target=rank_of, args=(name, cfg, rank, world, there)))
             processes[-1].start()
             there.close()
-    wall: dict[str, list[float]] = {name: [] for name in cfgs}
-    cpu: dict[str, list[float]] = {name: [] for name in cfgs}
     try:
-        for number in range(rounds * STRETCH + 1):
-            for name in list(cfgs) if number % 2 else list(reversed(cfgs)):  # whoever is first has no advantage
+        for number in range(STRETCH + 1):
+            for name in list(cfgs) if number % 2 else list(reversed(cfgs)):
                 for pipe in pipes[name]:
                     pipe.send("go")
                 took = [pipe.recv() for pipe in pipes[name]]
@@ -109,10 +112,9 @@ def contest(cfgs: dict[str, Any], world: int, rounds: int, folder: Path) -> list
         for process in processes:
             process.kill()
             process.join()
-    return [row_of(name, world, wall, cpu) for name in cfgs]
 
 
-def row_of(name: str, world: int, wall: dict[str, list[float]], cpu: dict[str, list[float]]) -> dict[str, Any]:
+def row_of(name: str, world: int, wall: Turns, cpu: Turns) -> dict[str, Any]:
     """One contestant's figures; printed, too."""
 
     def sums(turns: list[float]) -> list[float]:
@@ -123,15 +125,16 @@ def row_of(name: str, world: int, wall: dict[str, list[float]], cpu: dict[str, l
         return sum(of[name]) / sum(of["off"]) - 1, parts
 
     (in_time, by_time), (in_cpu, by_cpu) = overhead(wall), overhead(cpu)
-    spread = f"{100 * min(by_time):+.1f} to {100 * max(by_time):+.1f}%"
+    error = statistics.stdev(by_time) / len(by_time) ** 0.5 if len(by_time) > 1 else float("nan")
     seconds = statistics.fmean(wall[name])
-    print(f"{world} ranks  {name:9} {seconds:.4f} s/step  time {100 * in_time:+.1f}% ({spread})  "
+    print(f"{world} ranks  {name:9} {seconds:.4f} s/step  time {100 * in_time:+.1f}% (+- {100 * error:.1f})  "
           f"processor {100 * in_cpu:+.1f}%", flush=True)  # fmt: skip
     return {"ranks": world, "contestant": name, "seconds": seconds, "cpu_seconds": statistics.fmean(cpu[name]),
-            "overhead": in_time, "overheads": by_time, "cpu_overhead": in_cpu, "cpu_overheads": by_cpu}  # fmt: skip
+            "overhead": in_time, "standard_error": error, "overheads": by_time,
+            "cpu_overhead": in_cpu, "cpu_overheads": by_cpu}  # fmt: skip
 
 
-def rank_of(name: str, cfg: Any, rank: int, world: int, folder: Path, pipe: Connection) -> None:
+def rank_of(name: str, cfg: Any, rank: int, world: int, pipe: Connection) -> None:
     """Body of one rank: the trainer's own loop, which waits for its turns."""
     code = 1
     try:
@@ -141,16 +144,17 @@ def rank_of(name: str, cfg: Any, rank: int, world: int, folder: Path, pipe: Conn
         from moetrain.train.runtime import set_up_torch
         from moetrain.train.trainer import Trainer
 
+        run_dir = Path(cfg.run_dir)
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
-        os.dup2(os.open(folder / "progress", os.O_WRONLY | os.O_CREAT), 2)  # where the bar goes
+        os.dup2(os.open(run_dir / "progress", os.O_WRONLY | os.O_CREAT), 2)  # where the bar goes
         set_up_torch(cfg, world)
-        store = dist.FileStore(str(folder / f"store-{name}-{world}"), world)
+        store = dist.FileStore(str(run_dir / "store"), world)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
         if name not in ("on", "metrics"):
             leave_out_metrics()
         if name not in ("on", "guard"):
             leave_out_guard()
-        trainer = Trainer(cfg, resolve_sizes(cfg.parallel, world), Path(cfg.run_dir))
+        trainer = Trainer(cfg, resolve_sizes(cfg.parallel, world), run_dir)
         trainer.train_step = in_turns(trainer, pipe)  # type: ignore[method-assign]
         trainer.fit()
         code = 0

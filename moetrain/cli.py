@@ -170,8 +170,7 @@ def data(argv: Sequence[str]) -> int:
 
 def mapping(argv: Sequence[str]) -> int:
     """Show which rank is where in both grids and what each group is for: world=16 node=8 parallel.tp=2 ..."""
-    parser = command_parser("mapping")
-    parser.add_argument("--json", action="store_true", help="print all of it as JSON")
+    parser = command_parser("mapping", json=True)
     args = parser.parse_intermixed_args(argv)
     if args.help:
         return show_help(parser, "mapping", args.overrides or ["parallel"])
@@ -261,8 +260,7 @@ def upcycle(argv: Sequence[str]) -> int:
 
 def convert(argv: Sequence[str]) -> int:
     """Turn weights into another form: to=hf from=RUN out=DIR, to=moetrain from=HF_DIR out=DIR."""
-    parser = command_parser("convert")
-    args = parser.parse_intermixed_args(argv)
+    args = command_parser("convert").parse_intermixed_args(argv)
     from moetrain.convert import command
 
     if args.help or not args.overrides:
@@ -274,9 +272,7 @@ def convert(argv: Sequence[str]) -> int:
 
 def inspect(argv: Sequence[str]) -> int:
     """Show what weights look like, with a picture: parts, norms, outliers, how alike experts are: inspect PATH."""
-    parser = command_parser("inspect")
-    parser.add_argument("--json", action="store_true", help="print all of it as JSON")
-    args = parser.parse_intermixed_args(argv)
+    args = command_parser("inspect", json=True).parse_intermixed_args(argv)
     from moetrain.convert import look_report
     from moetrain.convert.look import look
     from moetrain.convert.open import open_weights
@@ -297,9 +293,7 @@ def inspect(argv: Sequence[str]) -> int:
 
 def evaluate(argv: Sequence[str]) -> int:
     """Show how good a model is: loss and perplexity per domain, multiple-choice tasks, lm-evaluation-harness."""
-    parser = command_parser("eval")
-    parser.add_argument("--json", action="store_true", help="print all of it as JSON")
-    args = parser.parse_intermixed_args(argv)
+    args = command_parser("eval", json=True).parse_intermixed_args(argv)
     from moetrain.evaluate import command
 
     if args.help or not args.overrides:
@@ -315,8 +309,7 @@ def evaluate(argv: Sequence[str]) -> int:
 
 def generate(argv: Sequence[str]) -> int:
     """Continue a text with a model: generate RUN prompt="Once upon a time" temperature=0.8 ..."""
-    parser = command_parser("generate")
-    args = parser.parse_intermixed_args(argv)
+    args = command_parser("generate").parse_intermixed_args(argv)
     from moetrain.evaluate import generate
 
     if args.help or not args.overrides:
@@ -328,9 +321,7 @@ def generate(argv: Sequence[str]) -> int:
 
 def suggest(argv: Sequence[str]) -> int:
     """Suggest a learning rate and a batch size for a model and a number of tokens: suggest model=NAME tokens=20e9."""
-    parser = command_parser("suggest")
-    parser.add_argument("--json", action="store_true", help="print all of it as JSON")
-    args = parser.parse_intermixed_args(argv)
+    args = command_parser("suggest", json=True).parse_intermixed_args(argv)
     from moetrain.planner import suggest
 
     if args.help or not args.overrides:
@@ -344,9 +335,7 @@ def suggest(argv: Sequence[str]) -> int:
 
 def simulate(argv: Sequence[str]) -> int:
     """Replay routing over a described cluster: step time and memory of ep, fssdp, lsh ...: simulate cluster=NAME."""
-    parser = command_parser("simulate")
-    parser.add_argument("--json", action="store_true", help="print all of it as JSON")
-    args = parser.parse_intermixed_args(argv)
+    args = command_parser("simulate", json=True).parse_intermixed_args(argv)
     from moetrain.planner import replay_report
 
     if args.help or not args.overrides:
@@ -363,8 +352,7 @@ def simulate(argv: Sequence[str]) -> int:
 
 def plan(argv: Sequence[str]) -> int:
     """Predict memory, speed and the best mapping: plan model=NAME cluster=h100 gpus=64; calibrate, check RUN_DIR."""
-    parser = command_parser("plan")
-    parser.add_argument("--json", action="store_true", help="print all of it as JSON")
+    parser = command_parser("plan", json=True)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw time, memory and the frontier")
     parser.add_argument("--emit", metavar="experiment=NAME", help="write the best mapping as a preset")
     args = parser.parse_intermixed_args(argv)

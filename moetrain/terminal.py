@@ -20,13 +20,15 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see '{self.prog} --help'")
 
 
-def command_parser(name: str) -> Parser:
-    """What every command understands: overrides, and how to show errors and help."""
+def command_parser(name: str, json: bool = False) -> Parser:
+    """What every command understands: overrides, and how to show errors and help. json: it can print JSON, too."""
     parser = Parser(prog=f"moetrain {name}", add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, and presets as group=NAME")
     parser.add_argument("-h", "--help", action="store_true", help="show this; 'train --help optim' shows one group")
     parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     parser.add_argument("--config-dir", action="append", default=[], metavar="DIR", help="a folder of your own presets")
+    if json:
+        parser.add_argument("--json", action="store_true", help="print all of it as JSON")
     return parser
 
 

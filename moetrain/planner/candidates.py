@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moetrain.config.check_placement import placement_kind
+from moetrain.config.errors import ConfigError
 from moetrain.config.registry import DISPATCHERS
 from moetrain.config.schema import Config
 from moetrain.config.sizes import Sizes, resolve_sizes
@@ -19,15 +21,16 @@ Numbers = NDArray[Any]
 SCHEDULES = ("1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv_zero_bubble", "dualpipev", "gpipe")
 RECOMPUTE = ("none", "selective", "full")
 OFFLOAD = ("none", "optimizer", "all")
-DISPATCH = ("local", "all_to_all", "all_gather", "two_step")
+DISPATCH = ("local", "all_to_all", "all_gather", "two_step", "lsh")  # lsh changes the function: it is never searched
+PLACEMENT = ("ep", "fssdp")
 PRECISION = ("float32", "bf16", "fp8", "fp4")  # fp8: products of the experts (moetrain), or of all matrices (a stack's)
 CONTEXT = ("all_gather", "ring", "all_to_all")
 
 
 @dataclass(frozen=True)
 class Mappings:
-    """Columns of equal length n. schedule, recompute, offload, dispatch, precision, context: places in the tuples
-    above. vpp: stages on a rank. dp: ranks that shard, rep: copies of the whole."""
+    """Columns of equal length n. schedule, recompute, offload, dispatch, placement, precision, context: places in the
+    tuples above. vpp: stages on a rank. dp: ranks that shard, rep: copies of the whole."""
 
     pp: Numbers
     vpp: Numbers
@@ -43,6 +46,7 @@ class Mappings:
     recompute: Numbers
     offload: Numbers
     dispatch: Numbers
+    placement: Numbers
     precision: Numbers
     context: Numbers
 
@@ -67,6 +71,11 @@ class Mappings:
         """Micro-batches of a step."""
         return np.maximum(1, global_batch // (self.micro_batch * self.data))
 
+    def and_also(self, other: Mappings) -> Mappings:
+        """These, then ``other``."""
+        names = [f.name for f in dataclasses.fields(self)]
+        return Mappings(**{name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in names})
+
     def take(self, where: Any) -> Mappings:
         """Those at the places, or with true, in ``where``."""
         return Mappings(**{f.name: getattr(self, f.name)[where] for f in dataclasses.fields(self)})
@@ -88,6 +97,7 @@ WORDS: dict[str, tuple[str, ...]] = {
     "recompute": RECOMPUTE,
     "offload": OFFLOAD,
     "dispatch": DISPATCH,
+    "placement": PLACEMENT,
     "precision": PRECISION,
     "context": CONTEXT,
 }
@@ -111,7 +121,7 @@ def of_config(cfg: Config, world: int) -> Mappings:
 
 
 def row_of(cfg: Config, sizes: Sizes) -> dict[str, Any]:
-    """``cfg`` as a row."""
+    """``cfg`` as a row. Raises ConfigError for a placement of experts that is not planned."""
     is_plain = isinstance(cfg.dispatch, dict)
     kind = cfg.dispatch.get("kind", "auto") if is_plain else DISPATCHERS.entry_of(cfg.dispatch).name
     auto = "local" if sizes.ep == 1 else "all_to_all"
@@ -120,8 +130,19 @@ def row_of(cfg: Config, sizes: Sizes) -> dict[str, Any]:
         "pp": sizes.pp, "vpp": sizes.stages_per_rank, "rep": sizes.dp_replicate, "dp": sizes.dp_shard, "cp": sizes.cp,
         "tp": sizes.tp, "edp": sizes.edp, "ep": sizes.ep, "etp": sizes.etp, "micro_batch": cfg.train.micro_batch,
         "schedule": cfg.parallel.schedule, "recompute": cfg.train.recompute, "offload": cfg.parallel.offload,
-        "dispatch": kind, "precision": precision_of(cfg), "context": cfg.parallel.context,
+        "dispatch": kind, "placement": placement_of(cfg), "precision": precision_of(cfg), "context": cfg.parallel.context,
     }  # fmt: skip
+
+
+def placement_of(cfg: Config) -> str:
+    """The placement of experts. Raises ConfigError for one that is not planned."""
+    kind = placement_kind(cfg)
+    if kind not in PLACEMENT:
+        raise ConfigError(
+            f"experts/placement={kind} cannot be planned: choose {' or '.join(PLACEMENT)}, or take it out; "
+            "'moetrain simulate' compares all placements"
+        )
+    return kind
 
 
 def precision_of(cfg: Config) -> str:

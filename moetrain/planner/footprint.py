@@ -12,11 +12,12 @@ from moetrain.config.sizes import ZERO_BUBBLE, Sizes
 from moetrain.parallel.stages import split_by_cost
 from moetrain.planner import memory
 from moetrain.planner.candidates import SCHEDULES, Mappings, Numbers
+from moetrain.planner.copies import copies_bytes
 from moetrain.planner.memory import Run
 from moetrain.planner.shape import Matrix, ModelShape, layer_flops
 from moetrain.planner.timeline import under_way
 
-PARTS = ("weights", "gradients", "optimizer", "activations", "working", "gathered", "unreduced")
+PARTS = ("weights", "gradients", "optimizer", "activations", "working", "gathered", "unreduced", "copies")
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,7 @@ class _Pieces:
         waits = keeps | (self.n > 1)
         found["unreduced"] = reduced * np.where(waits, whole, np.maximum(root, block))
         found["activations"] = self._activations(mine, rank, schedule)
+        found["copies"] = copies_bytes(self.shape, m, run)  # which no pipeline has
         if run.shards == "optimizer":  # 16-bit weights, 32-bit gradients; a 32-bit copy and two states, split
             numbers = whole + found["weights"] / run.wide * (whole == 0)
             found["weights"], found["gradients"], found["optimizer"] = 2 * numbers, 4 * numbers, 3 * found["weights"]

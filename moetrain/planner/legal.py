@@ -1,19 +1,30 @@
 """Every mapping of a model on so many ranks that ``config.check_mapping`` allows, as columns.
 
 Not all that is legal is listed: tp and etp stay inside a domain of fast links; gpipe, which holds more than 1f1b and is
-no faster, is left out; copies of the whole (dp_replicate) are tried as one per domain only.
+no faster, is left out; copies of the whole (dp_replicate) are tried as one per domain only; dispatch=lsh is left out,
+since it changes what the model computes.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
 from moetrain.config.schema import Config
 from moetrain.config.sizes import divisors
-from moetrain.planner.candidates import CONTEXT, DISPATCH, OFFLOAD, PRECISION, RECOMPUTE, SCHEDULES, Mappings
+from moetrain.planner.candidates import (
+    CONTEXT,
+    DISPATCH,
+    OFFLOAD,
+    PLACEMENT,
+    PRECISION,
+    RECOMPUTE,
+    SCHEDULES,
+    Mappings,
+)
 from moetrain.planner.cluster import Cluster
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
@@ -21,8 +32,10 @@ VIRTUAL = (2, 3, 4, 6, 8)
 WIDEST_CP = 64
 
 
-def legal_mappings(cfg: Config, cluster: Cluster, world: int, precisions: tuple[str, ...]) -> Mappings:
-    """All of them; none: no column has an entry."""
+def legal_mappings(
+    cfg: Config, cluster: Cluster, world: int, precisions: tuple[str, ...], fssdp: bool = False
+) -> Mappings:
+    """All of them; none: no column has an entry. fssdp: also with copies of hot experts, where that is legal."""
     rows = np.array(list(_grids(cfg, cluster, world)), dtype=np.int64).reshape(-1, 12)
     moe = bool(cfg.model.moe_layers())
     choices = np.array(
@@ -30,7 +43,7 @@ def legal_mappings(cfg: Config, cluster: Cluster, world: int, precisions: tuple[
             itertools.product(
                 range(len(RECOMPUTE)),
                 range(len(OFFLOAD)) if cluster.kind == "gpu" else [0],
-                range(len(DISPATCH)),
+                range(DISPATCH.index("lsh")),
                 [PRECISION.index(p) for p in precisions],
             )
         ),
@@ -41,7 +54,7 @@ def legal_mappings(cfg: Config, cluster: Cluster, world: int, precisions: tuple[
     names = ("pp", "vpp", "schedule", "rep", "dp", "cp", "tp", "edp", "ep", "etp", "micro_batch", "context")
     columns = {name: whole[:, i] for i, name in enumerate(names)}
     columns |= {name: chosen[:, i] for i, name in enumerate(("recompute", "offload", "dispatch", "precision"))}
-    m = Mappings(**columns)
+    m = Mappings(**columns, placement=np.zeros(n * k, dtype=np.int64))
     local = DISPATCH.index("local")
     crosses = m.ep * m.etp > cluster.domain
     whole_domains = (cluster.domain % m.etp == 0) & (m.ep % np.maximum(1, cluster.domain // m.etp) == 0)
@@ -54,7 +67,16 @@ def legal_mappings(cfg: Config, cluster: Cluster, world: int, precisions: tuple[
             m.ep > 1,
         ),
     )  # fmt: skip
-    return m.take(fits)
+    m = m.take(fits)
+    return m.and_also(_placed(cfg, m)) if fssdp else m
+
+
+def _placed(cfg: Config, m: Mappings) -> Mappings:
+    """Those of ``m`` that ``check_placement`` lets have copies of experts, with them."""
+    whole = (m.pp == 1) & (m.etp == 1) & (m.edp == 1) & (m.ep > 1)
+    sends = (m.offload != OFFLOAD.index("all")) & (m.dispatch == DISPATCH.index("all_to_all"))
+    found = m.take(whole & sends & (cfg.parallel.engine == "torch"))
+    return replace(found, placement=np.full(len(found), PLACEMENT.index("fssdp")))
 
 
 def _grids(cfg: Config, cluster: Cluster, world: int) -> Iterator[tuple[int, ...]]:

@@ -76,6 +76,14 @@ def gathered(sent: Sent, cluster: Cluster, c: Constants) -> Numbers:
     return ring(sent.tokens * sent.width * sent.group.size, sent.group, cluster, c)
 
 
+def straight(near: float, far: float, size: float, cluster: Cluster, c: Constants) -> float:
+    """Experts of ``size`` bytes sent from home to each rank that gets a copy, or their gradients back. near, far: those
+    of the busiest rank, inside its domain and beyond."""
+    fast = near * size / (cluster.link_gb_s * 1e9 * c.plain)
+    slow = far * size / (cluster.network_gb_s * 1e9 * c.network)
+    return max(fast, slow) + (cluster.network_us if far else cluster.link_us if near else 0.0) * 1e-6
+
+
 def nowhere(sent: Sent, cluster: Cluster, c: Constants) -> Numbers:
     """Local: nothing is sent."""
     return np.zeros_like(sent.tokens)
@@ -91,4 +99,5 @@ DISPATCH_COST: dict[str, Callable[[Sent, Cluster, Constants], Numbers]] = {
     "all_to_all": copies,
     "all_gather": gathered,
     "two_step": once,
+    "lsh": copies,
 }

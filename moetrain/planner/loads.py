@@ -13,15 +13,19 @@ from moetrain.config.errors import ConfigError
 from moetrain.config.schema import ModelConfig
 from moetrain.planner.candidates import Numbers
 
+# Share of the rows that dispatch=lsh sends with its six hashes, as measured on the demo (docs/moe.md).
+SENT = 0.28
 DRAWS = 200  # of a Zipf law: experts in random order over the ranks
 
 
 @dataclass(frozen=True, eq=False)
 class Load:
-    """share_NLE: of each of N samples and L layers, the share of each expert's rows in all. name: where it is from."""
+    """share_NLE: of each of N samples and L layers, the share of each expert's rows in all. name: where it is from.
+    steady: samples are worlds of their own, each with loads that stand still; else they follow each other."""
 
     name: str
     share_NLE: Numbers
+    steady: bool = False
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 - one load lives as long as the command
     def slowest(self, ep: int) -> float:
@@ -52,7 +56,7 @@ def zipf(model: ModelConfig, power: float) -> Load:
         share = np.where(full, 1 / k, share * (1 - full.sum() / k) / share[~full].sum())
     rng = np.random.default_rng(0)
     order = rng.random((DRAWS, len(layers), E)).argsort(axis=2)
-    return Load(f"Zipf {power:g}", share[order])
+    return Load(f"Zipf {power:g}", share[order], steady=True)
 
 
 def read_trace(path: Path, model: ModelConfig) -> Load:
@@ -87,8 +91,8 @@ def read_trace(path: Path, model: ModelConfig) -> Load:
     return Load(f"trace {file}", counts_NLE / totals)
 
 
-def probability(loads: Load, ep: int, balanced: float, slope: float, capacity: float) -> float:
-    """Share of the samples in which a rank's memory exceeds ``capacity``: ``balanced`` bytes, and ``slope`` more for
-    each unit by which its rows exceed the mean."""
-    need = balanced + slope * (loads.fullest(ep) - 1.0)
+def probability(fullest_N: Numbers, balanced: float, slope: float, capacity: float) -> float:
+    """Share of N samples in which a rank's memory exceeds ``capacity``: ``balanced`` bytes, and ``slope`` more for
+    each unit by which its rows exceed the mean (``fullest_N`` times that)."""
+    need = balanced + slope * (fullest_N - 1.0)
     return float(np.mean(need > capacity))

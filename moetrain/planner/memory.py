@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from moetrain.planner.candidates import DISPATCH, RECOMPUTE, Mappings, Numbers
+from moetrain.planner.placed import LSH, Placed
 from moetrain.planner.shape import LayerShape, Matrix, ModelShape
 
 SELECTIVE, FULL = RECOMPUTE.index("selective"), RECOMPUTE.index("full")
@@ -25,7 +26,8 @@ class Run:
     that is computed with. skew: rows of the fullest rank over the mean. lean: whether the experts' kernels keep their
     input and what the first matrices give, and compute the rest again (the CPU's, Triton's, SonicMoE's; not
     grouped_mm). shards: what data parallel ranks split, as in ``rates.Stack``: "optimizer" is Megatron's distributed
-    optimizer, with 16-bit weights and 32-bit gradients whole on every rank."""
+    optimizer, with 16-bit weights and 32-bit gradients whole on every rank. placed: what experts/placement=fssdp does
+    where a mapping has it. sent: share of the rows that dispatch=lsh sends."""
 
     seq_len: int
     global_batch: int
@@ -36,6 +38,8 @@ class Run:
     skew: Any = 1.0
     lean: bool = False
     shards: str = "all"
+    placed: Placed | None = None
+    sent: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,7 @@ def _rows(kind: LayerShape, m: Mappings, run: Run) -> Numbers:
     """R: rows of the experts here, after etp ranks have gathered each other's."""
     assert kind.experts is not None
     factor = kind.experts.capacity
-    share = 1.0 if factor is None else min(1.0, factor)
+    share = (1.0 if factor is None else min(1.0, factor)) * np.where(m.dispatch == LSH, run.sent, 1.0)
     rows: Numbers = m.tokens(run.seq_len) * kind.experts.top_k * share * m.etp * run.skew
     return rows
 

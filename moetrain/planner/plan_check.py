@@ -14,8 +14,9 @@ from rich.table import Table
 from moetrain.config import read
 from moetrain.config.check import check_mapping
 from moetrain.config.errors import ConfigError
-from moetrain.planner.candidates import columns, precision_of, row_of
+from moetrain.planner.candidates import columns, placement_of, precision_of, row_of
 from moetrain.planner.cluster import load_cluster
+from moetrain.planner.loads import read_trace
 from moetrain.planner.search import Plan, Problem, description, priced, refined
 
 SKIPPED = 2  # first logged lines: warm-up
@@ -56,7 +57,8 @@ def compare(run_dir: Path, cluster: str) -> dict[str, Any]:
     if not speeds:
         raise ConfigError(f"{run_dir}/metrics.jsonl has too few steps to compare with: more than {SKIPPED} logged ones")
     world = cfg.launch.ranks
-    p = Problem(cfg, load_cluster(cluster), world, precisions=(precision_of(cfg),))
+    load = read_trace(run_dir, cfg.model) if placement_of(cfg) == "fssdp" else None  # which follows the loads
+    p = Problem(cfg, load_cluster(cluster), world, load=load, precisions=(precision_of(cfg),))
     plan = predict(p)
     speed = statistics.median(speeds)
     numbers = {

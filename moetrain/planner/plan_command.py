@@ -14,10 +14,11 @@ from rich.console import Console
 from moetrain.config.check import check_mapping
 from moetrain.config.errors import ConfigError
 from moetrain.config.schema import Config
+from moetrain.moe.dispatch.lsh import LshOptions
 from moetrain.planner import plan_report
-from moetrain.planner.candidates import columns, row_of
+from moetrain.planner.candidates import columns, placement_of, row_of
 from moetrain.planner.cluster import load_cluster
-from moetrain.planner.loads import Load, read_trace, zipf
+from moetrain.planner.loads import SENT, Load, read_trace, zipf
 from moetrain.planner.plan_emit import check_emit, emit
 from moetrain.planner.plan_picture import check_picture, draw
 from moetrain.planner.plan_words import Asked, parse
@@ -52,7 +53,10 @@ def problem(asked: Asked, load: Loader, config_dirs: Sequence[str]) -> Problem:
     if "train.precision" not in given:
         words.append(f"train.precision={'bf16' if cluster.kind == 'gpu' else 'float32'}")
     cfg = load([*words, "train.micro_batch=1"], config_dirs=config_dirs)
-    return Problem(cfg, cluster, asked.gpus, STACKS[asked.stack], _load(asked, cfg), _precisions(asked, cfg, cluster))
+    return Problem(
+        cfg, cluster, asked.gpus, STACKS[asked.stack], _load(asked, cfg), _precisions(asked, cfg, cluster),
+        _sent(asked, cfg),
+    )  # fmt: skip
 
 
 def _precisions(asked: Asked, cfg: Config, cluster: Any) -> tuple[str, ...]:
@@ -72,6 +76,25 @@ def _load(asked: Asked, cfg: Config) -> Load | None:
     if asked.trace is not None:
         return read_trace(asked.trace, cfg.model)
     return None if asked.zipf is None else zipf(cfg.model, asked.zipf)
+
+
+def _sent(asked: Asked, cfg: Config) -> float:
+    """What dispatch=lsh sends. Raises ConfigError where it would be searched, or nothing says how much it sends."""
+    options = cfg.dispatch if isinstance(cfg.dispatch, LshOptions) else None
+    word = None if asked.mapping is None else asked.mapping.get("dispatch", "lsh" if options else None)
+    if options is not None and asked.mapping is None:
+        raise ConfigError(
+            "dispatch=lsh changes what the model computes, so it is no choice of a search; take it out, or price one "
+            "mapping with it: mapping=...,dispatch=lsh"
+        )
+    if asked.sent is not None and word != "lsh":
+        raise ConfigError("sent= says what dispatch=lsh sends; give it with mapping=...,dispatch=lsh")
+    if asked.sent is None and options is not None and word == "lsh" and options != LshOptions():
+        raise ConfigError(
+            f"dispatch=lsh is known to send {SENT} of the rows with its preset alone; give sent=, the lsh_sent_share "
+            "of a run's metrics with these settings"
+        )
+    return SENT if asked.sent is None else asked.sent
 
 
 def run(
@@ -122,11 +145,29 @@ def explain(p: Problem, mapping: dict[str, Any]) -> Plan:
             cfg.parallel.stages_per_rank = value
         elif name in ("micro_batch", "recompute"):
             setattr(cfg.train, name, value)
+        elif name == "dispatch":
+            cfg.dispatch = {"kind": value}
+        elif name == "placement" and value != placement_of(cfg):
+            node = {"node_size": p.cluster.domain} if value == "fssdp" else {}
+            cfg.experts.placement = {"kind": value, **node}
     if cfg.parallel.pp > 1 and mapping.get("vpp", 1) > 1 and "schedule" not in mapping:
         cfg.parallel.schedule = "interleaved_1f1b"
     found = row_of(cfg, check_mapping(cfg, p.world))
     found |= {name: mapping[name] for name in ("precision", "dispatch") if name in mapping}
+    check_placed(p, found)
     return refined(replace(p, cfg=cfg), priced(replace(p, cfg=cfg), columns([found])))
+
+
+def check_placed(p: Problem, row: dict[str, Any]) -> None:
+    """Raise ConfigError where copies of experts have nothing to follow."""
+    if row["placement"] == "ep" or p.places:
+        return
+    if p.load is None:
+        raise ConfigError(
+            f"placement={row['placement']} makes copies of hot experts, and with balanced loads none is hot; "
+            "give zipf=S or trace=RUN_DIR"
+        )
+    raise ConfigError(f"placement={row['placement']} is moetrain's, not that of stack={p.stack.name}; take one out")
 
 
 def _too_large(p: Problem, nearest: Plan | None) -> str:

@@ -11,6 +11,7 @@ import yaml
 
 from moetrain.config.errors import ConfigError
 from moetrain.config.presets import Presets, config_root, parse
+from moetrain.planner.placed import fssdp_options
 from moetrain.planner.search import Plan, Problem, description
 
 
@@ -46,9 +47,16 @@ def emit(file: Path, p: Problem, plan: Plan, words: Sequence[str], tokens: float
     tree: dict[str, Any] = {"launch": {"ranks": p.world}, "parallel": parallel, "train": train}
     if row["precision"] == "fp8":
         tree["experts"] = {"fp8": True}
+    if row["placement"] == "fssdp":
+        node_size = dict(fssdp_options(p.cfg, p.cluster.domain))["node_size"]
+        tree.setdefault("experts", {})["placement"] = {"node_size": node_size}
+    chosen = {"dispatch": row["dispatch"], "experts/placement": row["placement"]}
+    for name, value in chosen.items():  # settings of another choice do not go with this one
+        if groups.get(name, value) != value:
+            settings = {k: v for k, v in settings.items() if not k.startswith(name.replace("/", ".") + ".")}
     for key, value in settings.items():
         _lay(tree, key, value)
-    groups["dispatch"] = row["dispatch"]
+    groups |= chosen
     defaults = [{f"override /{name}": value} for name, value in groups.items()]
     if row["dispatch"] == "two_step":
         tree["dispatch"] = {"node_size": max(1, p.cluster.domain // row["etp"])}

@@ -20,6 +20,7 @@ def as_json(p: Problem, found: Found, tokens: float | None) -> dict[str, Any]:
     return {
         "model": p.cfg.model.name, "cluster": p.cluster.name, "gpus": p.world, "stack": p.stack.name,
         "seq": p.cfg.train.seq_len, "global_batch": p.cfg.train.global_batch,
+        **({"sent": p.sent} if found.best and found.best[0].row["dispatch"] == "lsh" else {}),
         "looked_at": found.looked_at, "fit": found.fit,
         "capacity": p.capacity, "plans": [_json(p, found, plan, tokens) for plan in found.best],
         "frontier": [{"bytes": b, "tokens_per_s_per_gpu": t} for b, t in found.frontier],
@@ -89,4 +90,6 @@ def plan_tables(p: Problem, plan: Plan) -> RenderableType:
     held.add_row(f"of {p.cluster.memory_gib:g}, less {1 - SLACK:.0%} for gaps", f"{p.capacity / GIB:.2f}")
     stages = Text("by pipeline rank: " + " ".join(f"{x / GIB:.1f}" for x in plan.by_stage))
     summary = Text(f"{plan.tokens:,.0f} tokens/s/GPU, {plan.tflops:,.0f} TFLOP/s, {plan.utilisation:.1%} of the peak")
+    if plan.row["dispatch"] == "lsh":
+        summary.append(f"\ndispatch=lsh changes what the model computes; {p.sent:.0%} of the rows are sent")
     return Group(time, held, stages, summary) if len(plan.by_stage) > 1 else Group(time, held, summary)

@@ -26,9 +26,11 @@ Predict memory, speed and the best mapping of a run. Other settings are those of
   global_batch=N   sequences in a step (train.global_batch; 4 million tokens)
   tokens=N         the budget, for days and GPU-hours: 15T, 300B, 2e9
   mapping=A=B,...  explain this one: pp, vpp, dp_replicate, cp, tp, ep, etp, micro_batch, schedule, recompute, offload,
-                   dispatch, precision, context
+                   dispatch, placement, precision, context
   precision=NAME   bf16 or fp8 (of the experts' products); without: both where the cluster has units for both
-  trace=PATH       a run directory whose loads to plan for; zipf=S: loads by a Zipf law
+  trace=PATH       a run directory whose loads to plan for; zipf=S: loads by a Zipf law. With either, copies of hot
+                   experts (placement=fssdp) are weighed as well
+  sent=0.28        of mapping=...,dispatch=lsh: share of the rows that it sends (lsh_sent_share of a run's metrics)
   stack=NAME       what trains: moetrain, or another framework that the time model was fitted on
   top=N            how many to show (10)
 
@@ -52,6 +54,7 @@ class Asked:
     precision: str | None = None
     trace: Path | None = None
     zipf: float | None = None
+    sent: float | None = None
     stack: str = "moetrain"
     top: int = 10
     others: list[str] = field(default_factory=list)
@@ -72,6 +75,10 @@ def parse(words: Sequence[str]) -> Asked:
             if not re.fullmatch(r"\d+(\.\d+)?", value) or float(value) > 10:
                 raise ConfigError(f"zipf takes a power from 0 to 10, as 0.8; got '{value}'")
             asked.zipf = float(value)
+        elif name == "sent":
+            if not re.fullmatch(r"\d+(\.\d+)?", value) or not 0 < float(value) <= 1:
+                raise ConfigError(f"sent takes a share of the rows above 0, up to 1, as 0.28; got '{value}'")
+            asked.sent = float(value)
         elif name == "mapping":
             asked.mapping = read_mapping(value)
         elif name == "precision":

@@ -14,8 +14,9 @@ from moetrain.planner.candidates import SCHEDULES, Mappings, Numbers, columns
 from moetrain.planner.cluster import Cluster
 from moetrain.planner.footprint import PARTS, footprint
 from moetrain.planner.legal import legal_mappings
-from moetrain.planner.loads import Load, probability
+from moetrain.planner.loads import SENT, Load, probability
 from moetrain.planner.memory import Run
+from moetrain.planner.placed import FSSDP, Placed, Uneven, fssdp_options, place, uneven
 from moetrain.planner.rates import FITTED, STACKS, Stack
 from moetrain.planner.shape import ModelShape, shape_of
 from moetrain.planner.step_time import SPLIT, Pricer, Setting
@@ -31,7 +32,7 @@ CHUNK = 50_000
 
 @dataclass(frozen=True)
 class Problem:
-    """What is planned. load: None for balanced routing. recompute_extra, shape: of runs that are not moetrain's."""
+    """What is planned. load: None for balanced routing. sent: share of the rows that dispatch=lsh sends."""
 
     cfg: Config
     cluster: Cluster
@@ -39,6 +40,7 @@ class Problem:
     stack: Stack = STACKS["moetrain"]
     load: Load | None = None
     precisions: tuple[str, ...] = ("bf16", "fp8")
+    sent: float = SENT
 
     @property
     def shape(self) -> ModelShape:
@@ -53,8 +55,19 @@ class Problem:
         lean = on_cpu or cfg.experts.backend in ("cpu", "triton", "sonicmoe")
         return Run(
             cfg.train.seq_len, cfg.train.global_batch, max(4, narrow), narrow,
-            "muon" if isinstance(cfg.optim, MuonOptions) else "adamw", cfg.parallel.prefetch, 1.0, lean,
+            "muon" if isinstance(cfg.optim, MuonOptions) else "adamw", cfg.parallel.prefetch, 1.0, lean, sent=self.sent,
         )  # fmt: skip
+
+    @property
+    def places(self) -> bool:
+        """Whether copies of experts are weighed: where loads are uneven, and moetrain trains."""
+        return self.load is not None and self.stack.name == "moetrain"
+
+    @property
+    def placed(self) -> Placed:
+        """The load under experts/placement=fssdp, for which every rank must have as many experts."""
+        assert self.load is not None
+        return place(self.load, self.world, self.cluster.domain, fssdp_options(self.cfg, self.cluster.domain))
 
     @property
     def capacity(self) -> float:
@@ -115,7 +128,7 @@ def check_problem(p: Problem) -> None:
 def search(p: Problem, top: int = 10) -> Found:
     """The best ``top`` mappings. Raises ConfigError where no mapping is legal."""
     check_problem(p)
-    m = legal_mappings(p.cfg, p.cluster, p.world, p.precisions)
+    m = legal_mappings(p.cfg, p.cluster, p.world, p.precisions, p.places)
     if not len(m):
         raise ConfigError(
             f"no mapping of {p.cfg.model.name} on gpus={p.world} is legal with global_batch={p.cfg.train.global_batch} "
@@ -142,7 +155,7 @@ def evaluate(p: Problem, m: Mappings) -> tuple[Numbers, Numbers]:
         for start in range(0, len(of_key), CHUNK):
             places = of_key[start : start + CHUNK]
             part = m.take(places)
-            memory[places] = footprint(p.shape, part, _skewed(p, part), only=telling(int(part.pp[0]))).total
+            memory[places] = footprint(p.shape, part, _uneven(p, part)[0], only=telling(int(part.pp[0]))).total
             memory[places] += np.where(_host_full(p, part), np.inf, 0.0)
             able = places[memory[places] <= p.capacity]
             seconds[places] = np.inf
@@ -165,23 +178,23 @@ def _host_full(p: Problem, m: Mappings) -> Any:
     return host * p.cluster.node > 0.9 * p.cluster.host_gib * 2**30
 
 
+def _uneven(p: Problem, m: Mappings) -> tuple[Run, Uneven]:
+    """(the common numbers with what the load makes of each mapping, how uneven it is)."""
+    placed = p.placed if (m.placement == FSSDP).any() else None
+    found = uneven(m, p.load, placed)
+    return replace(p.run(), skew=found.held, placed=placed), found
+
+
 def _setting(p: Problem, m: Mappings) -> Setting:
-    skew: Any = 1.0
-    if p.load is not None:
-        skew = np.array([p.load.slowest(int(ep)) for ep in m.ep])
-    return Setting(p.shape, p.run(), p.cluster, p.stack, FITTED, skew)
-
-
-def _skewed(p: Problem, m: Mappings) -> Run:
-    if p.load is None:
-        return p.run()
-    return replace(p.run(), skew=np.array([float(np.median(p.load.fullest(int(ep)))) for ep in m.ep]))  # type: ignore[arg-type]
+    run, found = _uneven(p, m)
+    return Setting(p.shape, run, p.cluster, p.stack, FITTED, found.rows, travel=found.travel)
 
 
 def priced(p: Problem, m: Mappings) -> Plan:
     """One mapping in full."""
     step = Pricer(_setting(p, m)).step(m)
-    held = footprint(p.shape, m, _skewed(p, m))
+    run, _ = _uneven(p, m)
+    held = footprint(p.shape, m, run)
     seconds = float(step.seconds[0])
     plan = Plan(
         row=m.row(0),
@@ -193,8 +206,9 @@ def priced(p: Problem, m: Mappings) -> Plan:
         tokens=0.0, tflops=0.0, utilisation=0.0,
     )  # fmt: skip
     if p.load is not None:
-        even, more = (float(footprint(p.shape, m, replace(p.run(), skew=s)).total[0]) for s in (1.0, 2.0))
-        plan.out_of_memory = probability(p.load, int(m.ep[0]), even, more - even, p.capacity)
+        even, more = (float(footprint(p.shape, m, replace(run, skew=s)).total[0]) for s in (1.0, 2.0))
+        fullest_N = p.load.fullest(int(m.ep[0])) if run.placed is None else run.placed.fullest_N
+        plan.out_of_memory = probability(fullest_N, even, more - even, p.capacity)
     return _rated(p, plan)
 
 
@@ -267,6 +281,7 @@ def description(row: dict[str, Any]) -> str:
     words += [f"recompute={row['recompute']}"] if row["recompute"] != "none" else []
     words += [f"offload={row['offload']}"] if row["offload"] != "none" else []
     words += [f"dispatch={row['dispatch']}"] if row["dispatch"] not in ("local", "all_to_all") else []
+    words += [f"placement={row['placement']}"] if row["placement"] != "ep" else []
     words += [f"precision={row['precision']}"]
     return ",".join([*sizes, *words])
 

@@ -19,10 +19,13 @@ from moetrain.config.sizes import Sizes
 from moetrain.planner import links
 from moetrain.planner.candidates import DISPATCH, PRECISION, RECOMPUTE, SCHEDULES, Mappings, Numbers
 from moetrain.planner.cluster import Cluster
+from moetrain.planner.copies import copies_seconds, moved_seconds
 from moetrain.planner.footprint import Held, stages
 from moetrain.planner.links import Group, Sent
 from moetrain.planner.memory import Run
+from moetrain.planner.placed import LSH
 from moetrain.planner.rates import Constants, Stack
+from moetrain.planner.replay import LSH_PASSES
 from moetrain.planner.shape import LayerShape, Matrix, ModelShape, mean_seen
 from moetrain.planner.timeline import bound
 
@@ -34,15 +37,15 @@ STREAMS = 4  # on which kernels of single experts run
 # Which of them a stack's graphs replay.
 REPLAYED = {"": (), "router": ("router",), "attention": ("attention", "mlp", "router"), "all": tuple(STARTS)}
 # What a step's time is split into.
-SPLIT = ("attention", "dense", "router", "dispatch", "experts", "combine", "tensor", "head", "host", "bubble", "send",
-         "reduction", "optimizer")  # fmt: skip
+SPLIT = ("attention", "dense", "router", "dispatch", "experts", "combine", "copies", "tensor", "head", "host", "bubble",
+         "send", "reduction", "optimizer")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is common to all mappings. skew: rows of the fullest rank over the mean, one number or one
-    for each mapping. recompute_extra: share of forward that is computed again whatever
-    the mapping says (a published run's own choice)."""
+    """What is common to all mappings. skew: rows of the fullest rank over the mean, one number or one for each mapping;
+    travel: the same of rows that travel, None: as skew. recompute_extra: share of forward that is computed again
+    whatever the mapping says (a published run's own choice)."""
 
     shape: ModelShape
     run: Run
@@ -52,6 +55,7 @@ class Setting:
     skew: Any = 1.0
     recompute_extra: float = 0.0
     layout: tuple[int, ...] | None = None
+    travel: Any = None
 
 
 @dataclass(frozen=True)
@@ -166,6 +170,9 @@ class Pricer:
         parts["attention"] = parts["attention"] + extra * 0.5
         name = "experts" if kind.experts is not None else "dense"
         parts[name] = parts[name] + extra * 0.5
+        if kind.experts is not None:
+            parts["copies"], behind = copies_seconds(kind.experts, m, forward, s.run, s.cluster, c)
+            hidden = hidden + behind
         device = sum(parts.values(), zero)
         host = self.host(kind, m)
         # A GPU computes while the host starts what comes next; a CPU does one after the other.
@@ -231,6 +238,8 @@ class Pricer:
         e, zero = float(s.run.narrow), np.zeros(len(m))
         share = 1.0 if x.capacity is None else min(1.0, x.capacity)
         skew = 1.0 if x.capacity is not None else s.skew
+        hashed = T * x.top_k * share * x.dim * e
+        share = share * np.where(m.dispatch == LSH, s.run.sent, 1.0)
         rows = T * x.top_k * share * m.etp * skew
         local = np.maximum(1.0, x.count / m.ep)
         # Balanced rows fill tiles alike; uneven ones leave half a tile of each expert empty.
@@ -248,15 +257,17 @@ class Pricer:
         between = passes * moved / self.memory
         router = sum((self.product(T, p, m, np.minimum(narrow, 1)) for p in kind.router if p.inputs), zero)
         router = router + passes * 24.0 * T * x.count / self.memory + 6 * c.start
+        hashing = np.where(m.dispatch == LSH, LSH_PASSES * hashed / self.memory, 0.0)  # forward and backward
         group = Group(m.ep, m.etp)
         cost = [links.DISPATCH_COST["two_step" if s.stack.once and name == "all_to_all" else name] for name in DISPATCH]
-        sent = Sent(T * share * skew, x.top_k, x.dim * e, group)
+        travel = skew if s.travel is None or x.capacity is not None else s.travel
+        sent = Sent(T * share * travel, x.top_k, x.dim * e, group)
         one_way = np.select([m.dispatch == i for i in range(len(cost))], [f(sent, s.cluster, c) for f in cost], zero)
         split = links.ring(rows * x.dim * e, Group(m.etp, np.ones(len(m))), s.cluster, c)
         one_way = one_way + split
         inside = grouped + between * 0.5
         parts = {
-            "router": 3 * router,
+            "router": 3 * router + hashing,
             "dispatch": 2 * one_way,
             "experts": 3 * (grouped + between),
             "combine": 2 * one_way,
@@ -314,10 +325,12 @@ class Pricer:
                     (count * layers[k].total for k, count in enumerate(stage.counts)), zero
                 ))  # fmt: skip
         parts["bubble"] = whole - n * at
+        moved = moved_seconds(s.shape, m, s.run, s.cluster, s.c)
+        parts["copies"] = parts["copies"] + moved
         parts["send"], parts["reduction"], parts["optimizer"] = passing, reduction, optimizer
         return StepTime(
-            whole + passing + reduction + optimizer, parts, hidden,
-            [t / 3 for t in of_stage], [2 * t / 3 for t in of_stage], send, passing + reduction + optimizer,
+            whole + passing + reduction + optimizer + moved, parts, hidden,
+            [t / 3 for t in of_stage], [2 * t / 3 for t in of_stage], send, passing + reduction + optimizer + moved,
         )  # fmt: skip
 
     def _data(

@@ -125,12 +125,13 @@ def row_of(cfg: Config, sizes: Sizes) -> dict[str, Any]:
     is_plain = isinstance(cfg.dispatch, dict)
     kind = cfg.dispatch.get("kind", "auto") if is_plain else DISPATCHERS.entry_of(cfg.dispatch).name
     auto = "local" if sizes.ep == 1 else "all_to_all"
+    placement = "ep" if sizes.ep == 1 else placement_of(cfg)  # one rank has all
     kind = {"auto": auto, "deep_ep": "two_step"}.get(kind, kind)
     return {
         "pp": sizes.pp, "vpp": sizes.stages_per_rank, "rep": sizes.dp_replicate, "dp": sizes.dp_shard, "cp": sizes.cp,
         "tp": sizes.tp, "edp": sizes.edp, "ep": sizes.ep, "etp": sizes.etp, "micro_batch": cfg.train.micro_batch,
         "schedule": cfg.parallel.schedule, "recompute": cfg.train.recompute, "offload": cfg.parallel.offload,
-        "dispatch": kind, "placement": placement_of(cfg), "precision": precision_of(cfg), "context": cfg.parallel.context,
+        "dispatch": kind, "placement": placement, "precision": precision_of(cfg), "context": cfg.parallel.context,
     }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What copies of experts (``experts/placement=fssdp``) take: bytes on the fullest rank, seconds of a layer and a step."""
+"""What copies of experts (``experts/placement=fssdp``) take: bytes on the fullest rank, and seconds."""
 
 from __future__ import annotations
 

@@ -34,8 +34,9 @@ Options = tuple[tuple[str, Any], ...]
 
 @dataclass(frozen=True, eq=False)
 class Placed:
-    """What becomes of a load. rows, travel: of a layer's fullest rank, over the mean, computed and sent or received
-    over the slowest links; means of layers and samples. fullest_N: rows of all layers on the fullest rank over the mean.
+    """What becomes of a load. rows, travel: of a layer's fullest rank, over the mean: computed, and sent or received
+    over the slowest links; means of layers and samples. fullest_N: rows of all layers on the fullest rank, over the
+    mean.
 
     near, far: experts that the busiest rank of a layer sends or receives, inside its domain and beyond; moved_near,
     moved_far: of those that change home, for each step. held, copies: experts that the fullest rank keeps side by side
@@ -64,7 +65,7 @@ def fssdp_options(cfg: Config, domain: int) -> Options:
         raise ConfigError("experts.placement.slots=0 leaves no place for copies: give 1 or more, or placement=ep")
     if options.calibrate:
         raise ConfigError(
-            "experts.placement.calibrate=true adds copies by each step's real loads, which a plan does not know; set false"
+            "experts.placement.calibrate=true adds copies by loads that a plan does not know; take it out"
         )
     return tuple(sorted(dataclasses.asdict(options).items()))
 
@@ -133,11 +134,11 @@ def _busiest(x_RR: Numbers, where_RR: Numbers) -> float:
 def _kept(own_LR: Numbers, out_LR: Numbers, in_LR: Numbers, frees: bool) -> tuple[float, float, float]:
     """(held, copies, passing) of the rank with most. own, out, in: experts at home, sent and received as copies."""
     held_LR = own_LR + in_LR
-    # Forward: what is sent is laid out twice. Backward: gradients of a layer beside those of the layer after it, which
-    # are under way.
-    forward_R = (2 * out_LR + in_LR).max(0)
-    backward_R = (2 * held_LR + in_LR + out_LR).max(0) if len(own_LR) > 1 else (held_LR + 2 * in_LR + out_LR).max(0)
-    passing_R = np.maximum(forward_R, backward_R)
+    # Forward, before a layer's are side by side: what is sent, laid out twice, and what comes. Backward: gradients of
+    # all, what comes home, and what is sent, laid out twice, or the sums at home.
+    forward_LR = 2 * out_LR + in_LR - held_LR
+    backward_LR = held_LR + out_LR + np.maximum(2 * in_LR, own_LR)
+    passing_R = np.maximum(forward_LR, backward_LR).max(0)
     both = min(2, len(own_LR))  # freed after forward, a layer's come while those of the next are there
     all_R, copies_R = ((both * x.max(0)) if frees else x.sum(0) for x in (held_LR, in_LR))
     r = int((all_R + passing_R).argmax())

@@ -19,6 +19,7 @@ from moetrain.planner import plan_report
 from moetrain.planner.candidates import columns, placement_of, row_of
 from moetrain.planner.cluster import load_cluster
 from moetrain.planner.loads import SENT, Load, read_trace, zipf
+from moetrain.planner.placed import fssdp_options
 from moetrain.planner.plan_emit import check_emit, emit
 from moetrain.planner.plan_picture import check_picture, draw
 from moetrain.planner.plan_words import Asked, parse
@@ -53,10 +54,12 @@ def problem(asked: Asked, load: Loader, config_dirs: Sequence[str]) -> Problem:
     if "train.precision" not in given:
         words.append(f"train.precision={'bf16' if cluster.kind == 'gpu' else 'float32'}")
     cfg = load([*words, "train.micro_batch=1"], config_dirs=config_dirs)
-    return Problem(
+    p = Problem(
         cfg, cluster, asked.gpus, STACKS[asked.stack], _load(asked, cfg), _precisions(asked, cfg, cluster),
         _sent(asked, cfg),
     )  # fmt: skip
+    check_placed(p, placement_of(cfg))
+    return p
 
 
 def _precisions(asked: Asked, cfg: Config, cluster: Any) -> tuple[str, ...]:
@@ -154,20 +157,26 @@ def explain(p: Problem, mapping: dict[str, Any]) -> Plan:
         cfg.parallel.schedule = "interleaved_1f1b"
     found = row_of(cfg, check_mapping(cfg, p.world))
     found |= {name: mapping[name] for name in ("precision", "dispatch") if name in mapping}
-    check_placed(p, found)
+    if mapping.get("placement", "ep") != found["placement"]:
+        raise ConfigError(f"placement={mapping['placement']}: one rank has all experts, so there is nothing to place")
+    check_placed(p, found["placement"])
     return refined(replace(p, cfg=cfg), priced(replace(p, cfg=cfg), columns([found])))
 
 
-def check_placed(p: Problem, row: dict[str, Any]) -> None:
-    """Raise ConfigError where copies of experts have nothing to follow."""
-    if row["placement"] == "ep" or p.places:
+def check_placed(p: Problem, placement: str) -> None:
+    """Raise ConfigError where copies of experts have nothing to follow, or settings that cannot be planned."""
+    if placement == "ep":
         return
+    fssdp_options(p.cfg, p.cluster.domain)
     if p.load is None:
         raise ConfigError(
-            f"placement={row['placement']} makes copies of hot experts, and with balanced loads none is hot; "
+            f"placement={placement} makes copies of hot experts, and with balanced loads none is hot; "
             "give zipf=S or trace=RUN_DIR"
         )
-    raise ConfigError(f"placement={row['placement']} is moetrain's, not that of stack={p.stack.name}; take one out")
+    if not p.places:
+        raise ConfigError(
+            f"placement={placement} is moetrain's, not that of stack={p.stack.name}; take one of them out"
+        )
 
 
 def _too_large(p: Problem, nearest: Plan | None) -> str:

@@ -236,10 +236,9 @@ class Pricer:
         s, c, x = self.s, self.s.c, kind.experts
         assert x is not None
         e, zero = float(s.run.narrow), np.zeros(len(m))
-        share = 1.0 if x.capacity is None else min(1.0, x.capacity)
+        taken = 1.0 if x.capacity is None else min(1.0, x.capacity)
         skew = 1.0 if x.capacity is not None else s.skew
-        hashed = T * x.top_k * share * x.dim * e
-        share = share * np.where(m.dispatch == LSH, s.run.sent, 1.0)
+        share = taken * np.where(m.dispatch == LSH, s.run.sent, 1.0)
         rows = T * x.top_k * share * m.etp * skew
         local = np.maximum(1.0, x.count / m.ep)
         # Balanced rows fill tiles alike; uneven ones leave half a tile of each expert empty.
@@ -257,7 +256,7 @@ class Pricer:
         between = passes * moved / self.memory
         router = sum((self.product(T, p, m, np.minimum(narrow, 1)) for p in kind.router if p.inputs), zero)
         router = router + passes * 24.0 * T * x.count / self.memory + 6 * c.start
-        hashing = np.where(m.dispatch == LSH, LSH_PASSES * hashed / self.memory, 0.0)  # forward and backward
+        hashing = np.where(m.dispatch == LSH, LSH_PASSES * T * x.top_k * taken * x.dim * e / self.memory, 0.0)
         group = Group(m.ep, m.etp)
         cost = [links.DISPATCH_COST["two_step" if s.stack.once and name == "all_to_all" else name] for name in DISPATCH]
         travel = skew if s.travel is None or x.capacity is not None else s.travel

@@ -44,16 +44,17 @@ def config(*words: str) -> Config:
         (8, "model=mixtral-8x7b model.n_layers=2 parallel.ep=2 parallel.etp=2 parallel.tp=2 train.global_batch=8"),
         (4, "model=qwen2-57b-a14b model.n_layers=2 parallel.ep=4 parallel.tp=2 train.global_batch=8"),
         (4, "model=qwen3-30b-a3b model.n_layers=2 parallel.ep=4 dispatch=all_gather train.global_batch=8"),
+        (4, "model=qwen3-30b-a3b model.n_layers=2 parallel.ep=4 dispatch=lsh train.global_batch=8"),
         (4, "model=tiny-deepseek parallel.ep=2 parallel.pp=2 train.seq_len=1024 train.global_batch=8"),
         (4, "model=tiny-gpt-oss parallel.ep=2 train.seq_len=512 train.global_batch=8 parallel.offload=optimizer"),
     ],
 )
 def test_memory_is_that_of_a_dry_run(world: int, words: str) -> None:
-    """Which counts saved tensors and builds the optimizer. Weights, gradients and state to the byte, activations to 5%;
+    """Which counts saved tensors and builds the optimizer, and lets dispatch=lsh compress nothing. Weights, gradients and state to the byte, activations to 5%;
     and all pipeline ranks."""
     cfg = config(*words.split())
     sizes = check_mapping(cfg, world)
-    p = Problem(cfg, load_cluster("h100"), world)
+    p = Problem(cfg, load_cluster("h100"), world, sent=1.0)
     found = footprint(p.shape, columns([row_of(cfg, sizes)]), p.run())
     for rank, figures in enumerate(dry_run(cfg, sizes)):
         ours = {name: float(value[rank, 0]) for name, value in found.parts.items()}
@@ -115,15 +116,18 @@ def problem(world: int = 16, *words: str) -> Problem:
 
 
 def test_a_run_accepts_every_mapping_that_is_searched() -> None:
-    """A draw of them through the checks of 'moetrain train'."""
+    """A draw of them through the checks of 'moetrain train', of those with copies of experts too."""
     p = problem()
-    m = legal_mappings(p.cfg, p.cluster, p.world, p.precisions)
+    m = legal_mappings(p.cfg, p.cluster, p.world, p.precisions, fssdp=True)
     assert len(m) > 1000
-    for i in np.random.default_rng(0).choice(len(m), 8, replace=False):
+    placed = np.flatnonzero(m.placement)
+    rng = np.random.default_rng(0)
+    for i in (*rng.choice(len(m), 8, replace=False), *rng.choice(placed, 4, replace=False)):
         row = m.row(int(i))
         words = [f"parallel.{k}={row[k]}" for k in ("pp", "cp", "tp", "ep", "etp", "schedule", "offload", "context")]
         words += [f"parallel.dp_replicate={row['rep']}", f"train.micro_batch={row['micro_batch']}"]
         words += [f"parallel.stages_per_rank={row['vpp']}"] if row["pp"] > 1 else []
+        words += [f"experts/placement={row['placement']}", f"dispatch={row['dispatch']}"]
         cfg = load([*SMALL[:2], *SMALL[3:], "model=qwen3-30b-a3b", "model.n_layers=8", "train.global_batch=64", *words])
         sizes = check_mapping(cfg, p.world)
         assert (sizes.edp, sizes.dp_shard) == (row["edp"], row["dp"])
@@ -157,7 +161,8 @@ def test_uneven_loads_cost_time_and_may_not_fit(tmp_path: Path) -> None:
     (tmp_path / "loads.jsonl").write_text(json.dumps(line) + "\n")
     hot = read_trace(tmp_path, model)
     assert hot.slowest(8) == pytest.approx(4.0) and hot.slowest(4) == pytest.approx(4.0)
-    assert probability(hot, 8, 10.0, 1.0, 12.0) == 1.0 and probability(hot, 8, 10.0, 1.0, 14.0) == 0.0
+    full = hot.fullest(8)
+    assert probability(full, 10.0, 1.0, 12.0) == 1.0 and probability(full, 10.0, 1.0, 14.0) == 0.0
     with pytest.raises(ConfigError, match="8 experts for 128"):
         read_trace(tmp_path, load(["model=qwen3-30b-a3b"], kinds=False).model)
     p = problem()

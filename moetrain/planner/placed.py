@@ -138,11 +138,14 @@ def _kept(own_LR: Numbers, out_LR: Numbers, in_LR: Numbers, frees: bool) -> tupl
     # all, what comes home, and what is sent, laid out twice, or the sums at home.
     forward_LR = 2 * out_LR + in_LR - held_LR
     backward_LR = held_LR + out_LR + np.maximum(2 * in_LR, own_LR)
-    passing_R = np.maximum(forward_LR, backward_LR).max(0)
-    both = min(2, len(own_LR))  # freed after forward, a layer's come while those of the next are there
-    all_R, copies_R = ((both * x.max(0)) if frees else x.sum(0) for x in (held_LR, in_LR))
-    r = int((all_R + passing_R).argmax())
-    return float(all_R[r]), float(copies_R[r]), float(passing_R[r])
+    passing_LR = np.maximum(forward_LR, backward_LR)
+    if frees:  # after forward; in backward a layer's come while those of the layer after it are there
+        both = min(2, len(own_LR))
+        all_R, copies_R, most_R = both * held_LR.max(0), both * in_LR.max(0), both * held_LR.max(0) + passing_LR.max(0)
+    else:  # in backward those of the layers after it have gone
+        all_R, copies_R, most_R = held_LR.sum(0), in_LR.sum(0), (held_LR.cumsum(0) + passing_LR).max(0)
+    held = float(all_R.max())
+    return held, float(copies_R[most_R.argmax()]), float(most_R.max()) - held
 
 
 @dataclass(frozen=True)

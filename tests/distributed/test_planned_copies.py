@@ -1,9 +1,9 @@
-"""What a plan says that copies of experts hold is what ranks hold: weights to the byte, the worst moment by counting all
-tensors that there are."""
+"""What a plan says that copies of experts hold is what ranks hold: weights to the byte, the worst moment by counting
+all tensors that there are."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,9 @@ from moetrain.parallel.run import Inputs, local_inputs
 from moetrain.parallel.stages import all_stages
 from moetrain.planner.candidates import columns, row_of
 from moetrain.planner.cluster import load_cluster
-from moetrain.planner.footprint import footprint
+from moetrain.planner.copies import copies_bytes
 from moetrain.planner.loads import Load
-from moetrain.planner.search import Problem, _uneven
+from moetrain.planner.search import Problem
 from moetrain.planner.stage_run import Live
 from tests.distributed.toy_run import load
 
@@ -74,30 +74,33 @@ def run(cfg: Config, share_LE: list[list[float]], fsdp: bool) -> Seen:
     return Seen(held, live.most)
 
 
+SPREAD = "experts.placement.slots=1 experts.placement.budget=3 experts.placement.node_size=2"
+
+
 @pytest.mark.parametrize(
-    ("words", "fsdp"),
-    [
-        ("experts/placement=fssdp", False),
-        ("experts/placement=fssdp experts.placement.slots=1 experts.placement.budget=3 experts.placement.node_size=2", False),
-        ("experts/placement=fssdp experts.placement.reshard_every=0 train.recompute=full", False),
-        ("experts/placement=fssdp train.precision=bf16", True),
-    ],
+    "words",
+    ["", SPREAD, "experts.placement.reshard_every=0 train.recompute=full", "train.precision=bf16"],
+    ids=["default", "spread", "plain homes", "bf16"],
 )
-def test_copies_hold_what_is_planned(tmp_path: Path, words: str, fsdp: bool) -> None:
+def test_copies_hold_what_is_planned(tmp_path: Path, words: str) -> None:
     """4 ranks, three layers with other hot experts each. Weights of all layers on the fullest rank: to the byte (bf16
-    computes in 16 bits, but float32 travels). The worst moment, over that of plain expert parallelism: within 10%, as
-    activations of ranks with more rows are in it."""
+    computes in 16 bits, but float32 travels). The worst moment is in backward, and what it takes over that of plain
+    expert parallelism no more than planned, and not much less: the plan takes all activations to be there still."""
     share_LE = np.random.default_rng(1).dirichlet(np.full(8, 0.5), LAYERS)
-    cfg = load(tmp_path, [*TOY, *words.split()])
+    narrow = "bf16" in words  # which needs FSDP
+    cfg = load(tmp_path, [*TOY, "experts/placement=fssdp", *words.split()])
     plain = load(tmp_path, [*TOY, *(w for w in words.split() if w.startswith("train."))])
     p = Problem(cfg, load_cluster("h100"), WORLD, load=Load("made up", share_LE[None], steady=True))
-    m = columns([row_of(cfg, resolve_sizes(cfg.parallel, WORLD))])
-    placed, planned = p.placed, footprint(p.shape, m, _uneven(p, m)[0]).parts["copies"].item()
+    ranks = run_ranks(WORLD, run, cfg, share_LE.tolist(), narrow, timeout=200)
     expert = 4 * 3 * 24 * 512
-    ranks, without = (run_ranks(WORLD, run, c, share_LE.tolist(), fsdp, timeout=200) for c in (cfg, plain))
-    assert max(rank.held for rank in ranks) == placed.held * expert
-    assert planned == (placed.held + placed.passing) * expert
-    more = max(a.most - b.most for a, b in zip(ranks, without, strict=True))
-    print(more / expert, placed, [r.held / expert for r in ranks], [(a.most/expert, b.most/expert) for a, b in zip(ranks, without, strict=True)])
-    if not fsdp:
-        assert more == pytest.approx(planned, rel=0.1)
+    assert max(rank.held for rank in ranks) == p.placed.held * expert
+    if narrow:
+        return
+    run_of_plan = replace(p.run(), placed=p.placed)
+    m = columns([row_of(cfg, resolve_sizes(cfg.parallel, WORLD))])
+    planned = float(copies_bytes(p.shape, m, run_of_plan)[0])
+    assert planned == (p.placed.held + p.placed.passing) * expert
+    without = run_ranks(WORLD, run, plain, share_LE.tolist(), narrow, timeout=200)
+    own = 8 // WORLD * expert  # gradients of a layer, which the worst moment without copies has, too
+    more = max(a.most - b.most for a, b in zip(ranks, without, strict=True)) + own
+    assert 0.8 * planned < more <= planned

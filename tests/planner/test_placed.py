@@ -46,9 +46,9 @@ def test_rows_are_shared_as_training_shares_them() -> None:
 
 
 def test_copies_follow_the_loads_that_were_known() -> None:
-    """One expert of 8 has half of all rows, on 4 ranks with one slot: everywhere it costs its share, and the other seven
-    share the rest (two on most ranks). In a trace the copies are of the line before: where another expert is hot then,
-    they do not help."""
+    """One expert of 8 has half of all rows, on 4 ranks with one slot: everywhere it costs its share, and the other
+    seven share the rest (two on most ranks). In a trace the copies are of the line before: where another expert is hot
+    then, they do not help."""
     hot, other = np.full(8, 0.5 / 7), np.full(8, 0.5 / 7)
     hot[0] = other[7] = 0.5
     options = tuple((DEFAULT | {"slots": 1}).items())
@@ -70,7 +70,7 @@ def problem(world: int, *words: str, power: float = 1.2, **more: int) -> Problem
 
 
 def simulated(p: Problem, experts_s: float) -> float:
-    """Seconds that copies spare a step, by the replay of ``moetrain simulate`` of the loads of ``p``, which stand still;
+    """Seconds that copies spare a step, by ``moetrain simulate``'s replay of the loads of ``p``, which stand still, with
     copies sent as training sends them. experts_s: what the experts of plain expert parallelism take."""
     model = model_of(p.cfg)
     assert p.load is not None
@@ -92,9 +92,9 @@ def simulated(p: Problem, experts_s: float) -> float:
 
 @pytest.mark.parametrize("world", [8, 16])
 def test_copies_spare_what_the_simulator_says(world: int) -> None:
-    """In a node and in two, under a steep law, in float32, where weights travel as wide as the simulator has them. It is
-    told the rate of the experts, which the plan makes of more than products, from plain expert parallelism. Within 10%:
-    the plan takes 0.85 of the network where the simulator takes 0.8, and counts half a tile of rows for each expert."""
+    """In a node and in two, under a steep law, in float32, where weights travel as wide as the simulator has them. It
+    is told the rate of the experts, which the plan makes of more than products, from plain expert parallelism. Within
+    10%: the plan takes 0.85 of the network, the simulator 0.8, and the plan counts half a tile of each expert's rows."""
     p = problem(world)
     assert p.load is not None
     p = replace(p, load=Load("four draws", p.load.share_NLE[:4], steady=True))

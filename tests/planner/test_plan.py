@@ -50,8 +50,8 @@ def config(*words: str) -> Config:
     ],
 )
 def test_memory_is_that_of_a_dry_run(world: int, words: str) -> None:
-    """Which counts saved tensors and builds the optimizer, and lets dispatch=lsh compress nothing. Weights, gradients and state to the byte, activations to 5%;
-    and all pipeline ranks."""
+    """Which counts saved tensors and builds the optimizer, and lets dispatch=lsh compress nothing. Weights, gradients
+    and state to the byte, activations to 5%; and all pipeline ranks."""
     cfg = config(*words.split())
     sizes = check_mapping(cfg, world)
     p = Problem(cfg, load_cluster("h100"), world, sent=1.0)

@@ -60,18 +60,17 @@ def test_copies_follow_the_loads_that_were_known() -> None:
     assert same.rows == pytest.approx(still.rows) and moved.rows > 4 * 0.5
 
 
-def problem(world: int, *words: str, power: float = 1.2, **more: int) -> Problem:
-    batch = more.pop("global_batch", world)
+def problem(world: int, *words: str, power: float = 1.2) -> Problem:
     cfg = load(
         ["model=qwen3-30b-a3b", "model.n_layers=4", "model.vocab_size=2048", "train.seq_len=4096",
-         f"train.global_batch={batch}", "train.micro_batch=1", "train.precision=float32", *words]
+         f"train.global_batch={world}", "train.micro_batch=1", "train.precision=float32", *words]
     )  # fmt: skip
-    return Problem(cfg, load_cluster("h100"), world, load=zipf(cfg.model, power), precisions=("float32",))
+    return Problem(cfg, load_cluster("h100"), world, load=zipf(cfg.model, power), precisions=(cfg.train.precision,))
 
 
 def simulated(p: Problem, experts_s: float) -> float:
-    """Seconds that copies spare a step, by ``moetrain simulate``'s replay of the loads of ``p``, which stand still, with
-    copies sent as training sends them. experts_s: what the experts of plain expert parallelism take."""
+    """Seconds that copies spare a step, by the replay of ``moetrain simulate`` of the loads of ``p``, which stand
+    still, with copies sent as training sends them. experts_s: what the experts of plain expert parallelism take."""
     model = model_of(p.cfg)
     assert p.load is not None
     policy = {"kind": "fssdp", **dict(fssdp_options(p.cfg, p.cluster.domain))}
@@ -94,7 +93,7 @@ def simulated(p: Problem, experts_s: float) -> float:
 def test_copies_spare_what_the_simulator_says(world: int) -> None:
     """In a node and in two, under a steep law, in float32, where weights travel as wide as the simulator has them. It
     is told the rate of the experts, which the plan makes of more than products, from plain expert parallelism. Within
-    10%: the plan takes 0.85 of the network, the simulator 0.8, and the plan counts half a tile of each expert's rows."""
+    10%: the plan takes 0.85 of the network, the simulator 0.8, and the plan adds half a tile for each expert."""
     p = problem(world)
     assert p.load is not None
     p = replace(p, load=Load("four draws", p.load.share_NLE[:4], steady=True))
@@ -106,14 +105,14 @@ def test_copies_spare_what_the_simulator_says(world: int) -> None:
 def test_search_weighs_copies_where_loads_are_uneven() -> None:
     """Steep: the best mapping has them, and explaining it gives the same time. Nearly even: none has. Balanced, or in
     another framework: they are not looked at."""
-    p = problem(8, global_batch=64)
+    p = problem(8, "train.precision=bf16")
     found = search(p, top=10)
     best = found.best[0]
     assert best.row["placement"] == "fssdp" and sum(best.parts.values()) == pytest.approx(best.seconds, rel=0.02)
     words = {name: best.row[name] for name in ("ep", "cp", "tp", "micro_batch", "recompute", "offload", "context")}
     one = explain(p, {**words, "dp_replicate": best.row["rep"], "placement": "fssdp"})
     assert one.seconds == pytest.approx(best.seconds, rel=1e-6) and one.total == pytest.approx(best.total)
-    flat = search(problem(8, power=0.0, global_batch=64), top=1)
+    flat = search(problem(8, "train.precision=bf16", power=0.0), top=1)
     assert flat.best[0].row["placement"] == "ep"
     for other in (replace(p, load=None), replace(p, stack=replace(p.stack, name="megatron"))):
         assert search(other, top=1).looked_at < found.looked_at

@@ -15,6 +15,7 @@ import bench_experts
 import bench_lsh
 import bench_overhead
 import bench_placement
+import bench_plan
 import bench_simulate
 import bench_step
 
@@ -26,6 +27,7 @@ BENCHES = {
     "lsh": (bench_lsh, "rows sent and loss of dispatch=lsh, against uncompressed dispatch"),
     "placement": (bench_placement, "which ranks hold which experts, against plain expert parallelism"),
     "simulate": (bench_simulate, "the simulator of expert placement, beside Hecate's paper"),
+    "plan": (bench_plan, "predicted against measured time and memory of six mappings on this machine's CPU"),
     "data": (bench_data, "a mixture of 1,000 sources, against Hugging Face datasets and megatron-core"),
     "convert": (bench_convert, "a 30B-shaped checkpoint there and back, against a file copy and transformers"),
     "overhead": (bench_overhead, "guards, metrics, spans, checks and snapshots, on against off"),

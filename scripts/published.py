@@ -89,6 +89,52 @@ def qwen3_next() -> ModelShape:
     return ModelShape("qwen3-next", D, 151936, (delta, gated), (0, 0, 0, 1) * 12)
 
 
+def deepseek_v4_flash() -> ModelShape:
+    """DeepSeek-V4-Flash (transformers' deepseek_v4, whose defaults are its): one key for all heads, of the last 128
+    tokens and of stretches of 128 (or of 4, of which an indexer picks 512), hyper-connections of 4 streams, and one
+    prediction layer.
+
+    window: one in which a token sees as many keys, at 4096 tokens. scan: the indexer's scores; scan_width: the streams.
+    """
+    D, heads, d, S = 4096, 64, 512, 4096
+    plain = layer(D, heads, 1, d, 2048, moe(256, 6, 2048, D))
+    streams = (Matrix(24, 4 * D),) * 2
+    own = (
+        Matrix(1024, D),
+        Matrix(heads * d, 1024, 0),
+        Matrix(d, D),
+        Matrix(8 * 1024, heads * d // 8),
+        Matrix(D, 8 * 1024),
+    )
+
+    def kind(stretch: int, most: int, width: int, indexer: tuple[Matrix, ...], scores: float) -> LayerShape:
+        stretches = S / stretch / 2 if most * stretch >= S else most - most**2 * stretch / (2 * S)
+        seen = 128 - 128**2 / (2 * S) + stretches
+        window = S * (1 - (1 - 2 * seen / S) ** 0.5)
+        compressor = (Matrix(width, D), Matrix(width, D))
+        return replace(
+            plain,
+            attention=(*own, *compressor, *indexer, *streams),
+            window=round(window),
+            scan=scores,
+            scan_width=4 * D,
+        )
+
+    heavy = kind(128, S, d, (), 0.0)
+    indexer = (Matrix(256, D), Matrix(256, D), Matrix(64 * 128, 1024), Matrix(64, D))
+    sparse = kind(4, 512, 2 * d, indexer, 2.0 * 64 * 128 * S / 4 / 2)
+    order = (0, 0, *(0, 1) * 20, 0)
+    return ModelShape("deepseek-v4-flash", D, 129280, (heavy, sparse), order, mtp=1, extra=(Matrix(D, 2 * D),))
+
+
+def internal_352b() -> ModelShape:
+    """The model of MegaScale-MoE's table 3 (arXiv 2505.11432), of which layers, width, inner width, experts and top-k
+    are told. A shared expert as wide as the others and grouped keys are inferred: with them there are 352B parameters,
+    without them 343B; and a token takes the 282 GFLOP that its MFU and tokens per second imply (284, else 221 to 230).
+    """
+    return even("352b", 4096, 131072, 60, layer(4096, 32, 8, 128, 14336, moe(32, 3, 14336, 4096)))
+
+
 def moonlight() -> ModelShape:
     """Moonlight 16B-A3B (arXiv 2502.16982): a DeepSeek-V3 of 27 layers without a latent for queries."""
     words = ["model=deepseek-v3", "model.n_layers=27", "model.dim=2048", "model.attention.n_heads=16",
@@ -111,11 +157,12 @@ PRESETS = {
 MODELS: dict[str, Any] = {
     **{name: functools.partial(preset, of) for name, of in PRESETS.items()},
     "kimi k2": kimi,
+    "deepseek v4 flash": deepseek_v4_flash,
     "qwen3 next 80b a3b": qwen3_next,
     "moonlight 16b a3b": moonlight,
     "mixtral 8x22b g8t8": lambda: even("g8t8", 6144, 32768, 56, layer(6144, 48, 8, 128, 0, moe(64, 8, 2048, 6144))),
     "llama3 8x70b": lambda: even("8x70b", 8192, 128256, 80, layer(8192, 64, 8, 128, 0, moe(8, 2, 28672, 8192))),
-    "internal 352b": lambda: even("352b", 4096, 131072, 60, layer(4096, 32, 8, 128, 0, moe(32, 3, 14336, 4096))),
+    "internal 352b": internal_352b,
     "llama3 70b dense": lambda: even("llama3-70b", 8192, 128256, 80, layer(8192, 64, 8, 128, 28672)),
     "llama3 405b dense": lambda: even("llama3-405b", 16384, 128256, 126, layer(16384, 128, 8, 128, 53248)),
     "nemotron 3 nano": lambda: nemotron("nano", 2688, (23, 23, 6), 64, moe(128, 6, 1856, 2688, 1), 3712),
@@ -163,7 +210,7 @@ def model(name: str) -> ModelShape:
 
 def shape_named(text: str) -> tuple[str, ModelShape] | None:
     """The model that ``text`` names."""
-    plain = re.sub(r"[^a-z0-9]+", " ", text.lower()).strip().replace("deepseekv3", "deepseek v3")
+    plain = re.sub(r"[^a-z0-9]+", " ", text.lower()).strip().replace("deepseekv", "deepseek v")
     for name in sorted(MODELS, key=len, reverse=True):
         if plain.startswith(name):
             return name, model(name)

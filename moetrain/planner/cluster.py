@@ -43,6 +43,11 @@ class Cluster:
         default=None, ge=1, description="network cards of a machine, which its GPUs share evenly; null: one for each"
     )
     launch_us: Latency | None = Field(default=None, description="time to start one operation; null: the stack's")
+    ring_gb_s: Rate | None = Field(
+        default=None,
+        description="what all-gathers and reduce-scatters reach in a domain, where measured: gloo's are slow",
+    )
+    ring_us: Latency | None = Field(default=None, description="the start of one of them, microseconds; null: link_us")
     sustained: float = Field(
         default=1.0, gt=0.2, le=1, description="share of tflops that the best of large products was measured to reach"
     )

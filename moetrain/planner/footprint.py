@@ -120,8 +120,9 @@ class _Pieces:
             root = root + sum((e.gathered for e in ends), np.zeros(len(m)))
             for k, count in enumerate(stage.counts):
                 if stage.last:  # the product that is added to the head's gradient, and the logits of a chunk of tokens
-                    logits = 2**23 * narrow + self.shape.vocab / m.tp * self.shape.dim * narrow
-                    found["working"] = np.maximum(found["working"], logits)
+                    columns = self.shape.vocab / m.tp
+                    chunk = np.minimum(2**23, m.tokens(run.seq_len) * m.tp * columns)
+                    found["working"] = np.maximum(found["working"], (chunk + columns * self.shape.dim) * narrow)
                 if count:
                     block = np.maximum(block, self.layers[k][0].gathered + self.layers[k][1].gathered)
                     found["working"] = np.maximum(found["working"], self.kept[k][1])

@@ -27,14 +27,17 @@ class Group:
         return np.clip(domain // np.maximum(1, self.stride), 1, self.size)
 
 
-def ring(volume: Numbers, group: Group, cluster: Cluster, c: Constants) -> Numbers:
+def ring(volume: Numbers, group: Group, cluster: Cluster, c: Constants, calls: int = 1) -> Numbers:
     """An all-gather or reduce-scatter of ``volume`` bytes (the whole tensor). Between domains each rank has its own way
-    out, and those of one domain share what has to cross."""
+    out, and those of one domain share what has to cross. calls: that the volume is split into, which counts where their
+    start was measured (``ring_us``); on a GPU one is queued behind the other."""
     inside = group.inside(cluster.domain)
     crosses = group.size > inside
-    fast, slow = cluster.link_gb_s * 1e9 * c.plain, cluster.network_gb_s * 1e9 * c.network
+    fast = 1e9 * (cluster.link_gb_s * c.plain if cluster.ring_gb_s is None else cluster.ring_gb_s)
+    slow = cluster.network_gb_s * 1e9 * c.network
     speed = np.where(crosses, np.minimum(fast, slow * inside), fast)
-    latency = np.where(crosses, cluster.network_us, cluster.link_us) * 1e-6
+    start = cluster.link_us if cluster.ring_us is None else cluster.ring_us * calls
+    latency = np.where(crosses, cluster.network_us, start) * 1e-6
     n = group.size
     return np.where(n > 1, volume * (n - 1) / n / speed + latency * np.log2(np.maximum(n, 2)), 0.0)
 

@@ -352,9 +352,9 @@ class Pricer:
         experts = sum((c * k.experts.numel for c, k in zip(counts, kinds, strict=True) if k.experts), 0) / (
             m.ep * m.etp
         )
-        for numel, group in ((dense, fsdp), (experts, edp)):
-            gather = gather + links.ring(numel * s.run.narrow, group, s.cluster, s.c)
-            reduce = reduce + links.ring(numel * s.stack.gradients, group, s.cluster, s.c)
+        for numel, group, calls in ((dense, fsdp, sum(counts) + 1), (experts, edp, sum(counts))):
+            gather = gather + links.ring(numel * s.run.narrow, group, s.cluster, s.c, calls)
+            reduce = reduce + links.ring(numel * s.stack.gradients, group, s.cluster, s.c, calls)
         copies = 2 * links.ring(
             dense / np.maximum(1, m.dp * m.cp) * 4.0, Group(m.rep, m.dp * m.cp * m.tp), s.cluster, s.c
         )

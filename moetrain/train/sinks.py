@@ -7,6 +7,7 @@ import errno
 import json
 import logging
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -214,13 +215,15 @@ class Writer:
 
 
 def flat(metrics: dict[str, Any]) -> dict[str, float]:
-    """Numbers of ``metrics``, lists and dicts spread out as name/key."""
+    """Numbers of ``metrics``, lists and dicts spread out as name/key; of events, how many of each kind."""
     out: dict[str, float] = {}
     for name, value in metrics.items():
+        if name == "events":
+            value = Counter(event["event"] for event in value)
+        elif isinstance(value, list):
+            value = dict(enumerate(value))
         if isinstance(value, dict):
             out.update(flat({f"{name}/{k}": v for k, v in value.items()}))
-        elif isinstance(value, list):
-            out.update({f"{name}/{i}": float(v) for i, v in enumerate(value)})
         elif isinstance(value, int | float):
             out[name] = float(value)
     return out

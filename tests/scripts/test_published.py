@@ -48,6 +48,18 @@ def test_model_flops_are_the_published_ones(
     assert flops / 1e9 == pytest.approx(gflop, rel=0.02)
 
 
+def test_v4_flash_has_the_parameters_of_transformers_and_the_published_flops() -> None:
+    """Built on no device, to 0.01%; 90.8 GFLOP a token (Megatron-Bridge, at 4096 tokens), prediction layer and all."""
+    import torch
+    from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
+
+    with torch.device("meta"):
+        theirs = sum(p.numel() for p in DeepseekV4ForCausalLM(DeepseekV4Config()).parameters())
+    shape = published.model("deepseek v4 flash")
+    assert shape.count() == pytest.approx(theirs, rel=1e-4)
+    assert shape.flops_per_token(4096) / 1e9 == pytest.approx(90.8, rel=0.02)
+
+
 @pytest.fixture
 def folding(tmp_path: Path) -> list[published.Row]:
     file = tmp_path / "rows.csv"

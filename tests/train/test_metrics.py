@@ -63,8 +63,11 @@ def test_jsonl_waits_for_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFi
 def test_tensorboard_reads_back_what_was_written(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    """One number, one a domain, one a layer; and events, of which scalars say how many."""
     sink = TensorBoard(tmp_path, resumed_step=0)
-    sink.write(1, {"loss": 2.5, "val_loss_by_domain": {"code": 3.5}, "dead_experts_by_layer": [0, 1]})
+    told = [{"event": "skipped", "step": 1, "samples": [8, 9]}, {"event": "save", "step": 1}]
+    by_layer = {"dead_experts_by_layer": [0, 1]}
+    sink.write(1, {"loss": 2.5, "val_loss_by_domain": {"code": 3.5}, **by_layer, "events": told})
     sink.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     values = {tag: events.Scalars(tag)[0].value for tag in events.Tags()["scalars"]}
@@ -73,6 +76,8 @@ def test_tensorboard_reads_back_what_was_written(tmp_path: Path) -> None:
         "val_loss_by_domain/code": 3.5,
         "dead_experts_by_layer/0": 0.0,
         "dead_experts_by_layer/1": 1.0,
+        "events/skipped": 1.0,
+        "events/save": 1.0,
     }
 
 

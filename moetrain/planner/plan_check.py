@@ -16,7 +16,7 @@ from moetrain.config.check import check_mapping
 from moetrain.config.errors import ConfigError
 from moetrain.planner.candidates import columns, placement_of, precision_of, row_of
 from moetrain.planner.cluster import load_cluster
-from moetrain.planner.loads import read_trace
+from moetrain.planner.loads import SENT, read_trace
 from moetrain.planner.search import Plan, Problem, description, priced, refined
 
 SKIPPED = 2  # first logged lines: warm-up
@@ -58,7 +58,10 @@ def compare(run_dir: Path, cluster: str) -> dict[str, Any]:
         raise ConfigError(f"{run_dir}/metrics.jsonl has too few steps to compare with: more than {SKIPPED} logged ones")
     world = cfg.launch.ranks
     load = read_trace(run_dir, cfg.model) if placement_of(cfg) == "fssdp" else None  # which follows the loads
-    p = Problem(cfg, load_cluster(cluster), world, load=load, precisions=(precision_of(cfg),))
+    sent = [line["lsh_sent_share"] for line in lines if line.get("lsh_sent_share")] or [SENT]
+    p = Problem(
+        cfg, load_cluster(cluster), world, load=load, precisions=(precision_of(cfg),), sent=statistics.median(sent)
+    )
     plan = predict(p)
     speed = statistics.median(speeds)
     numbers = {

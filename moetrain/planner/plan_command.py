@@ -157,7 +157,7 @@ def explain(p: Problem, mapping: dict[str, Any]) -> Plan:
         cfg.parallel.schedule = "interleaved_1f1b"
     found = row_of(cfg, check_mapping(cfg, p.world))
     found |= {name: mapping[name] for name in ("precision", "dispatch") if name in mapping}
-    if mapping.get("placement", "ep") != found["placement"]:
+    if mapping.get("placement", found["placement"]) != found["placement"]:
         raise ConfigError(f"placement={mapping['placement']}: one rank has all experts, so there is nothing to place")
     check_placed(p, found["placement"])
     return refined(replace(p, cfg=cfg), priced(replace(p, cfg=cfg), columns([found])))

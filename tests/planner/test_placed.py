@@ -134,6 +134,7 @@ def test_an_emitted_placement_is_what_train_accepts(tmp_path: Path, capsys: pyte
     assert one.experts.placement.slots == 3
     plain = emitted("plain", *sparse, "mapping=ep=4,placement=ep")
     assert not hasattr(plain.experts.placement, "slots")
+    assert emitted("chosen", *sparse, "mapping=ep=4").experts.placement.slots == 3
     node = emitted("node", "zipf=1.5", "mapping=ep=4,placement=fssdp")
     assert node.experts.placement.node_size == 8
 

@@ -24,7 +24,7 @@ from moetrain.planner.candidates import OFFLOAD, RECOMPUTE, Mappings, columns
 from moetrain.planner.footprint import footprint
 from moetrain.planner.legal import legal_mappings
 from moetrain.planner.rates import FITTED
-from moetrain.planner.search import SLACK, telling
+from moetrain.planner.search import SLACK
 from moetrain.planner.step_time import Pricer
 
 SIZES = ("pp", "vpp", "tp", "cp", "ep", "etp", "micro_batch")
@@ -73,9 +73,7 @@ def among_all(row: Row) -> tuple[int, int, float] | None:
     keys = (m.pp * 1000 + m.vpp) * 100 + m.schedule
     for key in np.unique(keys):
         part = m.take(keys == key)
-        part = part.take(
-            footprint(s.shape, part, run, only=telling(int(part.pp[0]))).total <= SLACK * s.cluster.memory_gib * 2**30
-        )
+        part = part.take(footprint(s.shape, part, run).total <= SLACK * s.cluster.memory_gib * 2**30)
         if not len(part):
             continue
         for time, one in zip(Pricer(s).step(part).seconds, _names(part), strict=True):

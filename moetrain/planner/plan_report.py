@@ -52,7 +52,7 @@ def best_table(p: Problem, found: Found, tokens: float | None) -> RenderableType
     heads += ["days", "GPU-hours"] if tokens is not None else []
     heads += ["out of memory"] if p.load is not None else []
     for head in (*heads, "loses by"):
-        table.add_column(head, justify="left" if head in ("mapping", "loses by") else "right")
+        table.add_column(head, justify="left" if head in ("mapping", "loses by") else "right", overflow="fold")
     for i, plan in enumerate(found.best):
         cells = [
             str(i + 1),

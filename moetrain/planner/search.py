@@ -155,19 +155,13 @@ def evaluate(p: Problem, m: Mappings) -> tuple[Numbers, Numbers]:
         for start in range(0, len(of_key), CHUNK):
             places = of_key[start : start + CHUNK]
             part = m.take(places)
-            memory[places] = footprint(p.shape, part, _uneven(p, part)[0], only=telling(int(part.pp[0]))).total
+            memory[places] = footprint(p.shape, part, _uneven(p, part)[0]).total
             memory[places] += np.where(_host_full(p, part), np.inf, 0.0)
             able = places[memory[places] <= p.capacity]
             seconds[places] = np.inf
             if len(able):
                 seconds[able] = Pricer(_setting(p, m.take(able))).step(m.take(able)).seconds
     return seconds, memory
-
-
-def telling(pp: int) -> tuple[int, ...]:
-    """Pipeline ranks of which one is the fullest: the first hold most micro-batches, the last has the head, and stages
-    are split by cost, so those between hold no more than the second or third."""
-    return tuple(sorted({0, min(1, pp - 1), min(2, pp - 1), pp - 1}))
 
 
 def _host_full(p: Problem, m: Mappings) -> Any:

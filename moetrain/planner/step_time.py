@@ -260,7 +260,8 @@ class Pricer:
         group = Group(m.ep, m.etp)
         cost = [links.DISPATCH_COST["two_step" if s.stack.once and name == "all_to_all" else name] for name in DISPATCH]
         travel = skew if s.travel is None or x.capacity is not None else s.travel
-        sent = Sent(T * share * travel, x.top_k, x.dim * e, group)
+        whole = m.dispatch == DISPATCH.index("all_gather")  # of which the loads are no matter
+        sent = Sent(np.where(whole, T, T * share * travel), x.top_k, x.dim * e, group)
         one_way = np.select([m.dispatch == i for i in range(len(cost))], [f(sent, s.cluster, c) for f in cost], zero)
         split = links.ring(rows * x.dim * e, Group(m.etp, np.ones(len(m))), s.cluster, c)
         one_way = one_way + split

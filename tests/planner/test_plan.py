@@ -23,7 +23,7 @@ from moetrain.planner.legal import legal_mappings
 from moetrain.planner.loads import probability, read_trace, zipf
 from moetrain.planner.plan_command import explain
 from moetrain.planner.plan_words import read_mapping
-from moetrain.planner.search import Problem, search
+from moetrain.planner.search import Problem, evaluate, priced, search
 from moetrain.planner.shape import shape_of, with_mtp
 from moetrain.planner.timeline import bound, simulate
 
@@ -131,6 +131,16 @@ def test_a_run_accepts_every_mapping_that_is_searched() -> None:
         cfg = load([*SMALL[:2], *SMALL[3:], "model=qwen3-30b-a3b", "model.n_layers=8", "train.global_batch=64", *words])
         sizes = check_mapping(cfg, p.world)
         assert (sizes.edp, sizes.dp_shard) == (row["edp"], row["dp"])
+
+
+def test_every_mapping_of_a_search_fits_on_all_pipeline_ranks() -> None:
+    """Also where one between the first and the last is the fullest, as with 8 stages of 48 layers split by cost."""
+    p = Problem(config("model=qwen3-30b-a3b", "train.global_batch=128"), load_cluster("h100"), 16)
+    m = legal_mappings(p.cfg, p.cluster, p.world, p.precisions)
+    m = m.take((m.pp == 8) & (m.micro_batch <= 2))
+    m = m.take(np.unique(np.linspace(0, len(m) - 1, 300).astype(int)))
+    whole = [max(priced(p, m.take([i])).by_stage) for i in range(len(m))]
+    assert evaluate(p, m)[1] == pytest.approx(whole)
 
 
 def test_search_finds_the_fastest_that_fits() -> None:

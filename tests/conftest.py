@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 from omegaconf import DictConfig
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from moetrain.config import presets
 
@@ -17,12 +19,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MOETRAIN_SEED", str(random.SystemRandom().randrange(10**6)))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+class ByFile(LoadScopeScheduling):
     """A file stays with one worker, which makes its fixtures once. Mappings are long, have none, and go where there is
     room, at the end."""
-    for item in items:
-        if item.path.name != "test_parity.py":
-            item.add_marker(pytest.mark.xdist_group(item.path.relative_to(item.config.rootpath).as_posix()))
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return nodeid if file.endswith("test_parity.py") else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:
+    return ByFile(config, log)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

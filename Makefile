@@ -3,12 +3,13 @@
 # make slurm-test   launch, preempt, requeue and cancel on a two-node Slurm on this machine; needs root (docs/cluster.md)
 # make setup   only set up .venv; done again when pyproject.toml changes
 # make chaos   20 faults at random moments; SEED=n says which
-# Choose another Python with PYTHON=..., another torch with TORCH="torch==...".
+# Choose another Python with PYTHON=..., another torch with TORCH="torch==...", more workers for the tests with WORKERS=n.
 
 SHELL := /bin/bash
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 TORCH ?= torch==2.13.0
+WORKERS ?= 2
 # Debian keeps the venv module in a package of its own; root can install it.
 VENV_PACKAGE = test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y -qq python3-venv
 BIN := .venv/bin
@@ -23,7 +24,7 @@ test: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 slurm-test: $(STAMP)
 	scripts/slurm_test.sh $(BIN)/python

@@ -34,6 +34,8 @@ def run(job: Job) -> NoReturn:
     """Become torchrun: this process ends with it. Leaves a note in the run directory."""
     command = words(job)
     write_note(job.run_dir, "local", str(os.getpid()), job.run_dir / "log.txt")
+    # torchrun tells the ranks' address once; a machine that joins later would wait for it in vain, and end the others.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     os.environ.update(job.settings.env)
     os.execvp(command[0], command)
 

@@ -25,7 +25,7 @@ from tests.distributed.test_rank_death import rank_of
 from tests.distributed.toy_run import BASE, load
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 200
+STEPS = 80
 WORDS = [*BASE, f"train.steps={STEPS}", "train.micro_batch=2", "checkpoint.every=20", "parallel.ep=2", "launch.ranks=2",
          "device=cpu", "data=own", "data.name=toy", "data.dir=prepared", "data.tokenizer.vocab_size=300",
          "parallel.timeout_s=20"]  # fmt: skip

@@ -264,7 +264,10 @@ void down_gradient(Rows<T> dy, Matrices<W> w2, const float* s, const T* h, T* a,
       const float weight = s ? s[row] : 1.0f;
       float sums[16] = {};
       for (i64 c = 0; c < t.columns; c++) value[c] = activation<ACT>(gate[c], up[c], in_gate[c], in_up[c]);
-      for (i64 c = 0; c < t.columns; c++) sums[c % 16] += da[c] * value[c];
+      i64 whole = 0;
+      for (; whole + 16 <= t.columns; whole += 16)
+        for (i64 lane = 0; lane < 16; lane++) sums[lane] += da[whole + lane] * value[whole + lane];
+      for (i64 lane = 0; whole + lane < t.columns; lane++) sums[lane] += da[whole + lane] * value[whole + lane];
       for (i64 c = 0; c < t.columns; c++) {
         value[c] *= weight;
         in_gate[c] *= weight * da[c];

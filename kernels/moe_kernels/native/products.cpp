@@ -116,7 +116,7 @@ void rows_product(Rows<T> a, Matrices<W> w, const i64* counts, i64 threads, Then
 bool is_far(const i64* counts, i64 experts, i64 bytes) {
   i64 rows = 0;
   for (i64 e = 0; e < experts; e++) rows += counts[e];
-  return rows * bytes > (i64(8) << 20);
+  return rows * bytes >= (i64(8) << 20);
 }
 
 template <class T>

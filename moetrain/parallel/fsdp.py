@@ -78,7 +78,8 @@ def shard(
         # The loss is divided once by the global token count, so every reduction is a plain sum. Both setters act on one
         # module only; gloo has no scaled reduction, hence the forced sum.
         if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
+            if dense_mesh.size() > 1 or expert_mesh.size() > 1:  # one rank would divide by 1, in a pass of its own
+                module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     _prefetch(blocks, prefetch)
 

@@ -83,7 +83,8 @@ def clip_gradients(model: nn.Module, max_norm: float, ranks: int) -> float:
     total = square.sqrt()
     if max_norm > 0:
         scale = float((max_norm / (total + 1e-6)).clamp(max=1.0))
-        torch._foreach_mul_([g for grads in shares.values() for g in grads], scale)
+        if scale != 1.0:
+            torch._foreach_mul_([g for grads in shares.values() for g in grads], scale)
     return float(total)
 
 

@@ -49,6 +49,15 @@ inline void weights_of(const float* __restrict scores, Seen seen, float scale, f
   for (int32_t c = 0; c < ROWS; c++) p[c] = seen(c) ? exponential(scale * scores[c] - above) : 0.0f;
 }
 
+// The gradient of the loss in the scores, from ``above``, that in p.
+inline void slopes_of(const float* __restrict p, const float* __restrict above, Seen seen, float scale, float delta,
+                      float* __restrict slopes) {
+  for (int32_t c = 0; c < ROWS; c++) {
+    const float slope = scale * p[c] * (above[c] - delta);
+    slopes[c] = seen(c) ? slope : 0.0f;
+  }
+}
+
 constexpr int LANES = 16;
 inline float sum(const float (&lanes)[LANES]) {
   float total = 0;
@@ -176,11 +185,9 @@ void backward(const Shape& s, const T* q, const T* k, const T* v, const T* out, 
             std::fill(ds.data + rows * ROWS, ds.data + ROWS * ROWS, T{});
             for (i64 r = 0; r < rows; r++) {
               const Seen seen(s.first[b * s.S + start + r] - j * ROWS, start + r + 1 - j * ROWS);
-              const float* above = dp.data + r * ROWS;
               float weights[ROWS], slopes[ROWS];
               weights_of(scores.data + r * ROWS, seen, s.scale, lse[(b * s.H + h) * s.S + start + r], weights);
-              for (int32_t c = 0; c < ROWS; c++)
-                slopes[c] = seen(c) ? s.scale * weights[c] * (above[c] - delta[r]) : 0.0f;
+              slopes_of(weights, dp.data + r * ROWS, seen, s.scale, delta[r], slopes);
               convert(weights, ROWS, p.data + r * ROWS);
               convert(slopes, ROWS, ds.data + r * ROWS);
             }

@@ -13,6 +13,7 @@ namespace {
 constexpr i64 CHUNK = 1024;      // rows for which a matrix is packed once, at most
 constexpr i64 CACHED = 1 << 19;  // values of rows in a scratch, and of a matrix
 constexpr i64 GROUP = 256;       // columns that are packed together, at most: whole cache lines are read, one after another
+constexpr i64 FAR = 8 << 20;     // bytes of a result that does not stay in the cache
 constexpr i64 INNER = 1024;      // of the inner dimension, what is multiplied at a time
 
 // ---- rows times an expert's matrix -----------------------------------------------------------------------------------
@@ -116,7 +117,7 @@ void rows_product(Rows<T> a, Matrices<W> w, const i64* counts, i64 threads, Then
 bool is_far(const i64* counts, i64 experts, i64 bytes) {
   i64 rows = 0;
   for (i64 e = 0; e < experts; e++) rows += counts[e];
-  return rows * bytes > (i64(8) << 20);
+  return rows * bytes >= FAR;
 }
 
 template <class T>
@@ -264,7 +265,10 @@ void down_gradient(Rows<T> dy, Matrices<W> w2, const float* s, const T* h, T* a,
       const float weight = s ? s[row] : 1.0f;
       float sums[16] = {};
       for (i64 c = 0; c < t.columns; c++) value[c] = activation<ACT>(gate[c], up[c], in_gate[c], in_up[c]);
-      for (i64 c = 0; c < t.columns; c++) sums[c % 16] += da[c] * value[c];
+      i64 whole = 0;
+      for (; whole + 16 <= t.columns; whole += 16)
+        for (i64 lane = 0; lane < 16; lane++) sums[lane] += da[whole + lane] * value[whole + lane];
+      for (i64 lane = 0; whole + lane < t.columns; lane++) sums[lane] += da[whole + lane] * value[whole + lane];
       for (i64 c = 0; c < t.columns; c++) {
         value[c] *= weight;
         in_gate[c] *= weight * da[c];
@@ -292,8 +296,8 @@ void weight_gradient(Rows<T> left, Rows<T> right, W* out, bool add, const i64* c
   {
     const i64 widest = std::min(up_to(tallest, DEPTH), chunk);
     Scratch<T> lefts(widest * ROWS), rights(widest * up_to(N, COLS));
-    const bool direct = sizeof(W) == 4;
-    Scratch<float> sums(direct ? 0 : M * N);
+    const bool direct = sizeof(W) == 4, far = direct && !add && experts * M * N * i64(sizeof(W)) >= FAR;
+    Scratch<float> sums(direct ? 0 : M * N), tile(ROWS * COLS);
 #pragma omp for schedule(dynamic, 1)
     for (size_t i = 0; i < tasks.size(); i++) {
       const Task& task = tasks[i];
@@ -301,20 +305,25 @@ void weight_gradient(Rows<T> left, Rows<T> right, W* out, bool add, const i64* c
       float* to = direct ? reinterpret_cast<float*>(matrix) : sums.data;
       for (i64 r = 0; r < task.rows; r += chunk) {
         const i64 rows = std::min(chunk, task.rows - r), depth = up_to(rows, DEPTH);
+        const bool apart = far && rows == task.rows;  // the product is the sum
         pack_rows([&](i64 k) { return right[task.row + r + k]; }, rows, N, depth, rights.data);
         for (i64 m = task.column; m < task.end; m += ROWS) {
           const i64 high = std::min(ROWS, task.end - m);
           pack_columns([&](i64 k) { return left[task.row + r + k] + m; }, rows, high, depth, lefts.data);
           for (i64 column = 0; column < N; column += COLS) {
             const i64 columns = std::min(COLS, N - column);
-            tile_product<T>(high, columns, depth, lefts.data, depth, rights.data + column * depth, columns,
-                            to + m * N + column, N, add || r > 0);
+            float* sum = apart ? tile.data : to + m * N + column;
+            tile_product<T>(high, columns, depth, lefts.data, depth, rights.data + column * depth, columns, sum,
+                            apart ? columns : N, add || r > 0);
+            if (apart)
+              for (i64 i = 0; i < high; i++) stream(sum + i * columns, columns, to + (m + i) * N + column);
           }
         }
       }
       if constexpr (sizeof(W) == 2)
         convert(to + task.column * N, (task.end - task.column) * N, matrix + task.column * N);
     }
+    streamed();
     at::native::cpublas::brgemm_release(PAIR<T> == 2);
   }
 }

@@ -87,6 +87,7 @@ def test_places_on_an_axis() -> None:
     assert places(["1e-4", "1e-3", "1e-2"])[0] == pytest.approx([0, 0.5, 1])
     assert places(["wsd", "cosine", "wsd"]) == ([0.25, 0.75, 0.25], [(0.25, "wsd"), (0.75, "cosine")])
     assert places(["5", "5"])[0] == [0.5, 0.5]
+    assert [label for _, label in places(["1", "1.01", "2"])[1]] == ["1", "2"]  # none over another
 
 
 def test_a_key_weighs_what_it_explains() -> None:

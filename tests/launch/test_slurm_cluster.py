@@ -232,11 +232,9 @@ def test_a_sweep_is_an_array_through_submitit(cluster: Path) -> None:
     assert (folder / "001" / "saved").exists()
 
 
-def test_a_sweep_of_slurm_jobs_outlives_the_process_that_started_it(
-    cluster: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Three stand-ins at a time, on a cluster without accounts. The sweep is told to stop and goes on: it finds its jobs.
-    One of them is put back into the queue and starts again, which is no failure; one is cancelled, which is."""
+def test_a_sweep_outlives_the_process_that_started_it(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without accounts. The sweep is stopped, goes on, and finds its three jobs. One of them is put back into the queue
+    and starts again, which is no failure; one is cancelled, which is."""
     launchers = pytest.importorskip("moetrain.sweep.launchers")
     for package in ("submitit", "joblib"):
         pytest.importorskip(package)
@@ -253,14 +251,12 @@ def test_a_sweep_of_slurm_jobs_outlives_the_process_that_started_it(
 
     monkeypatch.setattr(launchers, "at_work", find)
     monkeypatch.setenv("DRIVER", str(os.getpid()))
-    settings = ["launch.slurm.time=10", "sweep.launcher=slurm", "sweep.jobs=3", "run_dir=driven"]
-    assert cli.main(["train", "-m", "seed=0,1,2", *settings]) == 85
+    words = ["seed=0,1,2", "launch.slurm.time=10", "sweep.launcher=slurm", "sweep.jobs=3", "run_dir=driven"]
+    assert cli.main(["train", "-m", *words]) == 85
     assert cli.main(["train", "-m", "--resume", "driven"]) == 1
-    assert "1 of 3 runs of the sweep driven failed: 002" in capsys.readouterr().err
     until(lambda: ended(Path("driven/001")), Path("driven/001"))
     told = moetrain(cluster, "launch", "status", "driven").splitlines()
-    states = ["COMPLETED", "COMPLETED, restarted 1 times", "CANCELLED"]
-    assert all(state in line for state, line in zip(states, told, strict=True)), told
+    assert "COMPLETED" in told[0] and "COMPLETED, restarted 1 times" in told[1] and "CANCELLED" in told[2], told
     assert cli.main(["train", "-m", "--resume", "driven"]) == 0
     starts = sorted(Path("driven/started").read_text().splitlines())
     assert starts == ["000 0", "001 0", "001 1", "002 0", "002 0"]
@@ -280,10 +276,9 @@ if run.name == "000":
     os.kill(int(os.environ["DRIVER"]), signal.SIGTERM)
 while not (run / "found").exists() and not seen.exists():
     time.sleep(0.1)
-what = {"001": ["scontrol", "requeue", job], "002": ["scancel", job]}.get(run.name)
-if what and not seen.exists():
+if run.name != "000" and not seen.exists():
     seen.touch()
-    subprocess.run(what)
+    subprocess.run(["scontrol", "requeue", job] if run.name == "001" else ["scancel", job])
     time.sleep(300)
 (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 3.0, "val_loss": 3.0}) + "\\n")
 (run / "summary.json").write_text(json.dumps({"exit_reason": "finished"}))

@@ -33,11 +33,11 @@ def numbers_of(values: Sequence[str | float | None]) -> list[float | None] | Non
 
 def places(values: Sequence[str | float | None]) -> tuple[list[float | None], list[tuple[float, str]]]:
     """(place of each value from 0, the foot, to 1; labels with their places). Numbers that span more than a factor of
-    20 are placed by their logarithm; what is no number is spread evenly, in order of appearance."""
+    20 are placed by their logarithm; what is no number is spread evenly, by name."""
     numbers = numbers_of(values)
     given = [value for value in numbers or [] if value is not None]
     if numbers is None or not given:
-        names = list(dict.fromkeys(str(value) for value in values if value is not None))
+        names = sorted({str(value) for value in values if value is not None})
         at = {name: (n + 0.5) / len(names) for n, name in enumerate(names)}
         return [None if v is None else at[str(v)] for v in values], [(at[name], name[:16]) for name in names]
     log = min(given) > 0 and max(given) > 20 * min(given)

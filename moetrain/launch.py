@@ -27,7 +27,7 @@ WAYS: dict[str, Any] = {
     "slurm": slurm,
     "array": array,
 }  # those that leave a note in the run directory
-OVER = ("ended", "COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "look there")  # in what ``state`` says
+OVER = ("ended", "look there", *slurm.ENDED)  # in what ``state`` says
 
 
 def check_nodes(cfg: Config) -> None:
@@ -133,12 +133,24 @@ def status(target: str) -> str:
     """Where the run stands: its job, its last step, its end. target: a run directory, or k8s:NAMESPACE/NAME."""
     if target.startswith("k8s:"):
         return kubernetes.state(target)
-    run_dir = Path(target)
-    lines = [WAYS[note.kind].state(note) for note in notes(run_dir)]
-    runs = sorted(file.parent for file in run_dir.glob("*/config.yaml"))  # of a sweep
-    return "\n".join(
-        [*lines, *(f"{run.name}: {progress(run)}" for run in runs)] if runs else [*lines, progress(run_dir)]
-    )
+    run_dir, runs = Path(target), runs_of(Path(target))
+    if not runs:
+        return "\n".join([*(WAYS[note.kind].state(note) for note in notes(run_dir)), progress(run_dir)])
+    lines = [WAYS[note.kind].state(note) for note in notes(run_dir)] if noted(run_dir) else []
+    for run in runs:
+        states = [WAYS[note.kind].state(note) for note in notes(run)] if noted(run) else []
+        lines.append(f"{run.name}: {'; '.join([*states, progress(run)])}")
+    return "\n".join(lines)
+
+
+def noted(run_dir: Path) -> bool:
+    """Whether ``run_dir`` has a note of a launch."""
+    return any(run_dir.glob("launch*.json"))
+
+
+def runs_of(folder: Path) -> list[Path]:
+    """The run directories of the sweep in ``folder``; none where it holds a single run."""
+    return sorted(file.parent for file in folder.glob("*/config.yaml"))
 
 
 def progress(run_dir: Path) -> str:
@@ -165,7 +177,9 @@ def cancel(target: str) -> str:
     """Stop the run for good: what was done. Raises LaunchError."""
     if target.startswith("k8s:"):
         return kubernetes.cancel(target)
-    return "\n".join(WAYS[note.kind].cancel(note) for note in notes(Path(target)))
+    run_dir = Path(target)
+    places = [run_dir] if noted(run_dir) else [run for run in runs_of(run_dir) if noted(run)] or [run_dir]
+    return "\n".join(WAYS[note.kind].cancel(note) for place in places for note in notes(place))
 
 
 def logs(target: str, lines: int, follow: bool) -> None:

@@ -20,6 +20,8 @@ def refuse_no_run(folder: Path, what: str = "--resume") -> None:
     """Raise ConfigError unless ``folder``, which was given to ``what``, is a run directory."""
     if not folder.is_dir():
         raise ConfigError(f"{what} {folder}: there is no such folder")
+    if (folder / "sweep.yaml").is_file():
+        raise ConfigError(f"{what} {folder}: this is a sweep; give one of its runs, or 'train -m --resume' for all")
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"{what} {folder}: not a run directory, it has no config.yaml")
 

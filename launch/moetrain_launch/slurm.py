@@ -13,6 +13,8 @@ from pathlib import Path
 
 from moetrain_launch.job import CANNOT_RUN, REQUEUE, Job, LaunchError, Note, ask, write_note
 
+# States that are left only by a new start. A preempted job shows PREEMPTED until it is back in the queue.
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 ABSENT = "run this on a login node of the cluster, write the file with --print and submit it there, or use launch=local"
 
 BODY = """\
@@ -159,6 +161,11 @@ def fields(number: str) -> dict[str, str]:
     return dict(re.findall(r"(\w+)=(\S+)", text.splitlines()[0]))
 
 
+def has_ended(number: str) -> bool:
+    """Whether the job has ended, or is so long over that the controller has forgotten it. Raises LaunchError."""
+    return fields(number).get("JobState", ENDED[0]) in ENDED
+
+
 def state(note: Note) -> str:
     """The job's state in one line."""
     known = fields(note.id)
@@ -175,7 +182,7 @@ def state(note: Note) -> str:
 
 def cancel(note: Note) -> str:
     """Cancel the job for good; what was done. Ranks get SIGTERM, and the cluster's KillWait to save."""
-    if fields(note.id).get("JobState") not in ("PENDING", "RUNNING", "SUSPENDED", "CONFIGURING", "REQUEUED"):
+    if has_ended(note.id):
         return f"job {note.id} has ended already"
     ask(["scontrol", "update", f"JobId={note.id}", "Requeue=0"], ABSENT)
     ask(["scancel", note.id], ABSENT)

@@ -76,7 +76,7 @@ def parse(overrides: Sequence[str]) -> list[Override]:
         try:
             parsed.append(parser.parse_override(text))
         except HydraException as error:
-            why = str(error).splitlines()[0]
+            why = str(error).splitlines()[0].partition(" expecting {")[0]  # ... twenty kinds of characters
             raise ConfigError(f"cannot read '{text}': {why}; put values with special characters in quotes") from error
     return parsed
 
@@ -212,6 +212,8 @@ def _is_group(override: Override, groups: dict[str, list[str]]) -> bool:
     key = override.key_or_group
     if key in groups or override.package is not None:
         return True
+    if key in ("hydra/launcher", "hydra/sweeper"):
+        raise ConfigError(f"{key} is not used here; sweep.sampler and sweep.launcher choose runs and where they start")
     if "/" in key:
         raise ConfigError(f"no group of presets is called '{key}'; {nearest(key, list(groups))}")
     return False

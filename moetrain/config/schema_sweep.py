@@ -19,7 +19,9 @@ class SweepConfig:
     )
     trials: int | None = Field(default=None, ge=1, description="random and tpe: how many runs; null: 20")
     metric: str = Field(
-        default="val_loss", description="figure of metrics.jsonl that decides, its last value; NAME/KEY for one inside"
+        default="val_loss",
+        min_length=1,
+        description="figure of metrics.jsonl that decides, its last value; NAME/KEY for one inside",
     )
     goal: Literal["min", "max"] = Field(default="min", description="whether a low or a high metric is good")
     prune: Literal["none", "median", "halving"] = Field(

@@ -15,6 +15,7 @@ import numpy as np
 
 DELTA = 1e-3
 STARTS = 24
+POWERS = (0.01, 4.0)  # limits of alpha and beta
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,11 @@ class Law:
     floor: float
     scale: tuple[float, ...]
     power: tuple[float, ...]
+
+    @property
+    def limited(self) -> tuple[bool, ...]:
+        """For each term whether its power is at a limit: the runs do not show how the loss falls with it."""
+        return tuple(not 1.01 * POWERS[0] < power < 0.99 * POWERS[1] for power in self.power)
 
     def __call__(self, *x: float) -> float:
         """The loss at ``x``, one number for each term."""
@@ -35,8 +41,9 @@ def needed(terms: int) -> int:
     return 2 * terms + 2
 
 
-def fit(x_NK: np.ndarray, loss_N: np.ndarray) -> Law:
-    """The law of K terms for N runs. Raises ValueError: too few runs, or values that are not above 0."""
+def fit(x_NK: np.ndarray, loss_N: np.ndarray, starts: int = STARTS) -> Law:
+    """The law of K terms for N runs, the best from so many starts. Raises ValueError: too few runs, or values that are
+    not above 0."""
     n, terms = x_NK.shape
     if n < needed(terms):
         raise ValueError(f"a law of {terms} terms needs {needed(terms)} runs or more, got {n}")
@@ -46,12 +53,12 @@ def fit(x_NK: np.ndarray, loss_N: np.ndarray) -> Law:
 
     middle_K = np.log(x_NK).mean(axis=0)
     z_NK, y_N = np.log(x_NK) - middle_K, np.log(loss_N)
-    bounds = [(None, float(y_N.min()))] + [(None, None)] * terms + [(0.01, 4.0)] * terms
-    starts = sorted(_starts(y_N, terms), key=lambda theta: _objective(theta, z_NK, y_N)[0])[:STARTS]
+    bounds = [(None, float(y_N.min()))] + [(None, None)] * terms + [POWERS] * terms
+    nearest = sorted(_starts(y_N, terms), key=lambda theta: _objective(theta, z_NK, y_N)[0])[:starts]
     found = [
         minimize(_objective, start, (z_NK, y_N), jac=True, method="L-BFGS-B", bounds=bounds,
                  options={"maxiter": 2000, "ftol": 1e-15, "gtol": 1e-10})
-        for start in starts
+        for start in nearest
     ]  # fmt: skip
     theta = min(found, key=lambda one: one.fun).x
     power = theta[1 + terms :]

@@ -48,7 +48,7 @@ background:linear-gradient(90deg,#f7fbff,#9ecae1,#3182bd,#08306b,#140a28)}
 th,td{padding:4px 10px 4px 0;text-align:left;border-bottom:1px solid var(--rule);white-space:nowrap}
 th{color:var(--soft);font-weight:500}code{font-size:13px}
 .command{white-space:pre-wrap;overflow-wrap:anywhere;margin:6px 0 14px;padding:10px 12px;background:var(--card);
-border:1px solid var(--rule);border-radius:8px}svg .halo{paint-order:stroke;stroke:var(--card);stroke-width:4px}
+border:1px solid var(--rule);border-radius:8px}svg .behind{fill:var(--card);opacity:.85}
 .bar{display:flex;gap:8px;align-items:center;margin:6px 0;font-size:13px}.bar span{flex:0 0 34%;overflow-wrap:anywhere}
 .bar i{height:12px;border-radius:2px;background:#0072b2;min-width:1px}
 @media(max-width:560px){svg text{font-size:17px}}

@@ -10,6 +10,7 @@ from html import escape
 from moetrain.report.svg import card, number, ticks
 
 HEIGHT, TOP, BOTTOM, SIDE, APART = 328, 50, 18, 74, 150
+NEAR = 0.08  # of the height of an axis: a label closer to the one below it is left out
 BEST, GOOD, BAD = "#d55e00", (0, 114, 178), (170, 184, 196)
 
 
@@ -32,11 +33,11 @@ def numbers_of(values: Sequence[str | float | None]) -> list[float | None] | Non
 
 def places(values: Sequence[str | float | None]) -> tuple[list[float | None], list[tuple[float, str]]]:
     """(place of each value from 0, the foot, to 1; labels with their places). Numbers that span more than a factor of
-    20 are placed by their logarithm; what is no number is spread evenly, in order of appearance."""
+    20 are placed by their logarithm; what is no number is spread evenly, by name."""
     numbers = numbers_of(values)
     given = [value for value in numbers or [] if value is not None]
     if numbers is None or not given:
-        names = list(dict.fromkeys(str(value) for value in values if value is not None))
+        names = sorted({str(value) for value in values if value is not None})
         at = {name: (n + 0.5) / len(names) for n, name in enumerate(names)}
         return [None if v is None else at[str(v)] for v in values], [(at[name], name[:16]) for name in names]
     log = min(given) > 0 and max(given) > 20 * min(given)
@@ -53,7 +54,11 @@ def places(values: Sequence[str | float | None]) -> tuple[list[float | None], li
     def place(value: float) -> float:
         return (scale(value) - low) / (high - low)
 
-    return [None if v is None else place(v) for v in numbers], [(place(v), text) for v, text in labels]
+    apart: list[tuple[float, str]] = []
+    for value, text in labels:
+        if not apart or place(value) - apart[-1][0] >= NEAR:
+            apart.append((place(value), text))
+    return [None if v is None else place(v) for v in numbers], apart
 
 
 def parallel(title: str, columns: Sequence[Column], names: Sequence[str], cut: Sequence[bool]) -> str:
@@ -85,7 +90,9 @@ def parallel(title: str, columns: Sequence[Column], names: Sequence[str], cut: S
     for n, (_, labels) in enumerate(found):
         for place, text in labels:
             parts.append(f'<path class="grid" d="M{px(n) - 4} {py(place):.1f}h8"/>')
-            parts.append(f'<text class="halo" x="{px(n) + 7}" y="{py(place) + 5:.1f}">{escape(text)}</text>')
+            x, y = px(n) + 7, py(place)
+            parts.append(f'<rect class="behind" x="{x - 2}" y="{y - 9:.1f}" width="{9 * len(text) + 2}" height="18"/>')
+            parts.append(f'<text x="{x}" y="{y + 5:.1f}">{escape(text)}</text>')
     drawing = f'<svg viewBox="0 0 {width} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
     limits = f"min-width:{round(0.75 * width)}px;max-width:{round(1.3 * width)}px"
     inside = f'<div class="scroll"><div style="{limits}">{drawing}</div></div>'

@@ -96,7 +96,7 @@ def read_run(path: Path) -> Run:
     run = Run(path, path.resolve().name, rows, _config(path, notes), _summary(path), notes)
     run.loads = [row for row in read_lines(path / "loads.jsonl", notes) if "counts" in row and "step" in row]
     run.routing = list(_routing(path, notes))
-    run.events = sorted(_events(run), key=lambda event: event[0])
+    run.events = sorted(dict.fromkeys(_events(run)), key=lambda event: event[0])
     return run
 
 
@@ -173,5 +173,8 @@ def _events(run: Run) -> Iterator[tuple[int, str, str]]:
     for row in run.rows:
         found = row.get("events", row.get("event", []))
         for event in found if isinstance(found, list) else [found]:
+            if isinstance(event, dict) and event.get("event") == "save":  # no more than its folder says
+                yield row["step"], "save", f"checkpoint of step {event.get('step')}"
+                continue
             text = ", ".join(f"{k} {v}" for k, v in event.items()) if isinstance(event, dict) else str(event)
             yield row["step"], "event", text

@@ -14,6 +14,7 @@ from moetrain.report.read import Run
 from moetrain.report.svg import BOTTOM, COLOURS, HEIGHT, LEFT, RIGHT, TOP, WIDTH, card, legend_of, number, table, ticks
 
 LARGER = 10  # times the largest model, for what is predicted
+AGAIN = 6  # starts of a fit that is done again with runs left out
 
 
 def scaling(runs: Sequence[tuple[Run | None, float | None]], metric: str) -> Iterator[str]:
@@ -44,14 +45,21 @@ def words(law: Law, both: bool, n: np.ndarray, d: np.ndarray, loss: np.ndarray, 
     """The formula, how well it holds, and predictions with their range when each run in turn is left out."""
     names = ("N", "D") if both else ("C",)
     terms = " + ".join(
-        f"{number(a)} / {name}<sup>{p:.3f}</sup>" for a, p, name in zip(law.scale, law.power, names, strict=True)
+        f"{a:.4g} / {name}<sup>{p:.3f}</sup>" for a, p, name in zip(law.scale, law.power, names, strict=True)
     )
     off = [abs(law(*row) / y - 1) for row, y in zip(x, loss, strict=True)]
     out = [f"<p>L = {law.floor:.3f} + {terms}</p>"]
     what = "N: parameters that one token uses, D: tokens" + ("" if both else ", C = 6 N D: FLOPs")
     out.append(f"<p>{what}. Fitted to {len(loss)} runs, off by {100 * np.mean(off):.2f}% in the mean, "
                f"{100 * max(off):.2f}% at most.</p>")  # fmt: skip
-    without = [fit(np.delete(x, i, 0), np.delete(loss, i)) for i in range(len(x))] if len(x) > needed(1 + both) else []
+    for name, limited in zip(names, law.limited, strict=True):
+        if limited:
+            out.append(f'<p class="note">The power of {name} is at a limit of the fit: these runs do not show how the '
+                       "loss falls with it. Take no prediction from them; run longer, or choose a learning rate for "
+                       "each size.</p>")  # fmt: skip
+    without = (
+        [fit(np.delete(x, i, 0), np.delete(loss, i), AGAIN) for i in range(len(x))] if len(x) > needed(1 + both) else []
+    )
     rows = []
     for size, tokens in predicted(n, d):
         at = (size, tokens) if both else (6 * size * tokens,)
@@ -74,7 +82,7 @@ def held_out(both: bool, n: np.ndarray, loss: np.ndarray, x: np.ndarray) -> str:
     small = n < n.max()
     if small.sum() < needed(1 + both) or len(set(n[small])) < 3:
         return ""
-    law = fit(x[small], loss[small])
+    law = fit(x[small], loss[small], AGAIN)
     off = [abs(law(*row) / y - 1) for row, y in zip(x[~small], loss[~small], strict=True)]
     share = f"{100 * np.mean(off):.2f}%"
     return f"<p>A check: fitted without the largest size, the law tells its losses to {share} in the mean.</p>"

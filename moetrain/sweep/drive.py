@@ -72,7 +72,7 @@ class Work:
         """Run ``trial`` to its end, or until the sweep is stopped."""
         run, settings = self.sweep.folder / trial.name, self.sweep.settings
         total = (settings.trials or TRIALS) if self.sweep.adaptive else len(self.sweep.runs)
-        print(f"sweep {self.sweep.folder}: run {trial.name} of {total}: {varied(self.sweep, trial.name)}", flush=True)
+        print(f"sweep {self.sweep.folder}: run {trial.name} of {total}{varied(self.sweep, trial.name)}", flush=True)
         try:
             with self._composing:
                 cfg = self.sweep.config(trial.name)
@@ -139,9 +139,10 @@ class Work:
 
 
 def varied(sweep: Sweep, name: str) -> str:
-    """The words of a run that are not those of all."""
+    """The words of a run that are not those of all, after a colon."""
     keys = {axis.key for axis in axes(sweep.space)}
-    return " ".join(word for word in sweep.runs[name] if word.partition("=")[0] in keys)
+    words = [word for word in sweep.runs[name] if word.partition("=")[0] in keys]
+    return f": {' '.join(words)}" if words else ""
 
 
 def conclude(sweep: Sweep, chooser: Chooser) -> None:
@@ -155,7 +156,7 @@ def conclude(sweep: Sweep, chooser: Chooser) -> None:
             values[name] = tail.value
     if values:
         best = (min if settings.goal == "min" else max)(values, key=lambda name: values[name])
-        print(f"sweep {folder}: best is run {best}, {settings.metric} {values[best]:.4f}: {varied(sweep, best)}")
+        print(f"sweep {folder}: best is run {best}, {settings.metric} {values[best]:.4f}{varied(sweep, best)}")
     elif any(reason in FULL for reason in chooser.ended.values()):
         print(f"sweep {folder}: no run has a number called {settings.metric}, so none is best; choose another by "
               f"'moetrain train -m --resume {folder} sweep.metric=NAME'")  # fmt: skip

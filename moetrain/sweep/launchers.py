@@ -6,18 +6,23 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from moetrain_launch import array, local
-from moetrain_launch.job import Job, LaunchError, notes, write_note
+from moetrain_launch import array, local, slurm
+from moetrain_launch.job import Job, LaunchError, Note, notes, write_note
 
 from moetrain.config.errors import ConfigError
 from moetrain.config.schema import Config
-from moetrain.sweep.plan import Sweep
+from moetrain.sweep.chooser import FULL
+from moetrain.sweep.plan import Sweep, exit_reason
 
 T = TypeVar("T")
+ASK_S = 5.0  # between two questions to Slurm about a job
 PROGRAM = ("-m", "moetrain.cli", "train", "--resume")  # what Python runs; the run directory follows
 
 
@@ -56,10 +61,12 @@ class Process:
 
 
 class Submitted:
-    """A run as a job of submitit."""
+    """A run as a job of submitit that is a process of this machine."""
 
-    def __init__(self, job: Any, outlives: bool) -> None:
-        self._job, self.outlives = job, outlives
+    outlives = False
+
+    def __init__(self, job: Any) -> None:
+        self._job = job
 
     def poll(self) -> int | None:
         """See Handle. The job's own code is not known: 1 for any that failed."""
@@ -68,8 +75,33 @@ class Submitted:
         return 0 if self._job.exception() is None else 1
 
     def stop(self, at_once: bool = False) -> None:
-        """See Handle. Slurm gives a cancelled job its KillWait to save; a job without Slurm ends at once."""
+        """See Handle. It ends at once."""
         self._job.cancel(check=False)
+
+
+class SlurmJob:
+    """A run as a Slurm job. Whether it has ended is the controller's word: submitit asks the accounts, which many
+    clusters do not keep, and takes a run that is preempted, and will start again, for one that failed."""
+
+    outlives = True
+
+    def __init__(self, run: Path, number: str) -> None:
+        self._run, self._number, self._next, self._over = run, number, 0.0, False
+
+    def poll(self) -> int | None:
+        """See Handle. The job's own code is not known: 1 for any whose run is not at its end."""
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + ASK_S
+            with suppress(LaunchError):  # the controller is away for a while
+                self._over = slurm.has_ended(self._number)
+        if exit_reason(self._run) in FULL:
+            return 0
+        return 1 if self._over else None
+
+    def stop(self, at_once: bool = False) -> None:
+        """See Handle. Slurm gives a cancelled job its KillWait to save."""
+        with suppress(LaunchError):
+            slurm.cancel(Note("slurm", self._number, "", ""))
 
 
 class Launcher:
@@ -78,6 +110,7 @@ class Launcher:
     def __init__(self, sweep: Sweep, cfg: Config) -> None:
         self.sweep, self.kind = sweep, sweep.settings.launcher
         self._executor: Any = None
+        self._submitting = threading.Lock()
         if os.getpid() != 1:  # the parent of lost processes would look lost itself
             os.environ[local.ENDS_WITH_PARENT] = "1"
         if self.kind in ("slurm", "submitit_local"):
@@ -92,28 +125,29 @@ class Launcher:
         if self._executor is None:
             output = run / "output.txt" if self.sweep.settings.jobs > 1 else None
             return Process([sys.executable, *PROGRAM, str(run)], output)
-        slurm = self.kind == "slurm"
-        job = self._at_work(run) if slurm else None
-        if job is None:
-            python = self._executor.python if slurm else sys.executable
-            try:
-                with array.refusals():
-                    job = self._executor.submit(array.Run([python, *PROGRAM, str(run.resolve())]))
-            except LaunchError as error:
-                raise ConfigError(f"{run}: {error}") from error
-            if slurm:
-                write_note(run, "slurm", str(job.job_id), job.paths.stdout)
-        return Submitted(job, outlives=slurm)
-
-    def _at_work(self, run: Path) -> Any:
-        import submitit
-
         try:
-            [note] = [note for note in notes(run) if note.kind == "slurm"]
-        except (LaunchError, ValueError):
-            return None
-        job: Any = submitit.SlurmJob(self._executor.folder, note.id)
-        return None if job.done(force_check=True) else job
+            if self.kind == "submitit_local":
+                return Submitted(self._submit(run, sys.executable))
+            number = at_work(run)
+            if number is None:
+                job = self._submit(run, self._executor.python)
+                number = str(job.job_id)
+                write_note(run, "slurm", number, job.paths.stderr)
+        except LaunchError as error:
+            raise ConfigError(str(error)) from error
+        return SlurmJob(run, number)
+
+    def _submit(self, run: Path, python: str) -> Any:
+        with self._submitting, array.refusals():
+            if self.kind == "slurm":
+                self._executor.update_parameters(job_name=f"{self.sweep.folder.resolve().name}-{run.name}")
+            return self._executor.submit(array.Run([python, *PROGRAM, str(run.resolve())]))
+
+
+def at_work(run: Path) -> str | None:
+    """The number of the Slurm job of ``run`` that has not ended. Raises LaunchError: Slurm does not say."""
+    found = notes(run) if (run / "launch.json").is_file() else []
+    return next((note.id for note in found if note.kind == "slurm" and not slurm.has_ended(note.id)), None)
 
 
 def at_a_time(jobs: int, one: Callable[[T], None], things: Iterator[T]) -> None:

@@ -50,7 +50,8 @@ class Sweep:
     def config(self, name: str) -> Config:
         """The config of a run that is chosen, as it runs by itself. Raises ConfigError."""
         cfg = load_words(self.runs[name], self.config_dirs)
-        cfg.run_dir = str(self.folder / name)
+        elsewhere = self.settings.launcher in ("slurm", "submitit_local")  # jobs may start in another folder
+        cfg.run_dir = str((self.folder.resolve() if elsewhere else self.folder) / name)
         if self.settings.launcher == "joblib" and self.settings.jobs > 1 and cfg.train.threads == 0:
             cfg.train.threads = max(1, local.cores() // (self.settings.jobs * cfg.launch.ranks))
         return cfg
@@ -86,6 +87,10 @@ def plan_sweep(overrides: Sequence[str], config_dirs: Sequence[str]) -> tuple[Sw
         raise ConfigError(f"sweep.sampler={settings.sampler} needs a key to vary, as optim.lr=interval(1e-4,1e-2)")
     configs = [load_words(words, folders) for words in sweep.runs.values() or corners(space)]
     check_settings(settings, configs)
+    steps = max(cfg.train.steps for cfg in configs)
+    if settings.prune != "none" and (settings.prune_after or 0) >= steps:
+        raise ConfigError(f"sweep.prune_after={settings.prune_after} is no less than train.steps={steps}: no run would "
+                          f"ever be stopped")  # fmt: skip
     sweep.folder = Path(configs[0].run_dir)
     return sweep, configs[0]
 

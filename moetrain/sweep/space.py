@@ -88,10 +88,16 @@ def space_of(words: Sequence[str], config_dirs: Sequence[str]) -> Space:
             space.append(str(override.input_line))
         elif key.startswith("sweep."):
             raise ConfigError(f"'{override.input_line}': settings of the sweep itself cannot be swept")
+        elif key == "run_dir":
+            raise ConfigError(f"'{override.input_line}': run_dir is the folder of the whole sweep; give one")
         elif isinstance(value := override.value(), IntervalSweep):
             space.append(_interval(str(override.input_line), key, value))
         else:
-            space.append(Axis(key, tuple(sweep_values(override, groups))))
+            values = sweep_values(override, groups)
+            twice = next((one for one in values if values.count(one) > 1), None)
+            if twice is not None:
+                raise ConfigError(f"'{override.input_line}' has {twice} twice; the same run would be made again")
+            space.append(Axis(key, tuple(values)))
     keys = [axis.key for axis in axes(space)]
     for key in keys:
         if keys.count(key) > 1:

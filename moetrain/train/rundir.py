@@ -23,11 +23,13 @@ def claim(cfg: Config, resume: bool) -> Path:
 
 
 def refuse_taken(run_dir: Path) -> None:
-    """Raise ConfigError when ``run_dir`` already holds a run."""
+    """Raise ConfigError when ``run_dir`` already holds a run, or a sweep."""
     if (run_dir / "metrics.jsonl").exists() or (run_dir / "checkpoints").exists():
         raise ConfigError(
             f"{run_dir} already holds a run; continue it with --resume {run_dir}, or choose another run_dir"
         )
+    if (run_dir / "sweep.yaml").exists():
+        raise ConfigError(f"{run_dir} holds a sweep; choose another run_dir")
 
 
 def was_stopped(run_dir: Path) -> bool:

@@ -21,6 +21,8 @@ from moetrain_launch import slurm
 from moetrain_launch.job import Job, LaunchError, notes
 from moetrain_launch.settings import LaunchConfig, SlurmConfig
 
+from moetrain import cli
+
 ROOT = Path(__file__).resolve().parents[2]
 ABSENT = [name for name in ("slurmctld", "slurmd", "munged", "sbatch") if shutil.which(name) is None]
 pytestmark = pytest.mark.skipif(
@@ -229,6 +231,58 @@ def test_a_sweep_is_an_array_through_submitit(cluster: Path) -> None:
     assert [(folder / name / "done").read_text() for name in ("000", "001", "002")] == ["0", "1", "0"]
     assert (folder / "001" / "saved").exists()
 
+
+def test_a_sweep_outlives_the_process_that_started_it(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without accounts. The sweep is stopped, goes on, and finds its three jobs. One of them is put back into the queue
+    and starts again, which is no failure; one is cancelled, which is."""
+    launchers = pytest.importorskip("moetrain.sweep.launchers")
+    for package in ("submitit", "joblib"):
+        pytest.importorskip(package)
+    (cluster / "driven.py").write_text(DRIVEN)
+    monkeypatch.chdir(cluster)
+    monkeypatch.setattr(launchers, "PROGRAM", (str(cluster / "driven.py"),))
+    monkeypatch.setattr(launchers, "ASK_S", 0.5)
+    at_work = launchers.at_work
+
+    def find(run: Path) -> str | None:
+        number: str | None = at_work(run)
+        (run / "found").touch() if number else None
+        return number
+
+    monkeypatch.setattr(launchers, "at_work", find)
+    monkeypatch.setenv("DRIVER", str(os.getpid()))
+    words = ["seed=0,1,2", "launch.slurm.time=10", "sweep.launcher=slurm", "sweep.jobs=3", "run_dir=driven"]
+    assert cli.main(["train", "-m", *words]) == 85
+    assert cli.main(["train", "-m", "--resume", "driven"]) == 1
+    until(lambda: ended(Path("driven/001")), Path("driven/001"))
+    told = moetrain(cluster, "launch", "status", "driven").splitlines()
+    assert "COMPLETED" in told[0] and "COMPLETED, restarted 1 times" in told[1] and "CANCELLED" in told[2], told
+    assert cli.main(["train", "-m", "--resume", "driven"]) == 0
+    starts = sorted(Path("driven/started").read_text().splitlines())
+    assert starts == ["000 0", "001 0", "001 1", "002 0", "002 0"]
+
+
+DRIVEN = """
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+run, job, starts = Path(sys.argv[-1]), os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_RESTART_COUNT", "0")
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(85))
+began, seen = run.parent / "started", run / "seen"
+with began.open("a") as file:
+    file.write(f"{run.name} {starts}\\n")
+if run.name == "000":
+    while len(began.read_text().split()) < 6:
+        time.sleep(0.1)
+    os.kill(int(os.environ["DRIVER"]), signal.SIGTERM)
+while not (run / "found").exists() and not seen.exists():
+    time.sleep(0.1)
+if run.name != "000" and not seen.exists():
+    seen.touch()
+    subprocess.run(["scontrol", "requeue", job] if run.name == "001" else ["scancel", job])
+    time.sleep(300)
+(run / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 3.0, "val_loss": 3.0}) + "\\n")
+(run / "summary.json").write_text(json.dumps({"exit_reason": "finished"}))
+"""
 
 SWEPT = """
 import os, signal, sys, time

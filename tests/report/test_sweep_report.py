@@ -85,8 +85,9 @@ def test_places_on_an_axis() -> None:
     """Numbers by their value, over a wide range by its logarithm; names evenly."""
     assert places(["1", "2", "3", None])[0] == [0, 0.5, 1, None]
     assert places(["1e-4", "1e-3", "1e-2"])[0] == pytest.approx([0, 0.5, 1])
-    assert places(["wsd", "cosine", "wsd"]) == ([0.25, 0.75, 0.25], [(0.25, "wsd"), (0.75, "cosine")])
+    assert places(["wsd", "cosine", "wsd"]) == ([0.75, 0.25, 0.75], [(0.25, "cosine"), (0.75, "wsd")])
     assert places(["5", "5"])[0] == [0.5, 0.5]
+    assert [label for _, label in places(["1", "1.01", "2"])[1]] == ["1", "2"]  # none over another
 
 
 def test_a_key_weighs_what_it_explains() -> None:
@@ -104,18 +105,23 @@ def test_a_key_weighs_what_it_explains() -> None:
     assert ranks(values) == pytest.approx((scipy_stats.rankdata(values) - 1) / 39)
 
 
-def test_a_ladder_shows_its_law_and_what_it_says_of_a_larger_size(tmp_path: Path) -> None:
-    """Four sizes by three lengths with losses of a known law: the page has its numbers and its prediction."""
+@pytest.mark.parametrize("falls", [True, False])
+def test_a_ladder_shows_its_law_and_what_it_says_of_a_larger_size(falls: bool, tmp_path: Path) -> None:
+    """Four sizes by three lengths with losses of a known law: the page has its numbers and its prediction. Where larger
+    ones are no better, it says that nothing is to be had from it."""
     pytest.importorskip("scipy")
     runs = {}
     for n, (size, tokens) in enumerate(
         (s, t) for s in (10**5, 2 * 10**5, 4 * 10**5, 8 * 10**5) for t in (2**16, 2**17, 2**18)
     ):
-        loss = 2 + 50 / size**0.3 + 100 / tokens**0.4
+        loss = 2 + 50 / size**0.3 + 100 / tokens**0.4 if falls else 2 + 100 / tokens**0.4 + 1e-9 * size**0.9
         make_run(tmp_path / "s" / f"{n:03d}", loss, "finished", size, tokens)
         runs[f"{n:03d}"] = [f"ladder={size}", f"train.steps={tokens}"]
     (tmp_path / "s/sweep.yaml").write_text(yaml.safe_dump({"sweep_version": 1, "runs": runs}))
     text = " ".join(Page(write_report([tmp_path / "s"]).read_text()).text)
+    assert ("The power of N is at a limit of the fit" in text) == (not falls)
+    if not falls:
+        return
     assert "L = 2.000" in text and "0.300" in text and "0.400" in text
     assert f"{2 + 50 / 8e6**0.3 + 100 / (2**18) ** 0.4:.3f}" in text
     assert re.search(r"fitted without the largest size, the law tells its losses to 0\.0\d%", text)

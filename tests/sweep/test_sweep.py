@@ -38,8 +38,13 @@ def test_a_grid_runs_each_combination_in_a_directory_of_its_own(
     assert [cfg.run_dir for cfg in cfgs] == [f"s/{n:03d}" for n in range(6)]
     table = yaml.safe_load(Path("s/sweep.yaml").read_text())
     assert table["runs"]["002"] == ["seed=1", "optim.lr=0.001", "train.steps=3", "run_dir=s"]
-    assert cli.main(words) == 2
-    assert "s already holds a sweep" in capsys.readouterr().err
+    for again, says in (
+        (words, "s already holds a sweep"),
+        (["train", "run_dir=s"], "s holds a sweep; choose another run_dir"),
+        (["train", "--resume", "s"], "--resume s: this is a sweep; give one of its runs"),
+    ):
+        assert cli.main(again) == 2
+        assert says in capsys.readouterr().err
     assert started("s") == [f"{n:03d}" for n in range(6)]
 
 
@@ -162,6 +167,16 @@ BAD = [
     ("seed=1,2 sweep.prune=median", "sweep.prune=median needs val_loss during a run: set train.eval_every"),
     ("seed=1,2 sweep.launcher=slurm", "sinfo was not found on this machine"),
     ("model=glob(huge*)", "'model=glob(huge*)' matches no preset"),
+    ("seed=1,2,1", "'seed=1,2,1' has 1 twice; the same run would be made again"),
+    ("seed=range(3,3)", "'seed=range(3,3)' matches no value"),
+    ("seed=1, optim.lr=1e-3", "cannot read 'seed=1,': mismatched input '<EOF>'; put values"),
+    ("run_dir=a,b", "'run_dir=a,b': run_dir is the folder of the whole sweep; give one"),
+    ("seed=1,2 hydra/launcher=submitit_slurm", "hydra/launcher is not used here; sweep.sampler and sweep.launcher"),
+    ("seed=1,2 sweep.metric=", 'sweep.metric takes text; got ""'),
+    (
+        "seed=1,2 sweep.prune=median sweep.metric=loss train.steps=8 sweep.prune_after=8",
+        "sweep.prune_after=8 is no less than train.steps=8: no run would ever be stopped",
+    ),
 ]
 
 

@@ -38,6 +38,8 @@ def make_run(folder: Path, steps: int = 30, loss: float = 4.0) -> Path:
             "load_max_over_mean_by_layer": [1.5, 1.25],
             "read_by_domain": {"code": 6 * step, "books": 2 * step},
         }
+        if step == 20:
+            row["events"] = [{"event": "save", "step": 20}, {"event": "skipped", "step": 20}]
         if step % 10 == 0:
             row |= {"val_loss": loss - step / 50, "val_loss_by_domain": {"code": 3.0, "books <&>": 4.0}}
         lines.append(json.dumps(row))
@@ -87,6 +89,8 @@ def test_the_page_of_a_run_needs_nothing_else_and_shows_what_was_recorded(tmp_pa
                   "Fullest expert by layer", "books <&>", "resumed from step 20", "checkpoint of step 20",
                   "1M / 5k", "30 of 30", "3.7000", "finished"):  # fmt: skip
         assert words in text, words
+    marks = re.findall(r'"mark (\w+)"', out.read_text().split("</svg>")[0])
+    assert marks == ["restart", "save", "event"]  # a save that its folder and the metrics tell of is one
     for drawing in re.findall(r"<svg.*?</svg>", out.read_text()):
         ET.fromstring(drawing)
 

@@ -17,10 +17,11 @@ from moetrain.config import load
 from moetrain.planner.candidates import columns
 from moetrain.planner.cluster import Cluster, load_cluster
 from moetrain.planner.footprint import footprint
+from moetrain.planner.layer_time import Setting
 from moetrain.planner.memory import Run
 from moetrain.planner.rates import STACKS, Constants, Stack
 from moetrain.planner.shape import ExpertShape, LayerShape, Matrix, ModelShape, shape_of, with_mtp
-from moetrain.planner.step_time import Pricer, Setting, StepTime
+from moetrain.planner.step_time import Pricer, StepTime
 
 H100_PEAK = 989.5e12  # what MFU in the papers is a share of
 

@@ -13,13 +13,14 @@ from moetrain.optim.optimizers.muon import MuonOptions
 from moetrain.planner.candidates import SCHEDULES, Mappings, Numbers, columns
 from moetrain.planner.cluster import Cluster
 from moetrain.planner.footprint import PARTS, footprint
+from moetrain.planner.layer_time import Setting
 from moetrain.planner.legal import legal_mappings
 from moetrain.planner.loads import SENT, Load, probability
 from moetrain.planner.memory import Run
 from moetrain.planner.placed import FSSDP, Placed, Uneven, fssdp_options, place, uneven
 from moetrain.planner.rates import FITTED, STACKS, Stack
 from moetrain.planner.shape import ModelShape, shape_of
-from moetrain.planner.step_time import SPLIT, Pricer, Setting
+from moetrain.planner.step_time import SPLIT, Pricer
 from moetrain.planner.timeline import simulate
 
 # Of a GPU's memory, what its context, kernels' buffers and the allocator's gaps take: torch's caching allocator leaves

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch.nn.functional as F
-from moe_kernels import linear_cross_entropy
+from moe_kernels import linear, linear_cross_entropy
 from torch import Tensor
 
 
@@ -19,7 +19,7 @@ class Vocabulary:
 
     def logits(self, h_BSD: Tensor, w_VD: Tensor) -> Tensor:
         """(B, S, V)."""
-        return F.linear(h_BSD, w_VD)
+        return linear(h_BSD, w_VD)
 
     def loss(self, h_BSD: Tensor, w_VD: Tensor, targets_BS: Tensor, reduction: Literal["sum", "none"]) -> Tensor:
         """Cross-entropy in nats: this rank's share of the sum (a scalar), or of each position ("none": the shape of

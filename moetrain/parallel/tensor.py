@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from moe_kernels import VocabularyPart, linear_cross_entropy
+from moe_kernels import VocabularyPart, linear, linear_cross_entropy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
@@ -113,7 +113,7 @@ class SplitVocabulary(Vocabulary):
         """h (B, S, D), w (v, D) -> (B, N, V), on every rank. Gradients from above are summed over the ranks, so each
         may differentiate its own share of a loss only."""
         h_BND = all_gather(h_BSD, self.group, dim=1)
-        return all_gather(F.linear(h_BND, w_VD), self.group, dim=2)
+        return all_gather(linear(h_BND, w_VD), self.group, dim=2)
 
     def loss(self, h_BSD: Tensor, w_VD: Tensor, targets_BS: Tensor, reduction: Literal["sum", "none"]) -> Tensor:
         """h (B, S, D), w (v, D), targets (B, N): the losses of this rank's tokens, summed or (B, S)."""
@@ -142,7 +142,7 @@ class _PartLinear(Linear):
         self.rows = rows
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight[self.rows], None if self.bias is None else self.bias[self.rows])
+        return linear(x, self.weight[self.rows], None if self.bias is None else self.bias[self.rows])
 
 
 class _ExitLinear(Linear):
@@ -160,7 +160,7 @@ class _ExitLinear(Linear):
         """x (..., in / n), all tokens -> (..., out), this rank's tokens."""
         weight = local_part(self.weight)
         assert weight is not None
-        y = reduce_scatter(F.linear(x, weight), self.group, self.dim)
+        y = reduce_scatter(linear(x, weight), self.group, self.dim)
         return y if self.bias is None else y + self.bias
 
 

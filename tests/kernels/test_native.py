@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from moe_kernels import expert_mlp, linear, linear_cross_entropy, rms_norm, rope
 from moe_kernels.native import dense, library
@@ -23,8 +23,17 @@ from tests.kernels.expert_cases import make_case
 needs_compiler = pytest.mark.skipif(
     library.native_obstacle(torch.float32) is not None, reason="no compiler, or a processor without oneDNN's kernels"
 )
-HALF = library.native_obstacle(torch.bfloat16) is None
-DTYPES = [torch.float32, *([torch.bfloat16] if HALF else [])]
+
+
+@pytest.fixture(params=["float32", "bfloat16", "bfloat16 without units"])
+def dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
+    """The last as on a processor that has no products of bfloat16."""
+    without = library.widens_halves()
+    if request.param == "bfloat16" and without:
+        pytest.skip("this processor has no products of bfloat16")
+    library.widen_halves(without or request.param == "bfloat16 without units")
+    yield torch.float32 if request.param == "float32" else torch.bfloat16
+    library.widen_halves(without)
 
 
 @pytest.fixture
@@ -89,8 +98,7 @@ def test_what_it_lacks_is_said() -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(counts=st.lists(st.integers(0, 200), min_size=1, max_size=5), dim=st.integers(1, 90), width=st.integers(1, 90))
 def test_any_sizes(dtype: torch.dtype, counts: list[int], dim: int, width: int) -> None:
     """Odd sizes, and none that fills a tile; against the loop in float64."""
@@ -103,7 +111,6 @@ def test_any_sizes(dtype: torch.dtype, counts: list[int], dim: int, width: int) 
 
 @needs_compiler
 @pytest.mark.parametrize("counts", [[700, 0, 30, 5], [0, 0, 900, 0]], ids=["uneven", "all to one"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.usefixtures("threads")
 def test_threads_change_no_bit(dtype: torch.dtype, counts: list[int]) -> None:
     """Work is cut differently for one, two and five threads; every sum keeps its order."""
@@ -117,7 +124,6 @@ def test_threads_change_no_bit(dtype: torch.dtype, counts: list[int]) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_results_that_are_written_past_the_cache(dtype: torch.dtype) -> None:
     """The pre-activation has more than 8 MB, and so have the activation and dh."""
     case = make_case([9000, 0, 6400], dim=32, expert_dim=288, tokens=500, dtype=dtype)
@@ -139,7 +145,6 @@ def test_rows_that_are_not_there_are_refused(index: int) -> None:
 
 @needs_compiler
 @pytest.mark.parametrize(("rows", "inner", "outer"), [(1, 1500, 70), (300, 96, 130), (1100, 8, 40)])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.usefixtures("threads")
 def test_dense_products(dtype: torch.dtype, rows: int, inner: int, outer: int) -> None:
     """All three of a dense layer, more rows and a larger inner dimension than one block; against float64, and the same
@@ -161,6 +166,41 @@ def test_dense_products(dtype: torch.dtype, rows: int, inner: int, outer: int) -
 
 
 @needs_compiler
+def test_weights_are_rounded_whatever_the_processor_has() -> None:
+    """Float32 weights under bfloat16 rows: without units for bfloat16 the same rounded numbers are multiplied."""
+    x, w = torch.ones(64, 64, dtype=torch.bfloat16), torch.ones(64, 64)
+    x[:, 1::2] = -1
+    w.fill_diagonal_(1.0 + 2.0**-12)  # 1 in bfloat16
+    without = library.widens_halves()
+    library.widen_halves(True)
+    try:
+        products = dense.times_transposed(x, w), dense.times(x, w)
+    finally:
+        library.widen_halves(without)
+    for y in products:
+        assert (y == 0).all()
+
+
+@needs_compiler
+def test_a_linear_layer_in_bfloat16_avoids_torchs_slow_products() -> None:
+    """Where the processor has no units for them; elsewhere torch's are fast."""
+    g = torch.Generator().manual_seed(0)
+    x, w, above = (torch.randn(*shape, generator=g).bfloat16() for shape in ((64, 40), (72, 40), (64, 72)))
+    mine, exact = ([t.to(d).requires_grad_() for t in (x, w)] for d in (torch.bfloat16, torch.float64))
+    without = library.widens_halves()
+    library.widen_halves(True)
+    try:
+        y = linear(*mine)
+        grads = torch.autograd.grad(y, mine, above)
+    finally:
+        library.widen_halves(without)
+    assert "_Linear" in repr(y._base.grad_fn if y._base is not None else y.grad_fn)
+    want = F.linear(*exact)
+    for a, b in zip((y, *grads), (want, *torch.autograd.grad(want, exact, above.double())), strict=True):
+        assert (a.double() - b).norm() < 4e-3 * b.norm()
+
+
+@needs_compiler
 def test_a_large_linear_layer_is_torchs_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     """Through ``moe_kernels.linear``: values, gradients, a shape with two leading dimensions, a bias."""
     monkeypatch.setattr("moe_kernels.native.dense.SMALL", 0)
@@ -178,7 +218,6 @@ def test_a_large_linear_layer_is_torchs_in_float64(monkeypatch: pytest.MonkeyPat
 @needs_compiler
 @pytest.mark.parametrize("chunk", [64, 100])
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_loss(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, reduction: str, chunk: int) -> None:
     """The compiled softmax, of a vocabulary that fills no vector, against torch's cross-entropy in float64."""
     monkeypatch.setattr("moe_kernels.native.dense.SMALL", 0)
@@ -199,7 +238,6 @@ def test_loss(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, reduction: st
 
 @needs_compiler
 @pytest.mark.parametrize("shape", [(1, 1), (600, 40), (513, 300)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.usefixtures("threads")
 def test_rms_norm(dtype: torch.dtype, shape: tuple[int, int]) -> None:
     """Widths that fill no vector and rows of several stages, with an offset, against the formula in float64; the same
@@ -222,7 +260,6 @@ def test_rms_norm(dtype: torch.dtype, shape: tuple[int, int]) -> None:
 @needs_compiler
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("per_sequence", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rope(dtype: torch.dtype, per_sequence: bool, interleaved: bool) -> None:
     """A head of 21 of which 10 turn, against torch's operators in float64, forward and backward."""
     g = torch.Generator().manual_seed(0)
@@ -258,7 +295,6 @@ def first_keys(kind: str, B: int, S: int) -> Tensor:
 
 @needs_compiler
 @pytest.mark.parametrize("kind", ["causal", "documents", "window"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("B", "S", "H", "G", "d", "w"),
     [

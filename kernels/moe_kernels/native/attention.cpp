@@ -15,20 +15,20 @@ struct Shape {  // q (B, S, H, d), k (B, S, G, d), v (B, S, G, w); G divides H
 };
 
 // A key's or query's tile, copied with its rows' inner dimension widened by zeros to ``depth``.
-template <class T>
-void copy_rows(const T* from, i64 stride, i64 rows, i64 n, i64 depth, T* to) {
+template <class F>
+void copy_rows(const typename F::Row* from, i64 stride, i64 rows, i64 n, i64 depth, typename F::Cell* to) {
   for (i64 r = 0; r < ROWS; r++) {
-    if (r < rows) memcpy(to + r * depth, from + r * stride, n * sizeof(T));
-    std::fill(to + r * depth + (r < rows ? n : 0), to + (r + 1) * depth, T{});
+    if (r < rows) convert(from + r * stride, n, to + r * depth);
+    std::fill(to + r * depth + (r < rows ? n : 0), to + (r + 1) * depth, typename F::Cell{});
   }
 }
 
 // out (64 rows, n) (+)= a (64, depth) b, whose columns are packed in blocks of COLS; ld is that of out.
-template <class T>
-void product(i64 n, i64 depth, const T* a, const T* b, float* out, i64 ld, bool add) {
+template <class C>
+void product(i64 n, i64 depth, const C* a, const C* b, float* out, i64 ld, bool add) {
   for (i64 c = 0; c < n; c += COLS) {
     const i64 columns = std::min(COLS, n - c);
-    tile_product<T>(ROWS, columns, depth, a, depth, b + c * depth, columns, out + c, ld, add);
+    tile_product<C>(ROWS, columns, depth, a, depth, b + c * depth, columns, out + c, ld, add);
   }
 }
 
@@ -65,13 +65,14 @@ inline float sum(const float (&lanes)[LANES]) {
   return total;
 }
 
-template <class T>
+template <class F, class T = typename F::Row>
 void forward(const Shape& s, const T* q, const T* k, const T* v, T* out, float* lse) {
+  using C = typename F::Cell;
   const i64 depth = up_to(s.d, DEPTH), tiles = (s.S + ROWS - 1) / ROWS, group = s.H / s.G;
   const i64 parts = std::clamp<i64>(s.threads == 1 ? 1 : 4 * s.threads / (s.B * s.G), 1, tiles);
 #pragma omp parallel num_threads(s.threads)
   {
-    Scratch<T> keys(tiles * ROWS * depth), values(tiles * ROWS * s.w), query(ROWS * depth), p(tiles * ROWS * ROWS);
+    Scratch<C> keys(tiles * ROWS * depth), values(tiles * ROWS * s.w), query(ROWS * depth), p(tiles * ROWS * ROWS);
     Scratch<float> scores(tiles * ROWS * ROWS), sums(ROWS * s.w);
     std::vector<float> line(tiles * ROWS);
 #pragma omp for schedule(dynamic, 1)
@@ -82,18 +83,18 @@ void forward(const Shape& s, const T* q, const T* k, const T* v, T* out, float* 
       for (i64 t = 0; t < seen; t++) {
         const i64 rows = std::min(ROWS, s.S - t * ROWS);
         const T *tile_k = k0 + t * ROWS * s.G * s.d, *tile_v = v0 + t * ROWS * s.G * s.w;
-        T* to = keys.data + t * ROWS * depth;
-        if (rows < ROWS) std::fill(to, to + ROWS * depth, T{});
-        pack_transposed(tile_k, s.G * s.d, s.d, rows, depth, to);
-        pack_rows([&](i64 r) { return tile_v + r * s.G * s.w; }, rows, s.w, ROWS, values.data + t * ROWS * s.w);
+        C* to = keys.data + t * ROWS * depth;
+        if (rows < ROWS) std::fill(to, to + ROWS * depth, C{});
+        pack_transposed<F>(tile_k, s.G * s.d, s.d, rows, depth, to);
+        pack_rows<F>([&](i64 r) { return tile_v + r * s.G * s.w; }, rows, s.w, ROWS, values.data + t * ROWS * s.w);
       }
       for (i64 t = part; t < tiles; t += parts) {
         const i64 start = t * ROWS, rows = std::min(ROWS, s.S - start), from = first_tile(s, b, start, rows);
         const i64 width = (t + 1 - from) * ROWS;
         for (i64 h = g * group; h < (g + 1) * group; h++) {
-          copy_rows(q + ((b * s.S + start) * s.H + h) * s.d, s.H * s.d, rows, s.d, depth, query.data);
+          copy_rows<F>(q + ((b * s.S + start) * s.H + h) * s.d, s.H * s.d, rows, s.d, depth, query.data);
           for (i64 j = from; j <= t; j++)
-            tile_product<T>(ROWS, std::min(ROWS, s.S - j * ROWS), depth, query.data, depth, keys.data + j * ROWS * depth,
+            tile_product<C>(ROWS, std::min(ROWS, s.S - j * ROWS), depth, query.data, depth, keys.data + j * ROWS * depth,
                             std::min(ROWS, s.S - j * ROWS), scores.data + (j - from) * ROWS, width, false);
           for (i64 r = 0; r < rows; r++) {
             float* row = scores.data + r * width;
@@ -119,29 +120,30 @@ void forward(const Shape& s, const T* q, const T* k, const T* v, T* out, float* 
             for (i64 c = 0; c < width; c += ROWS) {
               float weights[ROWS];
               for (i64 i = 0; i < ROWS; i++) weights[i] = line[c + i] * share;
-              convert(weights, ROWS, p.data + r * ROWS + c * ROWS);
+              to_cells<F>(weights, ROWS, p.data + r * ROWS + c * ROWS);
             }
           }
           for (i64 j = 0; j <= t - from; j++)
-            product<T>(s.w, ROWS, p.data + j * ROWS * ROWS, values.data + (j + from) * ROWS * s.w, sums.data, s.w, j > 0);
+            product<C>(s.w, ROWS, p.data + j * ROWS * ROWS, values.data + (j + from) * ROWS * s.w, sums.data, s.w, j > 0);
           for (i64 r = 0; r < rows; r++) convert(sums.data + r * s.w, s.w, out + ((b * s.S + start + r) * s.H + h) * s.w);
         }
       }
     }
-    at::native::cpublas::brgemm_release(PAIR<T> == 2);
+    at::native::cpublas::brgemm_release(PAIR<C> == 2);
   }
 }
 
-template <class T>
+template <class F, class T = typename F::Row>
 void backward(const Shape& s, const T* q, const T* k, const T* v, const T* out, const float* lse, const T* dout, T* dq,
               T* dk, T* dv) {
+  using C = typename F::Cell;
   const i64 depth = up_to(s.d, DEPTH), wide_depth = up_to(s.w, DEPTH), group = s.H / s.G;
   const i64 tiles = (s.S + ROWS - 1) / ROWS;
 #pragma omp parallel num_threads(s.threads)
   {
-    Scratch<T> keys(tiles * ROWS * depth), key_rows(tiles * ROWS * s.d), values(tiles * ROWS * wide_depth);
-    Scratch<T> query(ROWS * depth), query_rows(ROWS * s.d), above(ROWS * wide_depth), above_rows(ROWS * s.w);
-    Scratch<T> p(ROWS * ROWS), ds(ROWS * ROWS), turned(ROWS * ROWS);
+    Scratch<C> keys(tiles * ROWS * depth), key_rows(tiles * ROWS * s.d), values(tiles * ROWS * wide_depth);
+    Scratch<C> query(ROWS * depth), query_rows(ROWS * s.d), above(ROWS * wide_depth), above_rows(ROWS * s.w);
+    Scratch<C> p(ROWS * ROWS), ds(ROWS * ROWS), turned(ROWS * ROWS);
     Scratch<float> sum_q(ROWS * s.d), sum_k(tiles * ROWS * s.d), sum_v(tiles * ROWS * s.w);
     Scratch<float> scores(ROWS * ROWS), dp(ROWS * ROWS);
 #pragma omp for schedule(dynamic, 1)
@@ -150,9 +152,9 @@ void backward(const Shape& s, const T* q, const T* k, const T* v, const T* out, 
       for (i64 t = 0; t < tiles; t++) {
         const i64 rows = std::min(ROWS, s.S - t * ROWS);
         const T *tile_k = k + ((b * s.S + t * ROWS) * s.G + g) * s.d, *tile_v = v + ((b * s.S + t * ROWS) * s.G + g) * s.w;
-        pack_transposed(tile_k, s.G * s.d, s.d, rows, depth, keys.data + t * ROWS * depth);
-        pack_transposed(tile_v, s.G * s.w, s.w, rows, wide_depth, values.data + t * ROWS * wide_depth);
-        pack_rows([&](i64 r) { return tile_k + r * s.G * s.d; }, rows, s.d, ROWS, key_rows.data + t * ROWS * s.d);
+        pack_transposed<F>(tile_k, s.G * s.d, s.d, rows, depth, keys.data + t * ROWS * depth);
+        pack_transposed<F>(tile_v, s.G * s.w, s.w, rows, wide_depth, values.data + t * ROWS * wide_depth);
+        pack_rows<F>([&](i64 r) { return tile_k + r * s.G * s.d; }, rows, s.d, ROWS, key_rows.data + t * ROWS * s.d);
       }
       std::fill(sum_k.data, sum_k.data + tiles * ROWS * s.d, 0.0f);
       std::fill(sum_v.data, sum_v.data + tiles * ROWS * s.w, 0.0f);
@@ -161,10 +163,10 @@ void backward(const Shape& s, const T* q, const T* k, const T* v, const T* out, 
           const i64 start = t * ROWS, rows = std::min(ROWS, s.S - start), from = first_tile(s, b, start, rows);
           const i64 at = (b * s.S + start) * s.H + h;  // of the first query, in rows of (B, S, H)
           const T *tile_q = q + at * s.d, *tile_do = dout + at * s.w, *tile_out = out + at * s.w;
-          copy_rows(tile_q, s.H * s.d, rows, s.d, depth, query.data);
-          copy_rows(tile_do, s.H * s.w, rows, s.w, wide_depth, above.data);
-          pack_rows([&](i64 r) { return tile_q + r * s.H * s.d; }, rows, s.d, ROWS, query_rows.data);
-          pack_rows([&](i64 r) { return tile_do + r * s.H * s.w; }, rows, s.w, ROWS, above_rows.data);
+          copy_rows<F>(tile_q, s.H * s.d, rows, s.d, depth, query.data);
+          copy_rows<F>(tile_do, s.H * s.w, rows, s.w, wide_depth, above.data);
+          pack_rows<F>([&](i64 r) { return tile_q + r * s.H * s.d; }, rows, s.d, ROWS, query_rows.data);
+          pack_rows<F>([&](i64 r) { return tile_do + r * s.H * s.w; }, rows, s.w, ROWS, above_rows.data);
           float delta[ROWS];
           for (i64 r = 0; r < rows; r++) {
             const T *a = tile_do + r * s.H * s.w, *o = tile_out + r * s.H * s.w;
@@ -177,25 +179,25 @@ void backward(const Shape& s, const T* q, const T* k, const T* v, const T* out, 
           }
           for (i64 j = from; j <= t; j++) {
             const i64 columns = std::min(ROWS, s.S - j * ROWS);
-            tile_product<T>(ROWS, columns, depth, query.data, depth, keys.data + j * ROWS * depth, columns, scores.data,
+            tile_product<C>(ROWS, columns, depth, query.data, depth, keys.data + j * ROWS * depth, columns, scores.data,
                             ROWS, false);
-            tile_product<T>(ROWS, columns, wide_depth, above.data, wide_depth, values.data + j * ROWS * wide_depth,
+            tile_product<C>(ROWS, columns, wide_depth, above.data, wide_depth, values.data + j * ROWS * wide_depth,
                             columns, dp.data, ROWS, false);
-            std::fill(p.data + rows * ROWS, p.data + ROWS * ROWS, T{});
-            std::fill(ds.data + rows * ROWS, ds.data + ROWS * ROWS, T{});
+            std::fill(p.data + rows * ROWS, p.data + ROWS * ROWS, C{});
+            std::fill(ds.data + rows * ROWS, ds.data + ROWS * ROWS, C{});
             for (i64 r = 0; r < rows; r++) {
               const Seen seen(s.first[b * s.S + start + r] - j * ROWS, start + r + 1 - j * ROWS);
               float weights[ROWS], slopes[ROWS];
               weights_of(scores.data + r * ROWS, seen, s.scale, lse[(b * s.H + h) * s.S + start + r], weights);
               slopes_of(weights, dp.data + r * ROWS, seen, s.scale, delta[r], slopes);
-              convert(weights, ROWS, p.data + r * ROWS);
-              convert(slopes, ROWS, ds.data + r * ROWS);
+              to_cells<F>(weights, ROWS, p.data + r * ROWS);
+              to_cells<F>(slopes, ROWS, ds.data + r * ROWS);
             }
-            pack_columns([&](i64 r) { return p.data + r * ROWS; }, ROWS, ROWS, ROWS, turned.data);
-            product<T>(s.w, ROWS, turned.data, above_rows.data, sum_v.data + j * ROWS * s.w, s.w, true);
-            pack_columns([&](i64 r) { return ds.data + r * ROWS; }, ROWS, ROWS, ROWS, turned.data);
-            product<T>(s.d, ROWS, turned.data, query_rows.data, sum_k.data + j * ROWS * s.d, s.d, true);
-            product<T>(s.d, ROWS, ds.data, key_rows.data + j * ROWS * s.d, sum_q.data, s.d, j > from);
+            pack_columns<Format<C, C>>([&](i64 r) { return p.data + r * ROWS; }, ROWS, ROWS, ROWS, turned.data);
+            product<C>(s.w, ROWS, turned.data, above_rows.data, sum_v.data + j * ROWS * s.w, s.w, true);
+            pack_columns<Format<C, C>>([&](i64 r) { return ds.data + r * ROWS; }, ROWS, ROWS, ROWS, turned.data);
+            product<C>(s.d, ROWS, turned.data, query_rows.data, sum_k.data + j * ROWS * s.d, s.d, true);
+            product<C>(s.d, ROWS, ds.data, key_rows.data + j * ROWS * s.d, sum_q.data, s.d, j > from);
           }
           for (i64 r = 0; r < rows; r++) convert(sum_q.data + r * s.d, s.d, dq + (at + r * s.H) * s.d);
         }
@@ -205,7 +207,7 @@ void backward(const Shape& s, const T* q, const T* k, const T* v, const T* out, 
         convert(sum_v.data + r * s.w, s.w, dv + at * s.w);
       }
     }
-    at::native::cpublas::brgemm_release(PAIR<T> == 2);
+    at::native::cpublas::brgemm_release(PAIR<C> == 2);
   }
 }
 
@@ -216,21 +218,20 @@ extern "C" {
 void attention_forward(i64 half, const void* q, const void* k, const void* v, const i64* first, void* out, float* lse,
                        i64 B, i64 S, i64 H, i64 G, i64 d, i64 w, double scale, i64 threads) {
   const Shape shape{B, S, H, G, d, w, threads, float(scale), first};
-  if (half)
-    forward<bf16>(shape, (const bf16*)q, (const bf16*)k, (const bf16*)v, (bf16*)out, lse);
-  else
-    forward<float>(shape, (const float*)q, (const float*)k, (const float*)v, (float*)out, lse);
+  with_format(half, [=](auto format) {
+    using T = typename decltype(format)::Row;
+    forward<decltype(format)>(shape, (const T*)q, (const T*)k, (const T*)v, (T*)out, lse);
+  });
 }
 
 void attention_backward(i64 half, const void* q, const void* k, const void* v, const i64* first, const void* out,
                         const float* lse, const void* dout, void* dq, void* dk, void* dv, i64 B, i64 S, i64 H, i64 G,
                         i64 d, i64 w, double scale, i64 threads) {
   const Shape shape{B, S, H, G, d, w, threads, float(scale), first};
-  if (half)
-    backward<bf16>(shape, (const bf16*)q, (const bf16*)k, (const bf16*)v, (const bf16*)out, lse, (const bf16*)dout,
-                   (bf16*)dq, (bf16*)dk, (bf16*)dv);
-  else
-    backward<float>(shape, (const float*)q, (const float*)k, (const float*)v, (const float*)out, lse, (const float*)dout,
-                    (float*)dq, (float*)dk, (float*)dv);
+  with_format(half, [=](auto format) {
+    using T = typename decltype(format)::Row;
+    backward<decltype(format)>(shape, (const T*)q, (const T*)k, (const T*)v, (const T*)out, lse, (const T*)dout, (T*)dq,
+                               (T*)dk, (T*)dv);
+  });
 }
 }

@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_kernels.native.experts import rows_times_weights, weight_gradient
-from moe_kernels.native.library import call, native_obstacle
+from moe_kernels.native.library import call, native_obstacle, widens_halves
 
 # Products with fewer multiplications are left to torch: tiles do not pay, and each of their sizes is generated code.
 SMALL = 2**22
+SMALL_WIDENED = 2**14  # of bfloat16, where torch's own are slow
 
 
 def takes_native(x: Tensor, w: Tensor, rows: int) -> bool:
@@ -24,9 +25,10 @@ def takes_native(x: Tensor, w: Tensor, rows: int) -> bool:
         x.device.type == "cpu"
         and x.dtype == w.dtype
         and x.dtype in (torch.float32, torch.bfloat16)
-        and rows * w.numel() >= SMALL
+        and rows * w.numel() >= SMALL_WIDENED
         and not torch.compiler.is_compiling()
         and native_obstacle(x.dtype) is None
+        and (rows * w.numel() >= SMALL or (x.dtype == torch.bfloat16 and widens_halves()))
     )
 
 

@@ -39,9 +39,22 @@ def native_obstacle(dtype: torch.dtype) -> str | None:
     loaded = _load()
     if isinstance(loaded, str):
         return loaded
-    if not _works(loaded, dtype == torch.bfloat16):
-        return f"oneDNN has no kernel for {str(dtype).removeprefix('torch.')} on this processor"
-    return None
+    return None if _works(loaded) else "oneDNN has no kernel for tiles on this processor"
+
+
+@torch.compiler.disable
+def widens_halves() -> bool:
+    """Whether bfloat16 is multiplied as float32, since the processor has no products of it. (torch's own are then ten
+    times slower than float32, or worse.) Ask ``native_obstacle`` first."""
+    loaded = _load()
+    return not isinstance(loaded, str) and not loaded.moe_half_cells()
+
+
+def widen_halves(widened: bool) -> None:
+    """For tests: multiply bfloat16 as on a processor that has no products of it, or not."""
+    loaded = _load()
+    if not isinstance(loaded, str):
+        loaded.moe_use_half_cells(ctypes.c_int64(not widened))
 
 
 @torch.compiler.disable
@@ -69,8 +82,8 @@ def _argument(value: torch.Tensor | int | float | None) -> Any:
 
 
 @functools.cache
-def _works(library: ctypes.CDLL, half: bool) -> bool:
-    return bool(library.moe_works(ctypes.c_int64(half)))
+def _works(library: ctypes.CDLL) -> bool:
+    return bool(library.moe_works())
 
 
 @functools.cache

@@ -6,6 +6,8 @@
 // among the threads. A dense layer is one expert that has all rows.
 // Every sum has one order, whatever the number of threads.
 
+#include <functional>
+
 #include "tiles.h"
 
 namespace {
@@ -14,7 +16,14 @@ constexpr i64 CHUNK = 1024;      // rows for which a matrix is packed once, at m
 constexpr i64 CACHED = 1 << 19;  // values of rows in a scratch, and of a matrix
 constexpr i64 GROUP = 256;       // columns that are packed together, at most: whole cache lines are read, one after another
 constexpr i64 FAR = 8 << 20;     // bytes of a result that does not stay in the cache
-constexpr i64 INNER = 1024;      // of the inner dimension, what is multiplied at a time
+constexpr i64 INNER = 2 * WIDTH;  // of the inner dimension, what is multiplied at a time
+
+// A tile's product, c (m, n), of which so much is done at a time that operands stay in the nearest cache.
+template <class C>
+void deep_product(i64 m, i64 n, i64 depth, const C* a, i64 lda, const C* b, float* c, bool add) {
+  for (i64 k = 0; k < depth; k += INNER)
+    tile_product<C>(m, n, std::min(INNER, depth - k), a + k, lda, b + k * n, n, c, n, add || k > 0);
+}
 
 // ---- rows times an expert's matrix -----------------------------------------------------------------------------------
 
@@ -31,14 +40,14 @@ struct Matrices {  // of each expert: parts matrices that follow each other, (n,
   const W* data;
   i64 experts, parts, n, k;
   bool transposed;
-  template <class T>
-  void pack(i64 e, i64 part, i64 column, i64 columns, i64 depth, T* out) const {
+  template <class F>
+  void pack(i64 e, i64 part, i64 column, i64 columns, i64 depth, typename F::Cell* out) const {
     const W* matrix = data + (e * parts + part) * n * k;
     if (transposed)
       for (i64 c = 0; c < columns; c += COLS)
-        pack_transposed(matrix + (column + c) * k, k, k, std::min(COLS, columns - c), depth, out + c * depth);
+        pack_transposed<F>(matrix + (column + c) * k, k, k, std::min(COLS, columns - c), depth, out + c * depth);
     else
-      pack_rows([&](i64 r) { return matrix + r * n + column; }, k, columns, depth, out);
+      pack_rows<F>([&](i64 r) { return matrix + r * n + column; }, k, columns, depth, out);
   }
 };
 
@@ -49,11 +58,11 @@ struct Task {
 // Chunks of every expert's rows; columns are split as well where there are too few chunks for the threads.
 i64 chunk_of(i64 width) { return std::clamp(CACHED / width / ROWS * ROWS, ROWS, CHUNK / 2); }
 
-std::vector<Task> tasks_of(const i64* counts, i64 experts, i64 columns, i64 chunk, i64 threads) {
+std::vector<Task> tasks_of(const i64* counts, i64 experts, i64 columns, i64 widest, i64 chunk, i64 threads) {
   i64 chunks = 0;
   for (i64 e = 0; e < experts; e++) chunks += (counts[e] + chunk - 1) / chunk;
   const i64 wanted = threads == 1 || chunks == 0 ? 1 : std::max<i64>(1, 4 * threads / chunks);
-  const i64 width = up_to((columns + wanted - 1) / wanted, COLS);
+  const i64 width = std::min(up_to((columns + wanted - 1) / wanted, COLS), widest);
   std::vector<Task> tasks;
   for (i64 e = 0, row = 0; e < experts; row += counts[e++]) {
     const i64 parts = (counts[e] + chunk - 1) / chunk, rows = parts ? up_to((counts[e] + parts - 1) / parts, ROWS) : 1;
@@ -68,48 +77,51 @@ struct Tile {  // products of ``rows`` rows from ``row`` on with ``columns`` col
   i64 expert, row, rows, column, columns;
   const float* part[2];
 };
+using Then = std::function<void(const Tile&)>;  // what follows a product; a call costs nothing beside it
 
-template <class T, class W, class Then>
-void rows_product(Rows<T> a, Matrices<W> w, const i64* counts, i64 threads, Then then) {
-  const bool in_place = a.index == nullptr && w.k % DEPTH == 0;  // only rows that fill no tile are copied
+template <class F, class W>
+void rows_product(Rows<typename F::Row> a, Matrices<W> w, const i64* counts, i64 threads, const Then& then) {
+  using C = typename F::Cell;
+  constexpr bool cells_are_rows = std::is_same_v<C, typename F::Row>;
+  const bool in_place = cells_are_rows && a.index == nullptr && w.k % DEPTH == 0;  // only rows that fill no tile are copied
   const i64 depth = up_to(w.k, DEPTH), chunk = in_place ? CHUNK : chunk_of(depth);
   const i64 group_columns = std::clamp(CACHED / depth / COLS * COLS, COLS, GROUP);
-  const auto tasks = tasks_of(counts, w.experts, w.n, chunk, threads);
+  const auto tasks = tasks_of(counts, w.experts, w.n, up_to(w.n, COLS), chunk, threads);
 #pragma omp parallel num_threads(threads)
   {
-    Scratch<T> rows((in_place ? ROWS : chunk) * depth), packed(w.parts * depth * group_columns);
+    Scratch<C> rows((in_place ? ROWS : chunk) * depth), packed(w.parts * depth * group_columns);
     Scratch<float> products(w.parts * ROWS * COLS);
 #pragma omp for schedule(dynamic, 1)
     for (size_t i = 0; i < tasks.size(); i++) {
       const Task& task = tasks[i];
       const i64 copied = in_place ? task.rows / ROWS * ROWS : 0;  // the first row that is copied
       for (i64 r = copied; r < task.rows; r++) {
-        T* to = rows.data + (r - copied) * depth;
-        memcpy(to, a[task.row + r], w.k * sizeof(T));
-        std::fill(to + w.k, to + depth, T{});
+        C* to = rows.data + (r - copied) * depth;
+        convert(a[task.row + r], w.k, to);
+        std::fill(to + w.k, to + depth, C{});
       }
-      std::fill(rows.data + (task.rows - copied) * depth, rows.data + (up_to(task.rows, STEP) - copied) * depth, T{});
+      std::fill(rows.data + (task.rows - copied) * depth, rows.data + (up_to(task.rows, STEP) - copied) * depth, C{});
       for (i64 group = task.column; group < task.end; group += group_columns) {
         const i64 wide = std::min(group_columns, task.end - group);
         for (i64 p = 0; p < w.parts; p++)
-          w.pack(task.expert, p, group, wide, depth, packed.data + p * depth * group_columns);
+          w.template pack<F>(task.expert, p, group, wide, depth, packed.data + p * depth * group_columns);
         for (i64 column = 0; column < wide; column += COLS)
           for (i64 r = 0; r < task.rows; r += ROWS) {
             const i64 n = std::min(ROWS, task.rows - r), m = up_to(n, STEP), columns = std::min(COLS, wide - column);
             Tile tile{task.expert, task.row + r, n, group + column, columns, {products.data, products.data + ROWS * COLS}};
-            const T* left = r < copied ? a[task.row + r] : rows.data + (r - copied) * depth;
+            const C* left = rows.data + (r - copied) * depth;
+            if constexpr (cells_are_rows)
+              if (r < copied) left = a[task.row + r];
             for (i64 p = 0; p < w.parts; p++) {
-              const T* right = packed.data + (p * group_columns + column) * depth;
-              for (i64 k = 0; k < depth; k += INNER)
-                tile_product<T>(m, columns, std::min(INNER, depth - k), left + k, depth, right + k * columns, columns,
-                                products.data + p * ROWS * COLS, columns, k > 0);
+              const C* right = packed.data + (p * group_columns + column) * depth;
+              deep_product<C>(m, columns, depth, left, depth, right, products.data + p * ROWS * COLS, false);
             }
             then(tile);
           }
       }
     }
     streamed();
-    at::native::cpublas::brgemm_release(PAIR<T> == 2);
+    at::native::cpublas::brgemm_release(PAIR<C> == 2);
   }
 }
 
@@ -178,7 +190,7 @@ inline float activation(float gate, float up, float& in_gate, float& in_up) {
 }
 
 template <class Do>
-void with_activation(i64 name, Do run) {
+Then with_activation(i64 name, Do run) {
   switch (name) {
     case SWIGLU: return run(std::integral_constant<int, SWIGLU>());
     case GEGLU: return run(std::integral_constant<int, GEGLU>());
@@ -190,27 +202,25 @@ void with_activation(i64 name, Do run) {
   }
 }
 
-// ---- the four products -----------------------------------------------------------------------------------------------
+// ---- what follows a product of rows -------------------------------------------------------------------------------------
 
 // h (R, n F) = rows W13^T + b13 and a (R, F) = s * act(h), of the rounded h, which backward will see.
-template <class T, class W, int ACT>
-void up_projection(Rows<T> x, Matrices<W> w13, const T* b13, const float* s, T* h, T* a, const i64* counts, i64 threads) {
-  const i64 F = w13.n, parts = w13.parts;
-  const bool far = is_far(counts, w13.experts, F * sizeof(T));
-  rows_product(x, w13, counts, threads, [=](const Tile& t) {
+template <class T, int ACT>
+Then up_projection(const T* b13, const float* s, T* h, T* a, i64 parts, i64 width, bool far) {
+  return [=](const Tile& t) {
     float room[2][COLS], value[COLS];
     for (i64 r = 0; r < t.rows; r++) {
-      T* row_h = h + (t.row + r) * parts * F + t.column;
+      T* row_h = h + (t.row + r) * parts * width + t.column;
       const float* part[2];
       for (i64 p = 0; p < parts; p++) {
         part[p] = t.part[p] + r * t.columns;
         if (b13) {
           for (i64 c = 0; c < t.columns; c++)
-            room[p][c] = part[p][c] + wide(b13[(t.expert * parts + p) * F + t.column + c]);
+            room[p][c] = part[p][c] + wide(b13[(t.expert * parts + p) * width + t.column + c]);
           part[p] = room[p];
         }
-        put(far, part[p], t.columns, row_h + p * F);
-        if (PAIR<T> == 2) {
+        put(far, part[p], t.columns, row_h + p * width);
+        if (sizeof(T) == 2) {
           for (i64 c = 0; c < t.columns; c++) room[p][c] = wide(narrow<T>(part[p][c]));
           part[p] = room[p];
         }
@@ -221,40 +231,37 @@ void up_projection(Rows<T> x, Matrices<W> w13, const T* b13, const float* s, T* 
         float in_gate, in_up;
         value[c] = weight * activation<ACT>(gate[c], up[c], in_gate, in_up);
       }
-      put(far, value, t.columns, a + (t.row + r) * F + t.column);
+      put(far, value, t.columns, a + (t.row + r) * width + t.column);
     }
-  });
+  };
 }
 
 // out (R, n) = rows W (+ s * bias).
-template <class T, class W>
-void rows_times_weights(Rows<T> rows, Matrices<W> w, const T* bias, const float* s, T* out, const i64* counts, i64 threads) {
-  const bool far = is_far(counts, w.experts, w.n * sizeof(T));
-  rows_product(rows, w, counts, threads, [=](const Tile& t) {
+template <class T>
+Then rows_times_weights(const T* bias, const float* s, T* out, i64 n, bool far) {
+  return [=](const Tile& t) {
     for (i64 r = 0; r < t.rows; r++) {
       const float* from = t.part[0] + r * t.columns;
-      T* to = out + (t.row + r) * w.n + t.column;
+      T* to = out + (t.row + r) * n + t.column;
       if (bias == nullptr) {
         put(far, from, t.columns, to);
       } else {
         const float weight = s ? s[t.row + r] : 1.0f;
-        const T* b = bias + t.expert * w.n + t.column;
+        const T* b = bias + t.expert * n + t.column;
         float value[COLS];
         for (i64 c = 0; c < t.columns; c++) value[c] = from[c] + weight * wide(b[c]);
         convert(value, t.columns, to);
       }
     }
-  });
+  };
 }
 
 // With da = dy W2: a = s * act(h) again, dh = s * da * act'(h), ds (blocks of COLS columns, R) = sums of da * act(h).
-template <class T, class W, int ACT>
-void down_gradient(Rows<T> dy, Matrices<W> w2, const float* s, const T* h, T* a, T* dh, float* ds, const i64* counts,
-                   i64 R, i64 threads) {
+template <class T, int ACT>
+Then down_gradient(const float* s, const T* h, T* a, T* dh, float* ds, i64 width, i64 R, bool far) {
   constexpr bool gated = ACT != GELU && ACT != RELU2;
-  const i64 F = w2.n, n_F = gated ? 2 * F : F, UP = n_F - F;
-  const bool far = is_far(counts, w2.experts, F * sizeof(T));
-  rows_product(dy, w2, counts, threads, [=](const Tile& t) {
+  const i64 n_F = gated ? 2 * width : width, UP = n_F - width;
+  return [=](const Tile& t) {
     float gate[COLS], up[COLS], value[COLS], in_gate[COLS], in_up[COLS];
     for (i64 r = 0; r < t.rows; r++) {
       const float* da = t.part[0] + r * t.columns;
@@ -274,110 +281,122 @@ void down_gradient(Rows<T> dy, Matrices<W> w2, const float* s, const T* h, T* a,
         in_gate[c] *= weight * da[c];
         in_up[c] *= weight * da[c];
       }
-      put(far, value, t.columns, a + row * F + t.column);
+      put(far, value, t.columns, a + row * width + t.column);
       if (gated) put(far, in_gate, t.columns, row_dh);
       put(far, in_up, t.columns, row_dh + UP);
       float sum = 0;
       for (float part : sums) sum += part;
       ds[t.column / COLS * R + row] = sum;
     }
-  });
+  };
+}
+
+// ---- gradients of matrices --------------------------------------------------------------------------------------------
+
+// A finished tile of a matrix's gradient goes to ``out``, whose rows are N apart. add: to what is there (float only).
+template <class W>
+void put_tile(const float* tile, i64 high, i64 columns, W* out, i64 N, bool add, bool far) {
+  for (i64 i = 0; i < high; i++) {
+    const float* __restrict from = tile + i * columns;
+    W* __restrict to = out + i * N;
+    if (add)
+      for (i64 c = 0; c < columns; c++) to[c] = narrow<W>(wide(to[c]) + from[c]);
+    else
+      put(far, from, columns, to);
+  }
 }
 
 // out (experts, M, N): of each expert left^T right, over its rows. add: to what is there (float only).
-template <class T, class W>
+template <class F, class W, class T = typename F::Row>
 void weight_gradient(Rows<T> left, Rows<T> right, W* out, bool add, const i64* counts, i64 experts, i64 threads) {
+  using C = typename F::Cell;
   const i64 M = left.width, N = right.width;
-  const i64 tallest = *std::max_element(counts, counts + experts), chunk = chunk_of(N);
-  const auto tasks = tasks_of(counts, experts, M, std::max<i64>(tallest, 1), threads);  // of rows of the matrices
+  const bool far = experts * M * N * i64(sizeof(W)) >= FAR;
+  const i64 tallest = *std::max_element(counts, counts + experts), chunk = chunk_of(N), whole_N = up_to(N, COLS);
+  const i64 widest = std::clamp(4 * CACHED / whole_N / ROWS * ROWS, ROWS, up_to(M, ROWS));
+  const auto tasks = tasks_of(counts, experts, M, widest, std::max<i64>(tallest, 1), threads);  // of rows of the matrices
   for (i64 e = 0; e < experts; e++)
     if (counts[e] == 0 && !add) std::fill(out + e * M * N, out + (e + 1) * M * N, W{});
 #pragma omp parallel num_threads(threads)
   {
-    const i64 widest = std::min(up_to(tallest, DEPTH), chunk);
-    Scratch<T> lefts(widest * ROWS), rights(widest * up_to(N, COLS));
-    const bool direct = sizeof(W) == 4, far = direct && !add && experts * M * N * i64(sizeof(W)) >= FAR;
-    Scratch<float> sums(direct ? 0 : M * N), tile(ROWS * COLS);
+    const i64 deepest = std::min(up_to(tallest, DEPTH), chunk);
+    Scratch<C> lefts(deepest * ROWS), rights(deepest * whole_N);
+    // Tiles, each by itself: rows of ``out`` may be so far apart that they would push each other out of the cache.
+    Scratch<float> sums(tallest <= chunk ? ROWS * COLS : widest * whole_N);
 #pragma omp for schedule(dynamic, 1)
     for (size_t i = 0; i < tasks.size(); i++) {
       const Task& task = tasks[i];
-      W* matrix = out + task.expert * M * N;
-      float* to = direct ? reinterpret_cast<float*>(matrix) : sums.data;
       for (i64 r = 0; r < task.rows; r += chunk) {
         const i64 rows = std::min(chunk, task.rows - r), depth = up_to(rows, DEPTH);
-        const bool apart = far && rows == task.rows;  // the product is the sum
-        pack_rows([&](i64 k) { return right[task.row + r + k]; }, rows, N, depth, rights.data);
+        pack_rows<F>([&](i64 k) { return right[task.row + r + k]; }, rows, N, depth, rights.data);
         for (i64 m = task.column; m < task.end; m += ROWS) {
           const i64 high = std::min(ROWS, task.end - m);
-          pack_columns([&](i64 k) { return left[task.row + r + k] + m; }, rows, high, depth, lefts.data);
+          pack_columns<F>([&](i64 k) { return left[task.row + r + k] + m; }, rows, high, depth, lefts.data);
           for (i64 column = 0; column < N; column += COLS) {
             const i64 columns = std::min(COLS, N - column);
-            float* sum = apart ? tile.data : to + m * N + column;
-            tile_product<T>(high, columns, depth, lefts.data, depth, rights.data + column * depth, columns, sum,
-                            apart ? columns : N, add || r > 0);
-            if (apart)
-              for (i64 i = 0; i < high; i++) stream(sum + i * columns, columns, to + (m + i) * N + column);
+            float* tile = sums.data + (task.rows <= chunk ? 0 : (m - task.column) * whole_N + column * ROWS);
+            deep_product<C>(high, columns, depth, lefts.data, depth, rights.data + column * depth, tile, r > 0);
+            if (r + rows == task.rows)
+              put_tile(tile, high, columns, out + (task.expert * M + m) * N + column, N, add, far);
           }
         }
       }
-      if constexpr (sizeof(W) == 2)
-        convert(to + task.column * N, (task.end - task.column) * N, matrix + task.column * N);
     }
     streamed();
-    at::native::cpublas::brgemm_release(PAIR<T> == 2);
+    at::native::cpublas::brgemm_release(PAIR<C> == 2);
   }
 }
 
 // The same for one matrix: all threads bring ``right`` into its layout once, and each ``left`` for the tiles it works on.
-template <class T, class W>
+template <class F, class W, class T = typename F::Row>
 void dense_weight_gradient(Rows<T> left, Rows<T> right, W* out, bool add, i64 rows, i64 threads) {
+  using C = typename F::Cell;
   const i64 M = left.width, N = right.width, depth = up_to(rows, DEPTH);
+  const bool far = M * N * i64(sizeof(W)) >= FAR;
   const i64 high_tiles = (M + ROWS - 1) / ROWS, column_tiles = (N + COLS - 1) / COLS;
   const i64 splits = threads == 1 ? 1 : std::clamp<i64>(4 * threads / high_tiles, 1, column_tiles);
   const i64 width = (column_tiles + splits - 1) / splits * COLS;
-  const auto deep = [=](i64 r) { return std::min(INNER, depth - r); };
-  Scratch<T> rights(depth * N);  // for each INNER rows, blocks of COLS columns
+  const auto deep = [=](i64 r) { return std::min(CHUNK, depth - r); };
+  Scratch<C> rights(depth * N);  // for each CHUNK rows, blocks of COLS columns
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for collapse(2) schedule(static)
-    for (i64 r = 0; r < rows; r += INNER)
+    for (i64 r = 0; r < rows; r += CHUNK)
       for (i64 tile = 0; tile < column_tiles; tile++) {
         const i64 column = tile * COLS;
-        pack_rows([&](i64 k) { return right[r + k] + column; }, std::min(INNER, rows - r), std::min(COLS, N - column),
-                  deep(r), rights.data + r * N + column * deep(r));
+        pack_rows<F>([&](i64 k) { return right[r + k] + column; }, std::min(CHUNK, rows - r), std::min(COLS, N - column),
+                     deep(r), rights.data + r * N + column * deep(r));
       }
-    Scratch<T> lefts(ROWS * std::min(INNER, depth));
-    const bool direct = sizeof(W) == 4;
-    Scratch<float> sums(direct ? 0 : ROWS * width);
+    Scratch<C> lefts(ROWS * std::min(CHUNK, depth));
+    Scratch<float> sums(ROWS * width);
 #pragma omp for collapse(2) schedule(dynamic, 1)
     for (i64 m = 0; m < M; m += ROWS)
       for (i64 first = 0; first < N; first += width) {
-        const i64 high = std::min(ROWS, M - m), end = std::min(first + width, N), ld = direct ? N : width;
-        float* to = direct ? reinterpret_cast<float*>(out) + m * N + first : sums.data;
-        for (i64 r = 0; r < rows; r += INNER) {
-          pack_columns([&](i64 k) { return left[r + k] + m; }, std::min(INNER, rows - r), high, deep(r), lefts.data);
+        const i64 high = std::min(ROWS, M - m), end = std::min(first + width, N);
+        for (i64 r = 0; r < rows; r += CHUNK) {
+          pack_columns<F>([&](i64 k) { return left[r + k] + m; }, std::min(CHUNK, rows - r), high, deep(r), lefts.data);
           for (i64 column = first; column < end; column += COLS) {
             const i64 columns = std::min(COLS, end - column);
-            tile_product<T>(high, columns, deep(r), lefts.data, deep(r), rights.data + r * N + column * deep(r), columns,
-                            to + column - first, ld, add || r > 0);
+            float* tile = sums.data + (column - first) * ROWS;
+            deep_product<C>(high, columns, deep(r), lefts.data, deep(r), rights.data + r * N + column * deep(r), tile, r > 0);
+            if (r + CHUNK >= rows) put_tile(tile, high, columns, out + m * N + column, N, add, far);
           }
         }
-        if constexpr (sizeof(W) == 2)
-          for (i64 i = 0; i < high; i++) convert(to + i * ld, end - first, out + (m + i) * N + first);
       }
-    at::native::cpublas::brgemm_release(PAIR<T> == 2);
+    streamed();
+    at::native::cpublas::brgemm_release(PAIR<C> == 2);
   }
 }
 
-// Runs ``call`` with the types that the flags name.
+// Runs ``call`` with the format and the type of weights that the flags name.
 template <class Call>
 void with_types(i64 half_rows, i64 half_weights, Call call) {
-  if (!half_rows)
-    call(float{}, float{});
-  else if (half_weights)
-    call(bf16{}, bf16{});
-  else
-    call(bf16{}, float{});
+  with_format(half_rows, [=](auto format) {
+    if constexpr (std::is_same_v<decltype(format), Float>)
+      call(format, float{});
+    else
+      half_weights ? call(format, bf16{}) : call(format, float{});
+  });
 }
 
 // Whether the tiles' product works for T on this processor. It throws where it does not.
@@ -388,7 +407,7 @@ bool works() {
   std::fill(a.data, a.data + STEP * DEPTH, narrow<T>(1.0f));
   std::fill(b.data, b.data + DEPTH * COLS, narrow<T>(1.0f));
   try {
-    tile_product<T>(STEP, COLS, DEPTH, a.data, DEPTH, b.data, COLS, c.data, COLS, false);
+    tile_product(STEP, COLS, DEPTH, a.data, DEPTH, b.data, COLS, c.data, COLS, false);
     at::native::cpublas::brgemm_release(PAIR<T> == 2);
   } catch (...) {
     return false;
@@ -402,56 +421,67 @@ bool works() {
 
 extern "C" {
 
-int moe_works(i64 half) { return half ? works<bf16>() : works<float>(); }
+// Whether anything here can run; it has to be asked first, since it finds out what tiles may hold.
+int moe_works() {
+  half_cells = works<bf16>();
+  return works<float>();
+}
+
+int moe_half_cells() { return half_cells; }
+
+void moe_use_half_cells(i64 use) { half_cells = use; }  // for tests
 
 void moe_up_projection(i64 half_rows, i64 half_weights, const void* x, const i64* index, const void* w13,
                       const void* b13, const float* s, void* h, void* a, const i64* counts, i64 experts, i64 parts,
-                      i64 F, i64 D, i64 name, i64 threads) {
-  with_types(half_rows, half_weights, [=](auto t, auto w) {
-    using T = decltype(t);
-    using W = decltype(w);
-    with_activation(name, [=](auto act) {
-      up_projection<T, W, decltype(act)::value>({(const T*)x, index, D}, {(const W*)w13, experts, parts, F, D, true},
-                                                (const T*)b13, s, (T*)h, (T*)a, counts, threads);
+                      i64 width, i64 D, i64 name, i64 threads) {
+  with_types(half_rows, half_weights, [=](auto format, auto w) {
+    using T = typename decltype(format)::Row;
+    const bool far = is_far(counts, experts, width * sizeof(T));
+    const auto then = with_activation(name, [=](auto act) {
+      return up_projection<T, decltype(act)::value>((const T*)b13, s, (T*)h, (T*)a, parts, width, far);
     });
+    const Matrices<decltype(w)> matrices{(const decltype(w)*)w13, experts, parts, width, D, true};
+    rows_product<decltype(format)>({(const T*)x, index, D}, matrices, counts, threads, then);
   });
 }
 
 void moe_rows_times_weights(i64 half_rows, i64 half_weights, const void* rows, const i64* index, const void* weights,
                            const void* bias, const float* s, void* out, const i64* counts, i64 experts, i64 n, i64 k,
                            i64 transposed, i64 threads) {
-  with_types(half_rows, half_weights, [=](auto t, auto w) {
-    using T = decltype(t);
-    using W = decltype(w);
-    rows_times_weights<T, W>({(const T*)rows, index, k}, {(const W*)weights, experts, 1, n, k, transposed != 0},
-                             (const T*)bias, s, (T*)out, counts, threads);
+  with_types(half_rows, half_weights, [=](auto format, auto w) {
+    using T = typename decltype(format)::Row;
+    const auto then = rows_times_weights((const T*)bias, s, (T*)out, n, is_far(counts, experts, n * sizeof(T)));
+    const Matrices<decltype(w)> matrices{(const decltype(w)*)weights, experts, 1, n, k, transposed != 0};
+    rows_product<decltype(format)>({(const T*)rows, index, k}, matrices, counts, threads, then);
   });
 }
 
 void moe_down_gradient(i64 half_rows, i64 half_weights, const void* dy, const i64* index, const void* w2, const float* s,
-                      const void* h, void* a, void* dh, float* ds, const i64* counts, i64 experts, i64 F, i64 D, i64 R,
-                      i64 name, i64 threads) {
-  with_types(half_rows, half_weights, [=](auto t, auto w) {
-    using T = decltype(t);
-    using W = decltype(w);
-    with_activation(name, [=](auto act) {
-      down_gradient<T, W, decltype(act)::value>({(const T*)dy, index, D}, {(const W*)w2, experts, 1, F, D, false}, s,
-                                                (const T*)h, (T*)a, (T*)dh, ds, counts, R, threads);
+                      const void* h, void* a, void* dh, float* ds, const i64* counts, i64 experts, i64 width, i64 D,
+                      i64 R, i64 name, i64 threads) {
+  with_types(half_rows, half_weights, [=](auto format, auto w) {
+    using T = typename decltype(format)::Row;
+    const bool far = is_far(counts, experts, width * sizeof(T));
+    const auto then = with_activation(name, [=](auto act) {
+      return down_gradient<T, decltype(act)::value>(s, (const T*)h, (T*)a, (T*)dh, ds, width, R, far);
     });
+    const Matrices<decltype(w)> matrices{(const decltype(w)*)w2, experts, 1, width, D, false};
+    rows_product<decltype(format)>({(const T*)dy, index, D}, matrices, counts, threads, then);
   });
 }
 
 void moe_weight_gradient(i64 half_rows, i64 half_weights, const void* left, const i64* left_index, const void* right,
                         const i64* right_index, void* out, i64 add, const i64* counts, i64 experts, i64 M, i64 N,
                         i64 threads) {
-  with_types(half_rows, half_weights, [=](auto t, auto w) {
-    using T = decltype(t);
+  with_types(half_rows, half_weights, [=](auto format, auto w) {
+    using F = decltype(format);
+    using T = typename F::Row;
     using W = decltype(w);
     const Rows<T> l{(const T*)left, left_index, M}, r{(const T*)right, right_index, N};
     if (experts == 1 && counts[0] > 0)
-      dense_weight_gradient<T, W>(l, r, (W*)out, add != 0, counts[0], threads);
+      dense_weight_gradient<F, W>(l, r, (W*)out, add != 0, counts[0], threads);
     else
-      weight_gradient<T, W>(l, r, (W*)out, add != 0, counts, experts, threads);
+      weight_gradient<F, W>(l, r, (W*)out, add != 0, counts, experts, threads);
   });
 }
 }

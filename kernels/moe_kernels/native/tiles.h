@@ -2,7 +2,7 @@
 //
 // Tiles are multiplied by oneDNN's batch-reduce kernel (AMX, AVX-512 or AVX2, whichever the machine has), which torch
 // exports; it is declared here, so that no header of torch is needed. T is the type of rows, W of weights: float, or
-// bfloat16 with sums in float.
+// bfloat16 with sums in float. A processor without products of bfloat16 multiplies the same numbers as float.
 
 #pragma once
 
@@ -11,8 +11,10 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <type_traits>
+#include <utility>
 #include <vector>
-#ifdef __AVX512BF16__
+#ifdef __AVX__
 #include <immintrin.h>
 #endif
 
@@ -30,7 +32,15 @@ void brgemm(i64, i64, i64, i64, i64, i64, bool, const float*, const float*, floa
 void brgemm_release(bool);
 }  // namespace at::native::cpublas
 
+inline bool half_cells = false;  // whether tiles may hold bfloat16, in all files of the library
+
 namespace {
+
+#ifdef __AVX512F__
+constexpr i64 WIDTH = 512;  // bits of a vector
+#else
+constexpr i64 WIDTH = 256;
+#endif
 
 constexpr i64 ROWS = 64;    // of a tile
 constexpr i64 COLS = 64;
@@ -88,17 +98,19 @@ void convert(const From* __restrict from, i64 n, T* __restrict to) {
 // before it is written.
 template <class T>
 void stream(const float* from, i64 n, T* to) {
-#ifdef __AVX512BF16__
-  if (reinterpret_cast<uintptr_t>(to) % 64 == 0 && n % 32 == 0) {
-    for (i64 c = 0; c < n; c += 16)
-      if constexpr (sizeof(T) == 4) {
-        _mm512_stream_ps(to + c, _mm512_loadu_ps(from + c));
-      } else {
-        const auto rounded = _mm512_cvtneps_pbh(_mm512_loadu_ps(from + c));
-        __m256i bits;
-        memcpy(&bits, &rounded, sizeof(bits));
-        _mm256_stream_si256(reinterpret_cast<__m256i*>(to + c), bits);
-      }
+#ifdef __AVX__
+  constexpr i64 LINE = 64 / sizeof(T);
+  if (reinterpret_cast<uintptr_t>(to) % 64 == 0 && n % LINE == 0) {
+    for (i64 c = 0; c < n; c += LINE) {
+      alignas(64) T line[LINE];
+      convert(from + c, LINE, line);
+#ifdef __AVX512F__
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to + c), _mm512_load_si512(line));
+#else
+      auto* halves = reinterpret_cast<const __m256i*>(line);
+      for (i64 i = 0; i < 2; i++) _mm256_stream_si256(reinterpret_cast<__m256i*>(to + c) + i, halves[i]);
+#endif
+    }
     return;
   }
 #endif
@@ -107,18 +119,53 @@ void stream(const float* from, i64 n, T* to) {
 
 // Once a thread has streamed: others see it.
 inline void streamed() {
-#ifdef __AVX512BF16__
+#ifdef __AVX__
   _mm_sfence();
 #endif
 }
 
-// n values as T: where they are, or converted into ``room``.
-template <class T, class From>
-const T* converted(const From* from, i64 n, T* room) {
-  if constexpr (sizeof(T) == sizeof(From)) {
+// How numbers are kept: Row in memory, Cell in tiles.
+template <class R, class C>
+struct Format {
+  using Row = R;
+  using Cell = C;
+};
+using Float = Format<float, float>;
+using Half = Format<bf16, bf16>;
+using Widened = Format<bf16, float>;
+
+// Runs ``call`` with the format of rows in float or bfloat16.
+template <class Call>
+void with_format(i64 half, Call call) {
+  if (!half)
+    call(Float{});
+  else if (half_cells)
+    call(Half{});
+  else
+    call(Widened{});
+}
+
+// A cell from a number of memory, rounded as rows are.
+template <class F, class From>
+typename F::Cell cell(From x) {
+  return as<typename F::Cell>(as<typename F::Row>(x));
+}
+
+template <class F, class From>
+void to_cells(const From* __restrict from, i64 n, typename F::Cell* __restrict to) {
+  if constexpr (std::is_same_v<F, Widened>)
+    for (i64 c = 0; c < n; c++) to[c] = cell<F>(from[c]);
+  else
+    convert(from, n, to);
+}
+
+// Likewise: where they are, or in ``room``.
+template <class F, class From>
+const typename F::Cell* cells(const From* from, i64 n, typename F::Cell* room) {
+  if constexpr (std::is_same_v<typename F::Cell, From> && !std::is_same_v<F, Widened>) {
     return from;
   } else {
-    convert(from, n, room);
+    to_cells<F>(from, n, room);
     return room;
   }
 }
@@ -136,56 +183,50 @@ struct Scratch {
 // ---- layouts ---------------------------------------------------------------------------------------------------------
 
 // The kernel wants its right operand as (k, n), in bfloat16 with each two rows interleaved: (k / 2, n, 2).
-template <class T>
-constexpr i64 PAIR = sizeof(T) == 2 ? 2 : 1;
+template <class C>
+constexpr i64 PAIR = sizeof(C) == 2 ? 2 : 1;
 
-// One value of each row of a pair, or the value of a single row, as one word.
-template <class T, class W>
-uint32_t word(W first, W second) {
-  if constexpr (PAIR<T> == 2) return as<bf16>(first).bits | uint32_t(as<bf16>(second).bits) << 16;
+// Cells of the two rows of a pair, or of a single row, as one word.
+template <class C>
+uint32_t word(C first, C second) {
+  const C both[] = {first, second};
   uint32_t out;
-  memcpy(&out, &first, 4);
+  memcpy(&out, both, 4);
   return out;
 }
 
-constexpr i64 B = 16;  // words of a vector
+constexpr i64 B = WIDTH / 32;  // words of a vector
 typedef uint32_t Vector __attribute__((vector_size(4 * B), aligned(4)));
 
+// Blocks of W words change places: those of ``a`` at odd places with those of ``b`` at even ones.
+template <i64 W, size_t... Lane>
+void exchange(Vector& a, Vector& b, std::index_sequence<Lane...>) {
+  const Vector x = a, y = b;
+  a = __builtin_shuffle(x, y, Vector{uint32_t(Lane & W ? Lane - W + B : Lane)...});
+  b = __builtin_shuffle(x, y, Vector{uint32_t(Lane & W ? Lane + B : Lane + W)...});
+}
+
 // The transpose of B vectors: log2(B) rounds, each of which exchanges blocks of half the size.
-inline void transpose(Vector (&v)[B]) {
-#define ROUND(width, low, high)                             \
-  for (i64 i = 0; i < B; i++)                               \
-    if (!(i & width)) {                                     \
-      const Vector a = v[i], b = v[i + width];              \
-      v[i] = __builtin_shuffle(a, b, Vector low);           \
-      v[i + width] = __builtin_shuffle(a, b, Vector high);  \
-    }
-#define LIST(...) {__VA_ARGS__}
-  ROUND(8, LIST(0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
-        LIST(8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
-  ROUND(4, LIST(0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27),
-        LIST(4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31))
-  ROUND(2, LIST(0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
-        LIST(2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31))
-  ROUND(1, LIST(0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30),
-        LIST(1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31))
-#undef LIST
-#undef ROUND
+template <i64 W = B / 2>
+void transpose(Vector (&v)[B]) {
+  for (i64 i = 0; i < B; i++)
+    if (!(i & W)) exchange<W>(v[i], v[i + W], std::make_index_sequence<B>());
+  if constexpr (W > 1) transpose<W / 2>(v);
 }
 
 // out (depth, n), from w (n, k) whose rows are ld apart. Rows of out past k are zeros.
-template <class T, class W>
-void pack_transposed(const W* w, i64 ld, i64 k, i64 n, i64 depth, T* out) {
-  constexpr i64 pair = PAIR<T>;
+template <class F, class W>
+void pack_transposed(const W* w, i64 ld, i64 k, i64 n, i64 depth, typename F::Cell* out) {
+  using C = typename F::Cell;
+  constexpr i64 pair = PAIR<C>;
   auto* words = reinterpret_cast<uint32_t*>(out);
   const i64 whole_n = n / B * B, whole_k = k / pair / B * B;
   for (i64 j = 0; j < whole_n; j += B)
     for (i64 i = 0; i < whole_k; i += B) {
       Vector block[B];
       for (i64 c = 0; c < B; c++) {
-        const W* at = w + (j + c) * ld + i * pair;
-        T row[B * pair];
-        memcpy(&block[c], converted(at, B * pair, row), sizeof(row));
+        C row[B * pair];
+        memcpy(&block[c], cells<F>(w + (j + c) * ld + i * pair, B * pair, row), sizeof(row));
       }
       transpose(block);
       for (i64 r = 0; r < B; r++) memcpy(words + (i + r) * n + j, &block[r], sizeof(Vector));
@@ -193,37 +234,38 @@ void pack_transposed(const W* w, i64 ld, i64 k, i64 n, i64 depth, T* out) {
   for (i64 i = 0; i < depth / pair; i++)
     for (i64 c = i < whole_k ? whole_n : 0; c < n; c++) {
       const W* at = w + c * ld + i * pair;
-      words[i * n + c] = word<T>(i * pair < k ? at[0] : W{}, i * pair + pair - 1 < k ? at[pair - 1] : W{});
+      words[i * n + c] = word<C>(i * pair < k ? cell<F>(at[0]) : C{}, i * pair + pair - 1 < k ? cell<F>(at[pair - 1]) : C{});
     }
 }
 
 // Likewise from k rows of n values, for blocks of COLS columns, each (depth, COLS), the last one narrower.
-template <class T, class Row>
-void pack_rows(Row row, i64 k, i64 n, i64 depth, T* out) {
-  constexpr i64 pair = PAIR<T>;
-  auto* words = reinterpret_cast<uint32_t*>(out);
+template <class F, class Row>
+void pack_rows(Row row, i64 k, i64 n, i64 depth, typename F::Cell* out) {
+  using C = typename F::Cell;
+  constexpr i64 pair = PAIR<C>;
   for (i64 i = 0; i < depth / pair; i++)
     for (i64 j = 0; j < n; j += COLS) {
       const i64 columns = std::min(COLS, n - j);
-      uint32_t* __restrict to = words + j * (depth / pair) + i * columns;
-      if (i * pair + pair <= k) {
-        T room[2][COLS];
-        const T* __restrict a = converted(row(i * pair) + j, columns, room[0]);
-        const T* __restrict b = converted(row(i * pair + pair - 1) + j, columns, room[1]);
-        for (i64 c = 0; c < columns; c++) to[c] = word<T>(a[c], b[c]);
-      } else if (i * pair < k) {
-        const auto* a = row(i * pair) + j;
-        for (i64 c = 0; c < columns; c++) to[c] = word<T>(a[c], {});
+      C* __restrict to = out + j * depth + i * pair * columns;
+      if (i * pair >= k) {
+        std::fill(to, to + pair * columns, C{});
+      } else if constexpr (pair == 1) {
+        to_cells<F>(row(i) + j, columns, to);
       } else {
-        std::fill(to, to + columns, 0);
+        C room[2][COLS] = {};
+        const C *__restrict a = cells<F>(row(i * pair) + j, columns, room[0]), *__restrict b = room[1];
+        if (i * pair + 1 < k) b = cells<F>(row(i * pair + 1) + j, columns, room[1]);
+        auto* words = reinterpret_cast<uint32_t*>(to);
+        for (i64 c = 0; c < columns; c++) words[c] = word<C>(a[c], b[c]);
       }
     }
 }
 
 // out (n, depth): the transpose of k rows of n values and, from there on, of zeros.
-template <class T, class Row>
-void pack_columns(Row row, i64 k, i64 n, i64 depth, T* out) {
-  constexpr i64 pair = PAIR<T>;
+template <class F, class Row>
+void pack_columns(Row row, i64 k, i64 n, i64 depth, typename F::Cell* out) {
+  using C = typename F::Cell;
+  constexpr i64 pair = PAIR<C>;
   auto* words = reinterpret_cast<uint32_t*>(out);
   const i64 width = depth / pair;
   for (i64 i = 0; i < width; i += B)
@@ -234,11 +276,11 @@ void pack_columns(Row row, i64 k, i64 n, i64 depth, T* out) {
         const i64 at = (i + r) * pair;
         uint32_t line[B] = {};
         if (at + pair <= k && columns == B) {
-          const T *a = row(at) + j, *b = row(at + pair - 1) + j;
-          for (i64 c = 0; c < B; c++) line[c] = word<T>(a[c], b[c]);
+          const auto *a = row(at) + j, *b = row(at + pair - 1) + j;
+          for (i64 c = 0; c < B; c++) line[c] = word<C>(cell<F>(a[c]), cell<F>(b[c]));
         } else if (at < k) {
-          const T *a = row(at) + j, *b = at + pair <= k ? row(at + pair - 1) + j : nullptr;
-          for (i64 c = 0; c < columns; c++) line[c] = word<T>(a[c], b ? b[c] : T{});
+          const auto *a = row(at) + j, *b = at + pair <= k ? row(at + pair - 1) + j : nullptr;
+          for (i64 c = 0; c < columns; c++) line[c] = word<C>(cell<F>(a[c]), b ? cell<F>(b[c]) : C{});
         }
         memcpy(&block[r], line, sizeof(line));
       }
@@ -247,9 +289,9 @@ void pack_columns(Row row, i64 k, i64 n, i64 depth, T* out) {
     }
 }
 
-template <class T>
-void tile_product(i64 m, i64 n, i64 k, const T* a, i64 lda, const T* b, i64 ldb, float* c, i64 ldc, bool add) {
-  at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, PAIR<T> == 2);
+template <class C>
+void tile_product(i64 m, i64 n, i64 k, const C* a, i64 lda, const C* b, i64 ldb, float* c, i64 ldc, bool add) {
+  at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, PAIR<C> == 2);
 }
 
 // e^x to about one unit in the last place, as a polynomial, so that loops over it vectorise. Overflows to inf; NaN stays.

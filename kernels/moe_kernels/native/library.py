@@ -93,7 +93,11 @@ def _load() -> ctypes.CDLL | str:
         return ctypes.CDLL(str(_built()))
     except (OSError, subprocess.SubprocessError) as error:
         reason = _reason(error)
-        logger.warning("experts on CPU run without compiled kernels, up to twice slower: %s", reason)
+        logger.warning(
+            "experts on CPU run without compiled kernels, up to twice slower (bfloat16 far slower on "
+            "processors without products of it): %s",
+            reason,
+        )
         return reason
 
 

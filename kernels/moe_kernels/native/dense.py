@@ -21,14 +21,15 @@ SMALL_WIDENED = 2**14  # of bfloat16, where torch's own are slow
 
 def takes_native(x: Tensor, w: Tensor, rows: int) -> bool:
     """Whether the compiled products take ``rows`` rows of x's kind times the matrix w."""
+    small = min(SMALL, SMALL_WIDENED) if x.dtype == torch.bfloat16 else SMALL
     return (
         x.device.type == "cpu"
         and x.dtype == w.dtype
         and x.dtype in (torch.float32, torch.bfloat16)
-        and rows * w.numel() >= SMALL_WIDENED
+        and rows * w.numel() >= small
         and not torch.compiler.is_compiling()
         and native_obstacle(x.dtype) is None
-        and (rows * w.numel() >= SMALL or (x.dtype == torch.bfloat16 and widens_halves()))
+        and (rows * w.numel() >= SMALL or widens_halves())
     )
 
 

@@ -61,7 +61,7 @@ i64 chunk_of(i64 width) { return std::clamp(CACHED / width / ROWS * ROWS, ROWS, 
 std::vector<Task> tasks_of(const i64* counts, i64 experts, i64 columns, i64 widest, i64 chunk, i64 threads) {
   i64 chunks = 0;
   for (i64 e = 0; e < experts; e++) chunks += (counts[e] + chunk - 1) / chunk;
-  const i64 wanted = threads == 1 || chunks == 0 ? 1 : std::max<i64>(1, 4 * threads / chunks);
+  const i64 wanted = threads == 1 || chunks == 0 ? 1 : std::max<i64>(1, 16 * threads / chunks);
   const i64 width = std::min(up_to((columns + wanted - 1) / wanted, COLS), widest);
   std::vector<Task> tasks;
   for (i64 e = 0, row = 0; e < experts; row += counts[e++]) {

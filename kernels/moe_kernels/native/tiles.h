@@ -102,11 +102,14 @@ void stream(const float* from, i64 n, T* to) {
   constexpr i64 LINE = 64 / sizeof(T);
   if (reinterpret_cast<uintptr_t>(to) % 64 == 0 && n % LINE == 0) {
     for (i64 c = 0; c < n; c += LINE) {
+#if defined(__AVX512BF16__)
+      const __m512 first = _mm512_loadu_ps(from + c);
+      __m512i line = _mm512_castps_si512(first);
+      if constexpr (sizeof(T) == 2) line = __m512i(_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + c + 16), first));
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to + c), line);
+#else
       alignas(64) T line[LINE];
       convert(from + c, LINE, line);
-#ifdef __AVX512F__
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(to + c), _mm512_load_si512(line));
-#else
       auto* halves = reinterpret_cast<const __m256i*>(line);
       for (i64 i = 0; i < 2; i++) _mm256_stream_si256(reinterpret_cast<__m256i*>(to + c) + i, halves[i]);
 #endif
@@ -187,11 +190,10 @@ template <class C>
 constexpr i64 PAIR = sizeof(C) == 2 ? 2 : 1;
 
 // Cells of the two rows of a pair, or of a single row, as one word.
-template <class C>
-uint32_t word(C first, C second) {
-  const C both[] = {first, second};
+inline uint32_t word(bf16 first, bf16 second) { return first.bits | uint32_t(second.bits) << 16; }
+inline uint32_t word(float first, float) {
   uint32_t out;
-  memcpy(&out, both, 4);
+  memcpy(&out, &first, 4);
   return out;
 }
 
@@ -214,6 +216,44 @@ void transpose(Vector (&v)[B]) {
   if constexpr (W > 1) transpose<W / 2>(v);
 }
 
+constexpr i64 AHEAD = 4;  // words of the inner dimension, whose rows are read before they are needed
+
+template <class T>
+void prefetch(const T* from, i64 n) {
+  for (i64 c = 0; c < n; c += 64 / i64(sizeof(T))) __builtin_prefetch(from + c);
+}
+
+// Two rows of n numbers as words.
+template <class F, class From>
+void interleave(const From* __restrict a, const From* __restrict b, i64 n, uint32_t* __restrict words) {
+  i64 c = 0;
+#ifdef __AVX512BF16__
+  if constexpr (std::is_same_v<F, Half> && sizeof(From) == 4) {
+    alignas(64) constexpr uint16_t order[] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                              8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    for (; c + 16 <= n; c += 16) {
+      const auto both = __m512i(_mm512_cvtne2ps_pbh(_mm512_loadu_ps(b + c), _mm512_loadu_ps(a + c)));
+      _mm512_storeu_si512(words + c, _mm512_permutexvar_epi16(_mm512_load_si512(order), both));
+    }
+  }
+#endif
+  for (; c < n; c++) words[c] = word(cell<F>(a[c]), cell<F>(b[c]));
+}
+
+// A vector of cells.
+template <class F, class From>
+Vector line_of(const From* from) {
+  constexpr i64 n = sizeof(Vector) / sizeof(typename F::Cell);
+  Vector out;
+#ifdef __AVX512BF16__
+  if constexpr (std::is_same_v<F, Half> && sizeof(From) == 4)
+    return Vector(_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + 16), _mm512_loadu_ps(from)));
+#endif
+  typename F::Cell room[n];
+  memcpy(&out, cells<F>(from, n, room), sizeof(out));
+  return out;
+}
+
 // out (depth, n), from w (n, k) whose rows are ld apart. Rows of out past k are zeros.
 template <class F, class W>
 void pack_transposed(const W* w, i64 ld, i64 k, i64 n, i64 depth, typename F::Cell* out) {
@@ -225,8 +265,9 @@ void pack_transposed(const W* w, i64 ld, i64 k, i64 n, i64 depth, typename F::Ce
     for (i64 i = 0; i < whole_k; i += B) {
       Vector block[B];
       for (i64 c = 0; c < B; c++) {
-        C row[B * pair];
-        memcpy(&block[c], cells<F>(w + (j + c) * ld + i * pair, B * pair, row), sizeof(row));
+        const W* from = w + (j + c) * ld + i * pair;
+        block[c] = line_of<F>(from);
+        prefetch(from + B * ld, B * pair);
       }
       transpose(block);
       for (i64 r = 0; r < B; r++) memcpy(words + (i + r) * n + j, &block[r], sizeof(Vector));
@@ -234,7 +275,7 @@ void pack_transposed(const W* w, i64 ld, i64 k, i64 n, i64 depth, typename F::Ce
   for (i64 i = 0; i < depth / pair; i++)
     for (i64 c = i < whole_k ? whole_n : 0; c < n; c++) {
       const W* at = w + c * ld + i * pair;
-      words[i * n + c] = word<C>(i * pair < k ? cell<F>(at[0]) : C{}, i * pair + pair - 1 < k ? cell<F>(at[pair - 1]) : C{});
+      words[i * n + c] = word(i * pair < k ? cell<F>(at[0]) : C{}, i * pair + pair - 1 < k ? cell<F>(at[pair - 1]) : C{});
     }
 }
 
@@ -247,16 +288,15 @@ void pack_rows(Row row, i64 k, i64 n, i64 depth, typename F::Cell* out) {
     for (i64 j = 0; j < n; j += COLS) {
       const i64 columns = std::min(COLS, n - j);
       C* __restrict to = out + j * depth + i * pair * columns;
+      for (i64 r = (i + AHEAD) * pair; r < std::min(k, (i + AHEAD + 1) * pair); r++) prefetch(row(r) + j, columns);
       if (i * pair >= k) {
         std::fill(to, to + pair * columns, C{});
       } else if constexpr (pair == 1) {
         to_cells<F>(row(i) + j, columns, to);
       } else {
-        C room[2][COLS] = {};
-        const C *__restrict a = cells<F>(row(i * pair) + j, columns, room[0]), *__restrict b = room[1];
-        if (i * pair + 1 < k) b = cells<F>(row(i * pair + 1) + j, columns, room[1]);
-        auto* words = reinterpret_cast<uint32_t*>(to);
-        for (i64 c = 0; c < columns; c++) words[c] = word<C>(a[c], b[c]);
+        static const std::decay_t<decltype(*row(0))> zeros[COLS] = {};
+        const auto* second = i * pair + 1 < k ? row(i * pair + 1) + j : zeros;
+        interleave<F>(row(i * pair) + j, second, columns, reinterpret_cast<uint32_t*>(to));
       }
     }
 }
@@ -276,11 +316,10 @@ void pack_columns(Row row, i64 k, i64 n, i64 depth, typename F::Cell* out) {
         const i64 at = (i + r) * pair;
         uint32_t line[B] = {};
         if (at + pair <= k && columns == B) {
-          const auto *a = row(at) + j, *b = row(at + pair - 1) + j;
-          for (i64 c = 0; c < B; c++) line[c] = word<C>(cell<F>(a[c]), cell<F>(b[c]));
+          interleave<F>(row(at) + j, row(at + pair - 1) + j, B, line);
         } else if (at < k) {
           const auto *a = row(at) + j, *b = at + pair <= k ? row(at + pair - 1) + j : nullptr;
-          for (i64 c = 0; c < columns; c++) line[c] = word<C>(cell<F>(a[c]), b ? cell<F>(b[c]) : C{});
+          for (i64 c = 0; c < columns; c++) line[c] = word(cell<F>(a[c]), b ? cell<F>(b[c]) : C{});
         }
         memcpy(&block[r], line, sizeof(line));
       }

@@ -86,7 +86,7 @@ def test_bf16(prepared: Path, row: Row) -> None:
 
 
 SEED = int(os.environ["MOETRAIN_SEED"])  # random, by tests/conftest.py, which says it at the end
-DRAWS = 30
+DRAWS = 20
 ACTIVATIONS = get_args(Activation)
 
 

@@ -104,9 +104,9 @@ def test_any_sizes(dtype: torch.dtype, counts: list[int], dim: int, width: int) 
     """Odd sizes, and none that fills a tile; against the loop in float64."""
     case = make_case(counts, bias=True, dim=dim, expert_dim=width, dtype=dtype)
     got, want = case.run("cpu", dtype), case.run("loop", torch.float64)
-    for name in want:
-        limit = 1e-5 if dtype == torch.float32 else 0.02
-        assert (got[name] - want[name]).norm() <= limit * want[name].norm().clamp(min=1), name  # sums may cancel
+    limit, least = 1e-5 if dtype == torch.float32 else 0.02, max(sum(counts), 1) ** 0.5
+    for name in want:  # sums over rows may cancel: then beside a sum of so many numbers of size 1
+        assert (got[name] - want[name]).norm() <= limit * want[name].norm().clamp(min=least), name
 
 
 @needs_compiler

@@ -216,7 +216,7 @@ void transpose(Vector (&v)[B]) {
   if constexpr (W > 1) transpose<W / 2>(v);
 }
 
-constexpr i64 AHEAD = 4;  // words of the inner dimension, whose rows are read before they are needed
+constexpr i64 AHEAD = 4;  // so many words of the inner dimension before their turn, rows are asked for
 
 template <class T>
 void prefetch(const T* from, i64 n) {
@@ -267,7 +267,7 @@ void pack_transposed(const W* w, i64 ld, i64 k, i64 n, i64 depth, typename F::Ce
       for (i64 c = 0; c < B; c++) {
         const W* from = w + (j + c) * ld + i * pair;
         block[c] = line_of<F>(from);
-        prefetch(from + B * ld, B * pair);
+        prefetch(from + B * ld, B * pair);  // B rows are too many streams for the processor to foresee
       }
       transpose(block);
       for (i64 r = 0; r < B; r++) memcpy(words + (i + r) * n + j, &block[r], sizeof(Vector));

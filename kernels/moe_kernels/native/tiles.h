@@ -80,6 +80,13 @@ T as(From x) {
     return narrow<T>(wide(x));
 }
 
+#ifdef __AVX512BF16__
+// 16 numbers of each, as one vector of bfloat16.
+inline __m512i rounded(const float* first, const float* second) {
+  return __m512i(_mm512_cvtne2ps_pbh(_mm512_loadu_ps(second), _mm512_loadu_ps(first)));
+}
+#endif
+
 // to = from, rounded.
 template <class T, class From>
 void convert(const From* __restrict from, i64 n, T* __restrict to) {
@@ -103,9 +110,11 @@ void stream(const float* from, i64 n, T* to) {
   if (reinterpret_cast<uintptr_t>(to) % 64 == 0 && n % LINE == 0) {
     for (i64 c = 0; c < n; c += LINE) {
 #if defined(__AVX512BF16__)
-      const __m512 first = _mm512_loadu_ps(from + c);
-      __m512i line = _mm512_castps_si512(first);
-      if constexpr (sizeof(T) == 2) line = __m512i(_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + c + 16), first));
+      __m512i line;
+      if constexpr (sizeof(T) == 2)
+        line = rounded(from + c, from + c + 16);
+      else
+        line = _mm512_loadu_si512(from + c);
       _mm512_stream_si512(reinterpret_cast<__m512i*>(to + c), line);
 #else
       alignas(64) T line[LINE];
@@ -232,8 +241,8 @@ void interleave(const From* __restrict a, const From* __restrict b, i64 n, uint3
     alignas(64) constexpr uint16_t order[] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                               8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     for (; c + 16 <= n; c += 16) {
-      const auto both = __m512i(_mm512_cvtne2ps_pbh(_mm512_loadu_ps(b + c), _mm512_loadu_ps(a + c)));
-      _mm512_storeu_si512(words + c, _mm512_permutexvar_epi16(_mm512_load_si512(order), both));
+      const __m512i pairs = _mm512_permutexvar_epi16(_mm512_load_si512(order), rounded(a + c, b + c));
+      _mm512_storeu_si512(words + c, pairs);
     }
   }
 #endif
@@ -246,8 +255,7 @@ Vector line_of(const From* from) {
   constexpr i64 n = sizeof(Vector) / sizeof(typename F::Cell);
   Vector out;
 #ifdef __AVX512BF16__
-  if constexpr (std::is_same_v<F, Half> && sizeof(From) == 4)
-    return Vector(_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + 16), _mm512_loadu_ps(from)));
+  if constexpr (std::is_same_v<F, Half> && sizeof(From) == 4) return Vector(rounded(from, from + 16));
 #endif
   typename F::Cell room[n];
   memcpy(&out, cells<F>(from, n, room), sizeof(out));
@@ -308,6 +316,7 @@ void pack_columns(Row row, i64 k, i64 n, i64 depth, typename F::Cell* out) {
   constexpr i64 pair = PAIR<C>;
   auto* words = reinterpret_cast<uint32_t*>(out);
   const i64 width = depth / pair;
+  static const std::decay_t<decltype(*row(0))> zeros[B] = {};
   for (i64 i = 0; i < width; i += B)
     for (i64 j = 0; j < n; j += B) {
       const i64 columns = std::min(B, n - j);
@@ -315,12 +324,11 @@ void pack_columns(Row row, i64 k, i64 n, i64 depth, typename F::Cell* out) {
       for (i64 r = 0; r < B; r++) {
         const i64 at = (i + r) * pair;
         uint32_t line[B] = {};
-        if (at + pair <= k && columns == B) {
-          interleave<F>(row(at) + j, row(at + pair - 1) + j, B, line);
-        } else if (at < k) {
-          const auto *a = row(at) + j, *b = at + pair <= k ? row(at + pair - 1) + j : nullptr;
-          for (i64 c = 0; c < columns; c++) line[c] = word(cell<F>(a[c]), b ? cell<F>(b[c]) : C{});
-        }
+        const auto* second = at + pair <= k ? row(at + pair - 1) + j : zeros;
+        if (at < k && columns == B)
+          interleave<F>(row(at) + j, second, B, line);  // of a size that the compiler knows
+        else if (at < k)
+          interleave<F>(row(at) + j, second, columns, line);
         memcpy(&block[r], line, sizeof(line));
       }
       transpose(block);

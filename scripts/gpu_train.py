@@ -45,7 +45,7 @@ def missing(wheels: Path | None) -> str | None:
     """Why moetrain's trainer cannot be imported, wheels unpacked where given; None when it is."""
     if not (ROOT / "moetrain").is_dir():
         return "there is no moetrain/ beside this script's folder"
-    sys.path.insert(0, str(ROOT))  # this moetrain, not an installed one
+    sys.path[:0] = [str(ROOT), str(ROOT / "launch")]  # this moetrain, not an installed one
     if wheels is not None:
         files = [str(file) for file in sorted(wheels.glob("*.whl"))]
         if not files:

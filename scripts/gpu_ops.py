@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from gpu_times import seconds
 from moe_kernels import linear_cross_entropy, permute, rms_norm, rope, router_topk, unpermute
 from torch import Tensor
 
@@ -96,13 +97,17 @@ def _run(case: Case, dtype: torch.dtype, backend: str) -> tuple[Tensor, ...]:
 
 def time_ops() -> list[dict[str, Any]]:
     """Milliseconds of forward and backward on the GPU, of both backends."""
-    from triton.testing import do_bench
-
     found = []
     for case in cases("cuda", tiny=False):
         row: dict[str, Any] = {"op": case.name}
+        leaves = {name: t.to(case.dtype).requires_grad_() for name, t in case.inputs.items()}
+        above = torch.ones_like(case.call(**leaves, backend="torch"))
+
+        def both(backend: str, case: Case = case, leaves: dict[str, Tensor] = leaves, above: Tensor = above) -> None:
+            torch.autograd.grad(case.call(**leaves, backend=backend), list(leaves.values()), above)
+
         for backend in ("triton", "torch"):
-            row[f"{backend} ms"] = do_bench(functools.partial(_run, case, case.dtype, backend), return_mode="median")
+            row[f"{backend} ms"] = 1e3 * seconds(functools.partial(both, backend), "cuda")
         print(f"{case.name}: triton {row['triton ms']:.3f} ms, torch {row['torch ms']:.3f} ms", flush=True)
         found.append(row)
     return found

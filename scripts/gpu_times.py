@@ -17,6 +17,7 @@ from moe_kernels import BACKENDS, choose_backend, expert_mlp, moe_mlp, round_tok
 from torch import Tensor
 
 PEERS = ("grouped_mm", "scattermoe")
+SLEEP = 10_000_000  # cycles of the GPU, some 6 ms
 
 
 class Shape(NamedTuple):
@@ -98,6 +99,8 @@ def runnable(device: str, dim: int, expert_dim: int) -> list[str]:
 def seconds(call: Callable[..., object], device: str, before: Callable[[], object] | None = None) -> float:
     """Median time of a call; on a GPU after three that warm up and tune, the L2 cache being overwritten before each.
 
+    A GPU sleeps while the call is being queued, as it is busy with earlier work in training: else short kernels would
+    be timed by how long Python takes to launch them. A call that waits for the GPU loses that.
     before: called each time before the clock starts; ``call`` gets what it gives.
     """
     gpu = device == "cuda"
@@ -107,6 +110,7 @@ def seconds(call: Callable[..., object], device: str, before: Callable[[], objec
         given = () if before is None else (before(),)
         flush.zero_()
         if gpu:
+            torch.cuda._sleep(SLEEP)
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             call(*given)

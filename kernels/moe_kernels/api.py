@@ -66,8 +66,7 @@ def choose_backend(
     fp8: bool = False,
 ) -> tuple[str, str]:
     """(name, why) of the expert kernels that run for ``backend`` ("auto" or a name) on experts of width ``expert_dim``
-    in a model of width ``dim``. "auto" takes neither "triton" nor a package's as long as nobody has timed it on a GPU
-    (but for FP8, which "triton" alone has there);
+    in a model of width ``dim``. "auto" takes "cpu" on the CPU and on a GPU "triton", in float32 torch's; no package's.
     "fastest" stays "fastest", which tries all that can run on the first rows of a kind (``moe_kernels.fastest``).
 
     Raises:
@@ -89,6 +88,8 @@ def _choose(backend: str, s: Setting) -> tuple[str, str]:
         return backend, "asked for"
     if s.device.type == "cpu":
         return "cpu", "the experts are on the CPU"
+    if s.device.type == "cuda" and s.dtype != torch.float32 and _PATHS["triton"].obstacle(s) is None:
+        return "triton", "the fastest where it was timed (docs/gpu-results.md)"
     if (reason := _PATHS["grouped_mm"].obstacle(s)) is not None:
         return "loop", reason
     return "grouped_mm", f"torch's grouped_mm runs on {s.device.type} in {str(s.dtype).removeprefix('torch.')}"
@@ -204,4 +205,4 @@ def _run(o: Operands, backend: str, fp8: bool) -> Tensor:
 
 
 def _call(name: str, o: Operands) -> Tensor:
-    return _PATHS[name].run(o if name == "cpu" else o.in_one_dtype())  # the CPU's rounds wider parameters by itself
+    return _PATHS[name].run(o if name in ("cpu", "triton") else o.in_one_dtype())  # these round parameters themselves

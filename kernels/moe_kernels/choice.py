@@ -7,11 +7,13 @@ from torch import Tensor
 from moe_kernels.gpu.available import triton_obstacle
 
 OP_BACKENDS = ("auto", "torch", "triton")
+# Ops whose Triton kernels were faster than torch's operators where both were timed on a GPU (docs/gpu-results.md).
+FASTER = {"linear_cross_entropy"}
 
 
 def takes_triton(op: str, backend: str, x: Tensor) -> bool:
     """Whether ``op`` runs its Triton kernels on ``x``: where they are asked for. "torch" is torch's own operators, or
-    what is compiled for the CPU in their place. So is "auto", as long as nobody has timed these kernels on a GPU.
+    what is compiled for the CPU in their place. "auto" is "triton" on a GPU for the ops of ``FASTER``, else "torch".
 
     Raises:
         ValueError: the backend is unknown, or was forced and cannot run here.
@@ -20,4 +22,5 @@ def takes_triton(op: str, backend: str, x: Tensor) -> bool:
         raise ValueError(f"{op} has no backend {backend!r}; known: {', '.join(OP_BACKENDS)}")
     if backend == "triton" and (reason := triton_obstacle(x.device, x.dtype)) is not None:
         raise ValueError(f"{op} cannot run on backend 'triton': {reason}; use 'auto' or 'torch'")
-    return backend == "triton"
+    faster = backend == "auto" and op in FASTER and x.device.type == "cuda"
+    return backend == "triton" or (faster and triton_obstacle(x.device, x.dtype) is None)

@@ -12,8 +12,9 @@ from moe_kernels.loss_softmax import VocabularyPart, part_softmax_, scratch_for,
 from moe_kernels.native import dense
 
 # Logits that exist at a time unless the caller says otherwise, but never fewer than those of so many tokens: each
-# chunk's weight gradient is added to a (V, D) sum, which must cost less than the products.
+# chunk's weight gradient is added to a (V, D) sum, which must cost less than the products. A GPU needs larger products.
 CHUNK_LOGITS = 2**23
+CHUNK_LOGITS_GPU = 2**28
 CHUNK_TOKENS = 256
 
 
@@ -137,7 +138,8 @@ def linear_cross_entropy(
     """Cross-entropy of the logits ``h_TD @ w_VD.T``, in nats, without ever holding the logits of all tokens.
 
     h_TD (T, D) and w_VD (V, D) share a dtype; targets_T (T,) int64, ``ignore_index`` where a token does not count.
-    chunk: tokens whose logits exist at a time; None: as many as make 8 million logits, at least 256.
+    chunk: tokens whose logits exist at a time; None: as many as make 8 million logits (on a GPU 256 million), at least
+        256.
     Returns the sum over tokens (a scalar) or, with ``reduction="none"``, the loss of each (T,), zero where ignored. It,
     the softmax and all sums are float32, or float64 for float64 inputs.
 
@@ -161,7 +163,8 @@ def linear_cross_entropy(
     if h_TD.dtype != w_VD.dtype:
         raise ValueError(f"linear_cross_entropy needs one dtype, but h is {h_TD.dtype} and w is {w_VD.dtype}")
     V = len(w_VD) if part is None else part.classes
-    chunk = max(CHUNK_TOKENS, CHUNK_LOGITS // max(len(w_VD), 1)) if chunk is None else chunk
+    most = CHUNK_LOGITS_GPU if h_TD.device.type == "cuda" else CHUNK_LOGITS
+    chunk = max(CHUNK_TOKENS, most // max(len(w_VD), 1)) if chunk is None else chunk
     if chunk < 1:
         raise ValueError(f"chunk is at least 1 token, not {chunk}")
     if targets_T.device.type == "cpu":

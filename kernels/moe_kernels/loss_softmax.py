@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Logits that the softmax works on at a time, so that its passes find them in the cache.
+# Logits that the softmax works on at a time, so that its passes find them in the cache; a GPU needs more to be busy.
 BLOCK_LOGITS = 2**20
+BLOCK_LOGITS_GPU = 2**26
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,16 @@ class VocabularyPart:
     gather: Callable[[Tensor], Tensor]
 
 
+def _block(logits: Tensor) -> int:
+    """Rows of ``logits`` (c, V) that the softmax works on at a time."""
+    most = BLOCK_LOGITS_GPU if logits.device.type == "cuda" else BLOCK_LOGITS
+    return max(1, most // logits.shape[1])
+
+
 def scratch_for(logits: Tensor, dtype: torch.dtype) -> Tensor:
     """Where a block of ``logits`` (c, V) is computed in ``dtype``: logits itself, if they have it."""
-    V = logits.shape[1]
-    return logits if logits.dtype == dtype else logits.new_empty(max(1, BLOCK_LOGITS // V), V, dtype=dtype)
+    rows = min(len(logits), _block(logits))
+    return logits if logits.dtype == dtype else logits.new_empty(rows, logits.shape[1], dtype=dtype)
 
 
 def softmax_(logits: Tensor, targets: Tensor, above: Tensor | None, losses: Tensor, scratch: Tensor) -> None:
@@ -39,8 +46,7 @@ def softmax_(logits: Tensor, targets: Tensor, above: Tensor | None, losses: Tens
 
     targets (c, 1). scratch: float32 or wider, with room for a block of rows, or the storage of logits itself.
     """
-    V = logits.shape[1]
-    block = max(1, BLOCK_LOGITS // V)
+    block = _block(logits)
     for start in range(0, len(logits), block):
         rows = slice(start, start + block)
         part = logits[rows]
@@ -68,7 +74,7 @@ def part_softmax_(
     The parts exchange, per token, their largest logit, the sum of exponentials beside it and the target's logit.
     """
     c, v = logits.shape
-    block = max(1, BLOCK_LOGITS // v)
+    block = _block(logits)
     blocks = [slice(start, start + block) for start in range(0, c, block)]
     is_here = (targets >= 0) & (targets < v)
     targets = targets.where(is_here, 0)

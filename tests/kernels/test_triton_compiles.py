@@ -46,6 +46,9 @@ DOWN = {
 ROWS = {"a": BF16, "w": BF16, "out": BF16, **PLACED}
 EXACT = {"PRECISION": "ieee"}
 GRADIENT = {"left": BF16, "right": BF16, "out": BF16, "start": "*i32", "rows_class": "i32"}
+# Shapes of what Hopper's copy engine reads, by reader: (of rows, of columns), in names of constants.
+READERS = {"w_reader": ("COLS", "DEPTH"), "a_reader": ("TILE", "DEPTH")}
+TURNED = {"w_reader": ("DEPTH", "COLS"), "a_reader": ("TILE", "DEPTH")}
 # Kernel, types of its pointers and numbers, its constants.
 PRODUCTS: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
     "up": (products.up_projection, UP, LAYER),
@@ -56,10 +59,10 @@ PRODUCTS: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
     "down gradient": (products.down_gradient, DOWN, LAYER),
     "down gradient, swiglu_clamped": (products.down_gradient, DOWN, LAYER | {"ACT": "swiglu_clamped"}),
     "down gradient, gpt_oss": (products.down_gradient, DOWN, LAYER | {"ACT": "gpt_oss"}),
-    "w13 gradient": (products.weight_gradient, GRADIENT | {"right_index": I64}, EXACT | {"M": 2 * F, "N": D}),
-    "w2 gradient": (products.weight_gradient, GRADIENT | {"left_index": I64}, EXACT | {"M": D, "N": F}),
+    "w13 gradient": (products.weight_gradient, GRADIENT | {"right_index": I64}, EXACT | {"E": E, "M": 2 * F, "N": D}),
+    "w2 gradient": (products.weight_gradient, GRADIENT | {"left_index": I64}, EXACT | {"E": E, "M": D, "N": F}),
 }
-SUM = {"ROWS": sums.ROWS, "COLS": sums.COLUMNS}
+SUM = {"COLS": sums.TOKEN_COLUMNS}
 OTHERS: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
     "place": (
         tiles._place,
@@ -69,18 +72,18 @@ OTHERS: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
     ),
     "sum of a token's rows": (
         sums.gather_sum_kernel,
-        {"rows": BF16, "order": I64, "out": BF16, "N": "i32"},
+        {"rows": BF16, "order": I64, "out": BF16},
         SUM | {"D": D, "K": 8},
     ),
     "sum of listed rows": (
         sums.gather_sum_kernel,
-        {"rows": BF16, "order": I64, "start": I64, "out": BF16, "N": "i32"},
+        {"rows": BF16, "order": I64, "start": I64, "out": BF16},
         SUM | {"D": D, "K": 0},
     ),
     "sum of an expert's rows": (
         sums.expert_sum_kernel,
         {"rows": BF16, "index": I64, "s": FP32, "out": BF16, "start": "*i32"},
-        SUM | {"C": D, "ROWS": 8 * sums.ROWS},
+        {"C": D, "ROWS": sums.ROWS, "COLS": sums.COLUMNS},
     ),
     "products of rows": (
         sums.row_product_kernel,
@@ -117,18 +120,30 @@ def machine_code(binary: Any, folder: Path) -> tuple[dict[str, int], str]:
     return {name: int(value) for name, value in usage}, dump("-sass")
 
 
-@pytest.mark.parametrize("capability", CHIPS)
+@pytest.mark.parametrize(("capability", "read"), [(90, True), (90, False), (80, False)])
 @pytest.mark.parametrize("name", PRODUCTS)
-def test_products(name: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products(
+    name: str, capability: int, read: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # read: by the copy engine
     kernel, types, constants = PRODUCTS[name]
     memory, instruction = CHIPS[capability]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: divmod(capability, 10))
-    for config in kernel.early_config_prune([], {"first": torch.empty(0, dtype=torch.bfloat16)}):
-        binary = compiled(kernel.fn, capability, types, constants | config.kwargs, config.num_warps, config.num_stages)
+    turned = kernel is products.down_gradient or constants.get("W_N") == 1
+    given = {"w_reader": read or None} if "w_reader" in kernel.fn.arg_names else {}
+    for config in kernel.early_config_prune([], {"first": torch.empty(0, dtype=torch.bfloat16)}, **given):
+        sizes = constants | config.kwargs
+        shapes = (TURNED if turned else READERS) if read else {}
+        readers = {
+            reader: f"tensordesc<bf16[{', '.join(str({**sizes, 'DEPTH': 64}[n]) for n in shape)}]>"
+            for reader, shape in shapes.items()
+            if reader in kernel.fn.arg_names
+        }
+        binary = compiled(kernel.fn, capability, types | readers, sizes, config.num_warps, config.num_stages)
         usage, code = machine_code(binary, tmp_path)
         assert usage["STACK"] == usage["LOCAL"] == 0, f"{config} spills: {usage}"
         assert binary.metadata.shared <= memory, f"{config} needs {binary.metadata.shared} bytes of shared memory"
         assert instruction in code, f"{config} makes its products without tensor cores"
+        assert ("UTMALDG" in code) == bool(readers), f"{config}: is the copy engine used?"
 
 
 @pytest.mark.parametrize("capability", CHIPS)

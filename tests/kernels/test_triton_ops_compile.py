@@ -50,14 +50,14 @@ for interleaved, back in ((False, False), (True, False), (True, True)):
         KERNELS[what] = rotary.turn_kernel, TURN, rotary.launch(H, D, half, interleaved, back)
 COPY = {"x": BF16, "assignment": I64, "out": BF16, "R": "i32"}
 COPY_SIZES = {"D": 1536, "K": 8, "ROWS": permute.ROWS, "COLS": permute.COLUMNS}
-SUM_SIZES = {"D": 1536, "K": 8, "ROWS": sums.ROWS, "COLS": sums.COLUMNS}
+SUM_SIZES = {"D": 1536, "K": 8, "COLS": sums.TOKEN_COLUMNS}
 KERNELS |= {
     "copies of rows": (permute.copy_rows_kernel, COPY, COPY_SIZES),
     "weighted sum, backward": (
         permute.copy_rows_kernel, COPY | {"weights": FP32, "y": BF16, "dots": FP32}, COPY_SIZES,
     ),
     "weighted sum": (
-        sums.gather_sum_kernel, {"rows": BF16, "order": I64, "weights": FP32, "out": BF16, "N": "i32"}, SUM_SIZES,
+        sums.gather_sum_kernel, {"rows": BF16, "order": I64, "weights": FP32, "out": BF16}, SUM_SIZES,
     ),
 }  # fmt: skip
 

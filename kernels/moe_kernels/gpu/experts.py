@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moe_kernels.gpu.products import down_gradient, rows_times_weights, up_projection, weight_gradient
 from moe_kernels.gpu.sums import expert_sum, gather_sum, row_product
-from moe_kernels.gpu.tiles import COLUMNS, TILE, Tiles, place
+from moe_kernels.gpu.tiles import COLUMNS, TILE, Tiles, matrix_reader, place, programs
 from moe_kernels.operands import Operands
 
 
@@ -38,7 +38,7 @@ def _forward(
     tiles = place(counts_e, R)
     h_RnF, a_RF = x_ND.new_empty(R, matrices * F), x_ND.new_empty(R, F)
     up_projection[_grid(tiles, F)](
-        x_ND, index_R, w13, b13, s_R, h_RnF, a_RF, *tiles,
+        x_ND, index_R, w13, b13=b13, s=s_R, h=h_RnF, a=a_RF, **tiles._asdict(), w_reader=matrix_reader(w13, D),
         E=e, F=F, D=D, ACT=activation, GATED=matrices == 2, TILE=TILE, PRECISION=_precision(),
     )  # fmt: skip
     y_RD = run_rows_times_weights(a_RF, w2, tiles, D, (F, 1), b2, s_R)
@@ -68,8 +68,10 @@ def _backward(
     h_RnF: Tensor,
     activation: str,
     needs: list[bool],
+    dtype: torch.dtype,
 ) -> list[Tensor]:
-    """The gradients in x, w13, w2, s, b13 and b2; empty where not needed. dy: that of out_TD with row_TK, else y_RD."""
+    """The gradients in x, w13, w2, s, b13 and b2, those of parameters of ``dtype``; empty where not needed. dy: that of
+    out_TD with row_TK, else of y_RD."""
     need_x, need_w13, need_w2, need_s, need_b13, need_b2 = needs
     e, matrices, F, D = w13.shape
     R = len(h_RnF)
@@ -80,35 +82,40 @@ def _backward(
     a_RF, dh_RnF = x_ND.new_empty(R, F), torch.empty_like(h_RnF)
     ds_parts = x_ND.new_empty(triton.cdiv(F, COLUMNS) + (b2 is not None), R, dtype=torch.float32)
     down_gradient[_grid(tiles, F)](
-        dy, dy_index, w2, s_R, h_RnF, a_RF, dh_RnF, ds_parts, *tiles, R,
-        E=e, F=F, D=D, ACT=activation, GATED=matrices == 2, TILE=TILE, PRECISION=_precision(),
+        dy, dy_index, w2, s=s_R, h=h_RnF, a=a_RF, dh=dh_RnF, ds=ds_parts, R=R, **tiles._asdict(),
+        w_reader=matrix_reader(w2, D), E=e, F=F, D=D, ACT=activation, GATED=matrices == 2, TILE=TILE, PRECISION=_precision(),
     )  # fmt: skip
     if need_x:
         dx_RD = run_rows_times_weights(dh_RnF, w13, tiles, D, (1, D))
         grads[0] = sum_per_token(dx_RD, len(x_ND), index_R, row_TK)
     if need_w13:
-        grads[1] = run_weight_gradient(dh_RnF, None, x_ND, index_R, tiles, w13)
+        grads[1] = run_weight_gradient(dh_RnF, None, x_ND, index_R, tiles, torch.empty_like(w13, dtype=dtype))
     if need_w2:
-        grads[2] = run_weight_gradient(dy, dy_index, a_RF, None, tiles, w2)
+        grads[2] = run_weight_gradient(dy, dy_index, a_RF, None, tiles, torch.empty_like(w2, dtype=dtype))
     if need_s and s_R is not None:
         if b2 is not None:
             row_product(dy, dy_index, b2, tiles, ds_parts[-1])
         grads[3] = ds_parts.sum(0).to(s_R.dtype)
     if need_b13 and b13 is not None:
-        grads[4] = expert_sum(dh_RnF, None, None, tiles, b13.dtype).view_as(b13)
+        grads[4] = expert_sum(dh_RnF, None, None, tiles, dtype).view_as(b13)
     if need_b2 and b2 is not None:
-        grads[5] = expert_sum(dy, dy_index, s_R, tiles, b2.dtype)
+        grads[5] = expert_sum(dy, dy_index, s_R, tiles, dtype)
     return grads
 
 
 @_backward.register_fake
 def _(dy: Tensor, *inputs: Any) -> list[Tensor]:
-    needs = inputs[-1]
-    return [torch.empty_like(t) if need else dy.new_empty(0) for t, need in zip(inputs[:6], needs, strict=True)]
+    *_, needs, dtype = inputs
+    dtypes = [None if t is None else t.dtype if i in (0, 3) else dtype for i, t in enumerate(inputs[:6])]
+    return [
+        torch.empty_like(t, dtype=wide) if need else dy.new_empty(0)
+        for t, wide, need in zip(inputs[:6], dtypes, needs, strict=True)
+    ]
 
 
 def _grid(tiles: Tiles, width: int) -> Any:
-    return lambda config: (len(tiles.row) * triton.cdiv(width, config["COLS"]),)
+    device = tiles.row.device
+    return lambda config: (programs(config, len(tiles.row) * triton.cdiv(width, config["COLS"]), device),)
 
 
 def _precision() -> str:
@@ -125,25 +132,30 @@ def run_rows_times_weights(
     bias: Tensor | None = None,
     s_R: Tensor | None = None,
 ) -> Tensor:
-    out = a.new_empty(len(a), N)
+    out, K = a.new_empty(len(a), N), a.shape[1]
+    w_reader = matrix_reader(w if strides[1] == 1 else w.view(-1, N), K)
+    a_reader = None if w_reader is None else matrix_reader(a, K)
     rows_times_weights[_grid(tiles, N)](
-        a, w, bias, s_R, out, *tiles,
-        E=len(w), N=N, K=a.shape[1], W_N=strides[0], W_K=strides[1], TILE=TILE, PRECISION=_precision(),
+        a, w=w, bias=bias, s=s_R, out=out, **tiles._asdict(), E=len(w), N=N, K=K, W_N=strides[0], W_K=strides[1],
+        TILE=TILE, PRECISION=_precision(), a_reader=a_reader, w_reader=None if a_reader is None else w_reader,
     )  # fmt: skip
     return out
 
 
 def run_weight_gradient(
-    left: Tensor, left_index: Tensor | None, right: Tensor, right_index: Tensor | None, tiles: Tiles, w: Tensor
+    left: Tensor, left_index: Tensor | None, right: Tensor, right_index: Tensor | None, tiles: Tiles, out: Tensor
 ) -> Tensor:
-    out, M, N = torch.empty_like(w), left.shape[1], right.shape[1]
+    """``out``, contiguous, of shape (e, ..., M, N) or (e, M, N)."""
+    M, N = left.shape[1], right.shape[1]
 
-    def grid(config: dict[str, int]) -> tuple[int, int]:
-        return triton.cdiv(M, config["ROWS"]) * triton.cdiv(N, config["COLS"]), len(w)
+    def grid(config: dict[str, int]) -> tuple[int]:
+        blocks = triton.cdiv(M, config["ROWS"]) * triton.cdiv(N, config["COLS"])
+        return (programs(config, len(out) * blocks, out.device),)
 
     weight_gradient[grid](
-        left, left_index, right, right_index, out, tiles.start, tiles.rows_class, M=M, N=N, PRECISION=_precision()
-    )
+        left, left_index, right, right_index, out, tiles.start, tiles.rows_class,
+        E=len(out), M=M, N=N, PRECISION=_precision(),
+    )  # fmt: skip
     return out
 
 
@@ -160,16 +172,19 @@ def sum_per_token(dx_RD: Tensor, N: int, index_R: Tensor | None, row_TK: Tensor 
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        """Inputs as ``_forward``."""
-        out, h_RnF = _forward(*inputs)
-        ctx.save_for_backward(*inputs[:-1], h_RnF)
-        ctx.activation = inputs[-1]
+        """Inputs as ``_forward``, but that parameters may be wider than x. Backward keeps them rounded."""
+        x_ND, w13, w2, s_R, b13, b2, *rest, activation = inputs
+        rounded = [None if p is None else p.to(x_ND.dtype) for p in (w13, w2, b13, b2)]
+        tensors = (x_ND, *rounded[:2], s_R, *rounded[2:], *rest)
+        out, h_RnF = _forward(*tensors, activation)
+        ctx.save_for_backward(*tensors, h_RnF)
+        ctx.activation, ctx.dtype = activation, w13.dtype
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         needs = list(ctx.needs_input_grad[:6])
-        found = _backward(grads[0].contiguous(), *ctx.saved_tensors, ctx.activation, needs)
+        found = _backward(grads[0].contiguous(), *ctx.saved_tensors, ctx.activation, needs, ctx.dtype)
         return *(grad if need else None for grad, need in zip(found, needs, strict=True)), None, None, None, None
 
 

@@ -46,7 +46,7 @@ def quantize_columns(rows: Tensor, scales: Tensor | None, index_R: Tensor | None
     C, n = rows.shape[1], len(tiles.row)
     q, out_scales = rows.new_empty(n, C, TILE, dtype=FP8), rows.new_empty(n, C, dtype=torch.float32)
     fp8.quantize_columns_kernel[(n, triton.cdiv(C, COLUMNS))](
-        rows, scales, index_R, q, out_scales, *tiles[:3], E=len(tiles.start) - 2, C=C, TILE=TILE, COLUMNS=COLUMNS
+        rows, scales, index_R, q, out_scales, *tiles[:3], E=tiles.experts, C=C, TILE=TILE, COLUMNS=COLUMNS
     )
     return q, out_scales
 
@@ -69,7 +69,7 @@ def _product(
     out = a[0].new_empty(R, sides * N, dtype=dtype)
     fp8.fp8_rows_times_weights[(len(tiles.row) * sides * triton.cdiv(N, TILE),)](
         *a, index_R, *w, bias, s_R, out, *tiles[:3],
-        E=len(tiles.start) - 2, N=N, K=K, PARTS=parts, SUMMED=summed, TILE=TILE, num_warps=8, num_stages=3,
+        E=tiles.experts, N=N, K=K, PARTS=parts, SUMMED=summed, TILE=TILE, num_warps=8, num_stages=3,
     )  # fmt: skip
     return out
 

@@ -34,7 +34,7 @@ def _(dy_RN: Tensor, w_eNK: Tensor, counts_e: Tensor) -> Tensor:
 
 @torch.library.custom_op("moe_kernels::grouped_mm_weights", mutates_args=())
 def _weights(dy_RN: Tensor, x_RK: Tensor, counts_e: Tensor, w_eNK: Tensor) -> Tensor:
-    return run_weight_gradient(dy_RN, None, x_RK, None, place(counts_e, len(x_RK)), w_eNK)
+    return run_weight_gradient(dy_RN, None, x_RK, None, place(counts_e, len(x_RK)), torch.empty_like(w_eNK))
 
 
 @_weights.register_fake

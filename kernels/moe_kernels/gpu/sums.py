@@ -8,30 +8,32 @@ from torch import Tensor
 
 from moe_kernels.gpu.tiles import TILE, Tiles, rows_of_tile
 
-# Rows and columns that a program reads at a time.
-ROWS, COLUMNS = 8, 512
+# Rows of an expert's sum that a program reads at a time; columns of it, and of a token's sum.
+ROWS, COLUMNS, TOKEN_COLUMNS = 64, 512, 1024
 
 
 @triton.jit
-def gather_sum_kernel(
-    rows, order, start, weights, out, N, D: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
-):
+def gather_sum_kernel(rows, order, start, weights, out, D: tl.constexpr, K: tl.constexpr, COLS: tl.constexpr):
     """out_ND[i] = sum of rows[order[j]], times weights[j] if given, over j from start[i] to start[i + 1], or without
-    start i K to (i + 1) K."""
+    start i K to (i + 1) K. One row after the other: so all warps read one row, and many programs hide the waiting."""
     i = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * COLS + tl.arange(0, COLS)
-    first = i * K if start is None else tl.load(start + i)
-    last = first + K if start is None else tl.load(start + i + 1)
     sums = tl.zeros((COLS,), tl.float32)
-    for at in range(first, last, ROWS):
-        j = at + tl.arange(0, ROWS)
-        source = tl.load(order + j, mask=j < last, other=0).to(tl.int64)
-        mask = (j < last)[:, None] & (d < D)[None, :]
-        tile = tl.load(rows + source[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
-        if weights is not None:
-            tile *= tl.load(weights + j, mask=j < last, other=0.0).to(tl.float32)[:, None]
-        sums += tl.sum(tile, 0)
+    if start is None and K <= 16:
+        for k in tl.static_range(K):
+            sums += _row(rows, order, weights, i * K + k, d, D)
+    else:
+        first = i * K if start is None else tl.load(start + i)
+        for j in range(first, first + K if start is None else tl.load(start + i + 1)):
+            sums += _row(rows, order, weights, j, d, D)
     tl.store(out + i * D + d, sums.to(out.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def _row(rows, order, weights, j, d, D: tl.constexpr):
+    """weights[j] * rows[order[j]], float32."""
+    row = tl.load(rows + tl.load(order + j).to(tl.int64) * D + d, mask=d < D, other=0.0).to(tl.float32)
+    return row if weights is None else row * tl.load(weights + j).to(tl.float32)
 
 
 @triton.jit
@@ -70,27 +72,23 @@ def row_product_kernel(
     tl.store(out + first + step, sums, mask=live)
 
 
-def _columns(width: int) -> int:
-    return min(COLUMNS, triton.next_power_of_2(width))
-
-
 def gather_sum(rows_RD: Tensor, order: Tensor, start: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
     """out_ND[i]: the sum of the rows ``order[i]`` (order: (N, K)), or with start (N + 1,) of those that
     ``order[start[i]:start[i + 1]]`` names; each times its entry of weights, of order's shape, if given."""
     D = rows_RD.shape[1]
     N, K = order.shape if start is None else (len(start) - 1, 0)
     out = rows_RD.new_empty(N, D)
-    cols = _columns(D)
-    gather_sum_kernel[(N, triton.cdiv(D, cols))](rows_RD, order, start, weights, out, N, D, K, ROWS, cols)
+    cols = min(TOKEN_COLUMNS, triton.next_power_of_2(D))
+    gather_sum_kernel[(N, triton.cdiv(D, cols))](rows_RD, order, start, weights, out, D, K, cols)
     return out
 
 
 def expert_sum(rows: Tensor, index_R: Tensor | None, s_R: Tensor | None, tiles: Tiles, dtype: torch.dtype) -> Tensor:
     """out_eC: of each expert, the sum over its rows r of s[r] * rows[index[r]]."""
-    e, C = len(tiles.start) - 2, rows.shape[1]
+    e, C = tiles.experts, rows.shape[1]
     out = rows.new_empty(e, C, dtype=dtype)
-    cols = _columns(C)
-    expert_sum_kernel[(e, triton.cdiv(C, cols))](rows, index_R, s_R, out, tiles.start, C, 8 * ROWS, cols)
+    cols = min(COLUMNS, triton.next_power_of_2(C))
+    expert_sum_kernel[(e, triton.cdiv(C, cols))](rows, index_R, s_R, out, tiles.start, C, ROWS, cols)
     return out
 
 

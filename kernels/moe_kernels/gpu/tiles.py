@@ -6,12 +6,14 @@ exist do nothing. Rows past the sum of the counts form the group of an expert e,
 """
 # mypy: allow-untyped-defs
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 INTERPRETED = triton.knobs.runtime.interpret
 # Rows of a tile, as SonicMoE's (arXiv 2512.14080); in the interpreter so few that small tests have many tiles.
@@ -22,40 +24,81 @@ COLUMNS = 16 if INTERPRETED else 64
 _WIDEN: tl.constexpr = tl.constexpr(INTERPRETED)
 
 
-def tuned(key: list[str], hopper: list[triton.Config], ampere: list[triton.Config], float32: triton.Config):
+def tuned(key: list[str], hopper: list[triton.Config], plain: list[triton.Config], float32: triton.Config):
     """Let triton time the chip's configurations once per ``key`` and class of rows per expert, and keep the choice on
     disk: in triton's cache, beside the compiled kernels (TRITON_CACHE_DIR, or ~/.triton/cache).
 
+    hopper: those of Hopper and later, where a kernel that takes a reader (``matrix_reader``) gets it; else plain ones.
     float32: the one for a first argument in float32. Exact products are unrolled without tensor cores: small ones only.
     """
 
-    def of_this_chip(_: object, args: dict[str, Any], **__: object) -> list[triton.Config]:
+    def of_this_call(_: object, args: dict[str, Any], **options: Any) -> list[triton.Config]:
         if next(iter(args.values())).dtype == torch.float32:
             return [float32]
-        return hopper if torch.cuda.get_device_capability()[0] >= 9 else ampere
+        is_hopper = torch.cuda.get_device_capability()[0] >= 9
+        return hopper if is_hopper and options.get("w_reader", is_hopper) is not None else plain
 
     return triton.autotune(
-        configs=[config(COLUMNS, 4, 2, ROWS=TILE, DEPTH_BYTES=64)] if INTERPRETED else [*hopper, *ampere, float32],
+        configs=INTERPRETED_CONFIGS if INTERPRETED else [*hopper, *plain, float32],
         key=[*key, "rows_class"],
-        prune_configs_by={"early_config_prune": of_this_chip},
+        prune_configs_by={"early_config_prune": of_this_call},
         cache_results=True,
     )
 
 
-def config(cols: int, warps: int, stages: int, **more: int) -> triton.Config:
-    """A program that computes ``cols`` columns, and reads 128 bytes of the summed dimension at a time unless told."""
-    return triton.Config({"COLS": cols, "DEPTH_BYTES": 128, **more}, num_warps=warps, num_stages=stages)
+def config(cols: int, warps: int, stages: int, per_sm: int = 0, **more: int) -> triton.Config:
+    """A program that computes ``cols`` columns, and reads 128 bytes of the summed dimension at a time unless told.
+
+    per_sm: so many programs for each multiprocessor, that compute one block after the other, the next one's operands
+    being read while this one's results are written; 0: one for each block.
+    """
+    meta = {"COLS": cols, "DEPTH_BYTES": 128, "PER_SM": per_sm, **more}
+    return triton.Config(meta, num_warps=warps, num_stages=stages)
+
+
+INTERPRETED_CONFIGS = [config(COLUMNS, 4, 2, 1, ROWS=TILE, DEPTH_BYTES=64)]
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return 3 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def programs(config: dict[str, int], blocks: int, device: torch.device) -> int:
+    """How many programs compute ``blocks`` blocks."""
+    each = config["PER_SM"]
+    return min(blocks, each * _multiprocessors(device)) if each else blocks
+
+
+def matrix_reader(matrix: Tensor, depth: int) -> TensorDescriptor | None:
+    """How Hopper's copy engine (TMA) reads tiles of a row-major matrix, or of the stacked matrices of all experts, whose
+    summed dimension has ``depth`` numbers; None where it cannot. ``set_block`` gives the tile's size.
+
+    A tile's depth must divide that of a matrix, since behind it comes the next expert's.
+    """
+    on = INTERPRETED or (matrix.is_cuda and torch.cuda.get_device_capability(matrix.device)[0] >= 9)
+    multiple = 16 // matrix.element_size()
+    fits = depth % (128 // matrix.element_size()) == 0 and matrix.shape[-1] % multiple == 0
+    if not on or matrix.dtype == torch.float32 or not fits or matrix.data_ptr() % 16 or matrix.numel() == 0:
+        return None
+    flat = matrix.view(-1, matrix.shape[-1])
+    return TensorDescriptor(flat, [*flat.shape], [*flat.stride()], [1, multiple])
 
 
 class Tiles(NamedTuple):
-    """expert, row: each tile's expert and first row. start: (e + 2,) the first row of each expert, then the number of
-    rows that have one, then R. int32, on the device. rows_class: a power of two near the rows of an expert, for tuning.
+    """expert, row: each tile's expert and first row. start: (e + 4,) the first row of each expert, then the number of
+    rows that have one, then R, then the number of tiles of rows that have one, then of all. int32, on the device.
+    rows_class: a power of two near the rows of an expert, for tuning.
     """
 
     expert: Tensor
     row: Tensor
     start: Tensor
     rows_class: int
+
+    @property
+    def experts(self) -> int:
+        return len(self.start) - 4
 
 
 @triton.jit(do_not_specialize=["R", "n_tiles"])
@@ -72,6 +115,8 @@ def _place(counts, expert_out, row_out, start_out, R, n_tiles, E, E_POW2: tl.con
     if i == E:
         end = n_tiles
         tl.store(start_out + E + 1, R)
+        tl.store(start_out + E + 2, tl.minimum(tile, n_tiles))
+        tl.store(start_out + E + 3, tl.minimum(tile + (R - first_row + TILE - 1) // TILE, n_tiles))
     for t in range(tile, end, 128):
         steps = t + tl.arange(0, 128)
         rows = first_row + (steps - tile) * TILE
@@ -85,7 +130,7 @@ def place(counts_e: Tensor, R: int, tile: int = TILE) -> Tiles:
     e = len(counts_e)
     n_tiles = R // tile + e + 1
     expert, row = (counts_e.new_empty(n_tiles, dtype=torch.int32) for _ in range(2))
-    start = counts_e.new_empty(e + 2, dtype=torch.int32)
+    start = counts_e.new_empty(e + 4, dtype=torch.int32)
     _place[(e + 1,)](counts_e, expert, row, start, R, n_tiles, e, triton.next_power_of_2(e), tile)
     return Tiles(expert, row, start, triton.next_power_of_2(max(1, R // e)))
 

@@ -1,7 +1,8 @@
 """Training for ``gpu_check.py``: as many layers of OLMoE-1B-7B as the GPU's memory holds, through moetrain's trainer.
 
 Tokens are random, so that experts' loads are nearly even. Printed: tokens per second and the share of the H100's peak
-for each backend of the experts, on the same model; then where the time of a step goes, part by part, from a profile.
+for each backend of the experts, on the same model; then where the time of a micro-batch and of an update goes, by part
+and by kernel, from a profile.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +23,9 @@ from gpu_times import runnable
 
 ROOT = Path(__file__).resolve().parents[1]
 PEAK_TFLOPS = 989.5  # H100 SXM, dense bfloat16 (NVIDIA's data sheet)
-STEPS, WARM_UP, OTHERS = 30, 4, 8  # steps of the default backend, those of them not counted, steps of each other one
-SEQ_LEN, MICRO_BATCH, GLOBAL_BATCH = 4096, 2, 8
+STEPS, WARM_UP, OTHERS = 30, 3, 5  # steps of the default backend, those of them not counted, steps of each other one
+SEQ_LEN, MICRO_BATCH, GLOBAL_BATCH = 4096, 4, 16
+KERNELS = 25  # that are printed, those that take most time
 TINY_MODEL = ["model=tiny", "model.dim=32", "model.n_layers=2", "model.moe.expert_dim=32", "model.vocab_size=300"]
 
 
@@ -131,7 +134,9 @@ def _train(cfg: Any, tiny: bool, left: Callable[[], float]) -> list[dict[str, An
 
     model, steps = cfg.model, 3 if tiny else STEPS
     print(f"\ntraining {model.name}: {model.n_layers} layers, {count_parameters(model).total:,} parameters", flush=True)
+    began = time.perf_counter()
     trainer = Trainer(cfg, resolve_sizes(cfg.parallel, 1), Path(cfg.run_dir))
+    print(f"  built in {time.perf_counter() - began:.1f} s", flush=True)
     flops, device = flops_per_token(model, cfg.train.seq_len), trainer.device.type
     experts = [module for module in trainer.engine.model.modules() if isinstance(module, Experts)]
     width = model.layer_value("expert_dim", model.moe_layers()[0])
@@ -162,7 +167,8 @@ def _train(cfg: Any, tiny: bool, left: Callable[[], float]) -> list[dict[str, An
 
 
 def split_by_part(trainer: Any) -> dict[str, float]:
-    """Milliseconds of a step by part, forward and backward together, on the GPU or in the CPU's threads; printed."""
+    """Milliseconds of a step of one micro-batch by part, forward and backward together, on the GPU or in the CPU's
+    threads; printed, and the GPU's kernels too. The trainer takes no other step after it."""
     import moetrain.train.engine as engine
 
     model, device = trainer.engine.model, trainer.device.type
@@ -181,13 +187,18 @@ def split_by_part(trainer: Any) -> dict[str, float]:
     _name(engine, "clip_gradients", "clipping")
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [torch.profiler.ProfilerActivity.CUDA] if device == "cuda" else []
-    trainer.train_step()
+    batches = trainer.loader.step(trainer.step)[:1]
+    trainer.engine.train_step(batches, trainer.step, 1.0)
     with torch.profiler.profile(activities=activities) as profile:
-        trainer.train_step()
-    parts = by_part(list(profile.events()), f"self_{'device' if device == 'cuda' else 'cpu'}_time_total")
-    total = sum(parts.values())
+        trainer.engine.train_step(batches, trainer.step, 1.0)
+    events = list(profile.events())
+    parts = by_part(events, _on_gpu if device == "cuda" else lambda event: event.self_cpu_time_total)
+    total = max(sum(parts.values()), 1e-9)
+    print("  a step of one micro-batch:")
     for name, took in sorted(parts.items(), key=lambda item: -item[1]):
         print(f"    {took:9.2f} ms {took / total:6.1%}  {name}", flush=True)
+    for name, took, calls in by_kernel(events)[:KERNELS]:
+        print(f"    {took:9.2f} ms {calls:6} calls  {name[:70]}", flush=True)
     return parts
 
 
@@ -202,10 +213,25 @@ def _name(owner: Any, method: str, part: str) -> None:
     setattr(owner, method, inside)
 
 
-def by_part(events: list[Any], time: str) -> dict[str, float]:
-    """Milliseconds of each part. What runs in backward belongs to the part whose forward made the node: both have the
-    node's number. An operation without a node has the number of the next one, so the last with a number counts."""
-    places = {id(event): _place(event) for event in events}
+def by_kernel(events: list[Any]) -> list[tuple[str, float, int]]:
+    """(name, milliseconds, calls) of what ran on the GPU, that which took most time first."""
+    taken: dict[str, list[float]] = defaultdict(list)
+    for event in events:
+        if event.device_type != torch.autograd.DeviceType.CPU and not event.is_user_annotation:
+            taken[event.name].append(event.time_range.elapsed_us() / 1e3)
+    return sorted(((name, sum(each), len(each)) for name, each in taken.items()), key=lambda row: -row[1])
+
+
+def _on_gpu(event: Any) -> float:
+    """Microseconds of the kernels that an event of the CPU has started itself. A range is listed among its own."""
+    return sum(kernel.duration for kernel in event.kernels if kernel.name != event.name)
+
+
+def by_part(events: list[Any], cost: Callable[[Any], float]) -> dict[str, float]:
+    """Milliseconds of each part; cost: an event's own microseconds. What runs in backward belongs to the part whose
+    forward made the node: both have the node's number. An operation without a node has the number of the next one, so
+    the last with a number counts."""
+    places = _places(events)
     made: dict[int, str] = {}
     for event in sorted(events, key=lambda event: event.time_range.start):
         part, node = places[id(event)]
@@ -214,16 +240,24 @@ def by_part(events: list[Any], time: str) -> dict[str, float]:
     parts: dict[str, float] = defaultdict(float)
     for event in events:
         part, node = places[id(event)]
-        parts[part if node is None else made.get(node, "rest")] += getattr(event, time) / 1e3
+        parts[part if node is None else made.get(node, "rest")] += cost(event) / 1e3
     return dict(parts)
 
 
-def _place(event: Any) -> tuple[str, int | None]:
-    """(the part whose range an event is in, or "rest"; the number of the node whose backward it is in, if it is)."""
-    while event is not None:
-        if event.name.startswith("part:"):
-            return event.name.removeprefix("part:"), None
-        if event.scope == 1 and event.sequence_nr >= 0:  # at::RecordScope::BACKWARD_FUNCTION
-            return "rest", event.sequence_nr
-        event = event.cpu_parent
-    return "rest", None
+def _places(events: list[Any]) -> dict[int, tuple[str, int | None]]:
+    """For each event, by its id(): (the part whose range it is in, or "rest"; the number of the node whose backward it
+    is in, if it is)."""
+    places: dict[int, tuple[str, int | None]] = {id(None): ("rest", None)}
+    for event in events:
+        above = []
+        while id(event) not in places:
+            above.append(event)
+            event = event.cpu_parent
+        for each in reversed(above):
+            place = places[id(each.cpu_parent)]
+            if each.name.startswith("part:"):
+                place = each.name.removeprefix("part:"), None
+            elif each.scope == 1 and each.sequence_nr >= 0:  # at::RecordScope::BACKWARD_FUNCTION
+                place = "rest", each.sequence_nr
+            places[id(each)] = place
+    return places

@@ -130,8 +130,9 @@ def expert_mlp(
 
     x_ND: (N, D). Row r is ``x_ND[index_R[r]]``, or ``x_ND[r]`` without index_R (then N = R). Grouped by expert.
     counts: rows of each expert, in order; they sum to R. Zeros are legal, and so is R = 0: every parameter still takes
-        part in the graph, with a gradient of zeros. A tensor of integers (e,) may be given instead, on x's device; the
-        Triton path then never waits for the GPU, nor checks their sum: rows past it give zeros.
+        part in the graph, with a gradient of zeros. A tensor of integers (e,) may be given instead, on x's device; on a
+        GPU the paths "triton", where rows past their sum give zeros, and "grouped_mm", where these are not defined,
+        then never wait, nor check their sum.
     w13: (e, n, F, D); n = 2 for gated activations, the gate's weights then up's, and 1 for plain ones. w2: (e, D, F).
     b13: (e, n, F) or None. b2: (e, D) or None.
     Parameters share one dtype: that of x, or float32 under a half-precision x. Then they are rounded to x's where they
@@ -194,7 +195,8 @@ def _run(o: Operands, backend: str, fp8: bool) -> Tensor:
     if isinstance(o.counts, Tensor):
         if o.counts.dim() != 1 or o.counts.is_floating_point():
             raise ValueError(f"counts must be integers (e,), not {o.counts.dtype} of shape {tuple(o.counts.shape)}")
-        o = o if name == "triton" else o._replace(counts=o.row_counts)
+        stay = name == "triton" or (name == "grouped_mm" and o.counts.device.type != "cpu")
+        o = o if stay else o._replace(counts=o.row_counts)
     o.check()
     if fp8:
         return _FP8_PATHS[name](o)

@@ -35,7 +35,8 @@ def grouped_mm_obstacle(
 
 def grouped_expert_mlp(o: Operands) -> Tensor:
     """``moe_kernels.expert_mlp`` through ``torch.nn.functional.grouped_mm``. y_RD (R, D), or with row_TK out_TD."""
-    offsets_e = torch.tensor(o.row_counts, device=o.x_ND.device).cumsum(0).to(torch.int32)
+    o = o._replace(counts=torch.as_tensor(o.counts, device=o.x_ND.device))
+    offsets_e = o.counts.cumsum(0).to(torch.int32)  # type: ignore[union-attr]
     return mlp_of_products(o, lambda a, w: torch_grouped_mm(a, w, offsets_e))
 
 
@@ -54,7 +55,7 @@ def mlp_of_products(o: Operands, product: Callable[[Tensor, Tensor], Tensor]) ->
     rows_RD = o.rows().contiguous()
     if len(rows_RD) == 0:  # torch's backward refuses operands without rows
         return loop_expert_mlp(o)
-    counts_e = torch.tensor(o.row_counts, device=rows_RD.device)
+    counts_e = torch.as_tensor(o.counts, device=rows_RD.device)
     h = product(rows_RD, o.w13.flatten(1, 2))
     if o.b13 is not None:
         h = h + _per_row(o.b13.flatten(1, 2), counts_e, len(rows_RD))

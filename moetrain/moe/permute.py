@@ -51,10 +51,16 @@ def inverse(permutation: Tensor) -> Tensor:
 
 
 def count(ids: Tensor, n: int) -> Tensor:
-    """How often each of 0..n-1 occurs in ``ids`` (any shape): int64 (n,)."""
-    if ids.is_meta:  # a dry run; bincount has no kernel there
-        return ids.new_empty(n)
-    return torch.bincount(ids.reshape(-1), minlength=n)
+    """How often each of 0..n-1 occurs in ``ids`` (int64, any shape): int64 (n,). Never waits for a GPU."""
+    ids = ids.reshape(-1)
+    if ids.device.type == "cpu":
+        return torch.bincount(ids, minlength=n)
+    return count_sorted(ids.sort().values, n)  # bincount waits for the largest id
+
+
+def count_sorted(ids: Tensor, n: int) -> Tensor:
+    """``count`` of ascending ids of 0..n-1."""
+    return torch.searchsorted(ids, torch.arange(n + 1, device=ids.device)).diff()
 
 
 def gather_rows(x_TD: Tensor, order: RowOrder) -> Tensor:

@@ -98,12 +98,13 @@ class Rows(NamedTuple):
     A tuple, because FSDP finds a module's input tensors in tuples and not in other classes.
 
     Row r is ``x_ND[index_R[r]]``, so kernels can fuse the gather; ``index_R`` None means ``x_ND`` is already in order.
-    counts: rows of each local expert (a plain list of ints, length e; they sum to R; zeros are legal).
+    counts: rows of each local expert: a plain list of ints, length e, or int64 (e,) on a GPU that nothing has waited
+        for. They sum to R; zeros are legal.
     weight_R: the routing weight that multiplies the row's output, or None where combine applies the weights.
     """
 
     x_ND: Tensor
-    counts: list[int]
+    counts: list[int] | Tensor
     index_R: Tensor | None = None
     weight_R: Tensor | None = None
 

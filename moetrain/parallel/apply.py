@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +31,10 @@ from moetrain.parallel.stages import Stage, all_stages
 # Which dimension of each expert parameter (E, ...) expert tensor parallelism splits: the inner width F; and of the
 # output's bias (E, D), which every rank adds for its stretch of the partial outputs, the width D.
 INNER = {"w13": 2, "w2": 2, "b13": 2, "b2": 1}
+# The part of a tensor that a rank holds.
+Box: TypeAlias = tuple[slice, ...]
+# Most threads that draw initial values: more would draw faster than one thread delivers, and each may hold a matrix.
+DRAWERS = 16
 
 
 def build_parallel(cfg: Config, dims: ParallelDims, device: torch.device) -> Runner:
@@ -148,31 +155,52 @@ def initialize(model: nn.Module, cfg: ModelConfig, seed: int) -> None:
     """Fill every parameter by its rule (``model.init``) and reset every buffer.
 
     A parameter's values come from a generator seeded by (seed, its name); an expert's by (seed, name, expert), so that
-    a rank draws only the experts it holds.
+    a rank draws only the experts it holds. Drawn by some threads, with room for a drawing of each and one more.
     """
     for module in model.modules():
         reset = getattr(module, "reset_buffers", None)
         if reset is not None:
             reset()
-    for fqn, p in model.named_parameters():
-        kind, value = init_rule(fqn, cfg)
-        local = p.to_local() if isinstance(p, DTensor) else p
-        if kind == "constant":
-            local.fill_(value)
-            continue
-        shape, offset = tuple(p.shape), (0,) * p.dim()
-        local_shape = shape
-        if isinstance(p, DTensor):
-            local_shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    threads = min(torch.get_num_threads(), DRAWERS)
+    free = [torch.empty(0) for _ in range(threads + 1)]  # fresh memory for each drawing takes as long as drawing
+    waiting: deque[tuple[Tensor, Box, Future[Tensor]]] = deque()
+
+    def deliver() -> None:
+        to, box, drawing = waiting.popleft()
+        drawn = drawing.result()
+        to.copy_(drawn[box])
+        free.append(drawn)
+
+    with ThreadPoolExecutor(threads) as pool:
+        for fqn, p in model.named_parameters():
+            kind, value = init_rule(fqn, cfg)
+            if kind == "constant":
+                (p.to_local() if isinstance(p, DTensor) else p).fill_(value)
+                continue
+            for to, box, shape, name in _drawings(fqn, p):
+                waiting.append((to, box, pool.submit(_normal, free.pop(), shape, value, seed, name)))
+                if not free:
+                    deliver()
+        while waiting:
+            deliver()
+
+
+def _drawings(fqn: str, p: Tensor) -> Iterator[tuple[Tensor, Box, tuple[int, ...], str]]:
+    """What is drawn for a parameter: (where it goes, the part of it that goes there, its shape, its name)."""
+    local, shape, box = p, tuple(p.shape), tuple(slice(0, n) for n in p.shape)
+    if isinstance(p, DTensor):
+        local = p.to_local()
+        local_shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
         box = tuple(slice(o, o + n) for o, n in zip(offset, local_shape, strict=True))
-        if ".experts." in fqn:
-            for i, e in enumerate(range(box[0].start, box[0].stop)):
-                local[i].copy_(_normal(shape[1:], value, seed, f"{fqn}[{e}]")[box[1:]])
-        elif local.numel():
-            local.copy_(_normal(shape, value, seed, fqn)[box])
+    if ".experts." in fqn:
+        for i, e in enumerate(range(box[0].start, box[0].stop)):
+            yield local[i], box[1:], shape[1:], f"{fqn}[{e}]"
+    elif local.numel():
+        yield local, box, shape, fqn
 
 
-def _normal(shape: tuple[int, ...], std: float, seed: int, name: str) -> Tensor:
+def _normal(out: Tensor, shape: tuple[int, ...], std: float, seed: int, name: str) -> Tensor:
+    """``out``, with ``shape`` and the values of ``name``."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.empty(shape).normal_(0.0, std, generator=generator)
+    return out.resize_(shape).normal_(0.0, std, generator=generator)

@@ -53,11 +53,9 @@ def inputs_of(batch: Batch, device: torch.device) -> Inputs:
 
 
 def count_tokens(batches: list[Inputs], dims: ParallelDims) -> tuple[int, int]:
-    """(targets, tokens) of the global batch. ``batches``: this data rank's, whole sequences."""
-    counts = torch.tensor(
-        [sum(int((b.targets_BN >= 0).sum()) for b in batches), sum(b.tokens_BN.numel() for b in batches)],
-        device=batches[0].tokens_BN.device,
-    )
+    """(targets, tokens) of the global batch. ``batches``: this data rank's, whole sequences. One wait."""
+    mine = torch.stack([(b.targets_BN >= 0).sum() for b in batches]).sum()
+    counts = torch.stack([mine, torch.full_like(mine, sum(b.tokens_BN.numel() for b in batches))])
     dist.all_reduce(counts, group=dims.data_group)
     targets, tokens = counts.tolist()
     return targets, tokens

@@ -14,13 +14,14 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
-from gpu_train import by_part, missing  # noqa: E402
+from gpu_train import by_kernel, by_part, missing  # noqa: E402
 
 PARTS = {"attention", "router", "experts", "dispatch", "loss", "clipping", "optimizer", "rest"}
 
@@ -65,8 +66,20 @@ def test_backward_counts_for_the_part_whose_forward_it_is() -> None:
             y = y @ w[1] @ w[2] @ w[3]
         y.sum().backward()
     events = list(profile.events())
-    count = {name: round(1e3 * n) - 1 for name, n in by_part(events, "count").items()}  # without the range itself
+    parts = by_part(events, lambda event: event.count)
+    count = {name: round(1e3 * n) - 1 for name, n in parts.items()}  # without the range itself
     assert count["three"] == 3 * count["one"] and count["one"] > 2  # forward: aten::matmul, aten::mm
+
+
+def test_kernels_are_added_up_by_name() -> None:
+    """What ran on the CPU, and ranges as the GPU saw them, are none."""
+    ran = [("b", 2, "CUDA", False), ("a", 4, "CUDA", False), ("b", 5, "CUDA", False), ("c", 9, "CPU", False)]
+    events = [
+        SimpleNamespace(name=name, device_type=getattr(torch.autograd.DeviceType, device), is_user_annotation=annotated,
+                        time_range=SimpleNamespace(elapsed_us=lambda took=took: 1e3 * took))
+        for name, took, device, annotated in [*ran, ("part:experts", 11, "CUDA", True)]
+    ]  # fmt: skip
+    assert by_kernel(events) == [("b", 7, 2), ("a", 4, 1)]
 
 
 def test_kernels_alone(tmp_path: Path) -> None:

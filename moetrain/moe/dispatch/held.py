@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moetrain.comm import Group, Pending, all_gather_ints, all_gather_v, start_reduce_scatter_v
-from moetrain.moe.permute import RowOrder, count, order_by_expert, permute, sum_rows
+from moetrain.moe.permute import RowOrder, count_sorted, order_by_expert, permute, sum_rows
 from moetrain.moe.routing import Rows
 
 
@@ -22,24 +22,27 @@ from moetrain.moe.routing import Rows
 class Held:
     """tokens, assignments: how many each etp rank brings. N, A: their sums.
 
-    order: the A rows by expert; its N tokens are numbered over the etp ranks. counts: rows of each local expert.
+    order: the A rows by expert; its N tokens are numbered over the etp ranks. counts: rows of each local expert, see
+    ``Rows``.
     """
 
     tokens: list[int]
     assignments: list[int]
     order: RowOrder
-    counts: list[int]
+    counts: list[int] | Tensor
 
 
 def hold(token_A: Tensor, expert_A: Tensor, n_tokens: int, n_experts: int, etp_group: Group) -> Held:
-    """The layout of this rank's ``n_tokens`` tokens. token_A ascends; expert_A: local experts, of ``n_experts``."""
+    """The layout of this rank's ``n_tokens`` tokens. token_A ascends; expert_A: local experts, of ``n_experts``. Waits
+    for the GPU only where etp ranks exchange."""
     sizes = all_gather_ints([n_tokens, len(token_A)], etp_group, token_A.device)
     tokens, assignments = ([size[i] for size in sizes] for i in (0, 1))
     if etp_group is not None:
         pair_A2 = torch.stack([token_A + sum(tokens[: etp_group.rank()]), expert_A], dim=1)
         token_A, expert_A = all_gather_v(pair_A2, assignments, etp_group).t().contiguous()
-    counts = count(expert_A, n_experts).tolist()
-    return Held(tokens, assignments, order_by_expert(token_A, expert_A, sum(tokens)), counts)
+    order = order_by_expert(token_A, expert_A, sum(tokens))
+    counts_e = count_sorted(expert_A.index_select(0, order.assignment_R), n_experts)
+    return Held(tokens, assignments, order, counts_e.tolist() if counts_e.device.type == "cpu" else counts_e)
 
 
 def gather(x_TD: Tensor, weight_A: Tensor, held: Held, etp_group: Group) -> tuple[Tensor, Tensor]:

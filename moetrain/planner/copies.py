@@ -21,7 +21,7 @@ def copies_bytes(shape: ModelShape, m: Mappings, run: Run) -> Numbers:
     if placed is None or not layers:
         return np.zeros(len(m))
     one = sum(x.numel / x.count for x in layers) / len(layers)
-    narrow = run.narrow if run.narrow < run.wide and not run.lean else 0
+    narrow = run.narrow if run.narrow < run.wide and run.rounds else 0
     again = np.where(m.recompute == RECOMPUTE.index("none"), narrow, 0)
     size = one * (run.wide * (placed.held + placed.passing) + again * placed.copies)
     return np.where(m.placement == FSSDP, size, 0.0)

@@ -25,9 +25,10 @@ class Run:
     """What is common to all mappings of a search. wide: bytes of a weight (4, or 8 in float64); narrow: of a number
     that is computed with. skew: rows of the fullest rank over the mean. lean: whether the experts' kernels keep their
     input and what the first matrices give, and compute the rest again (the CPU's, Triton's, SonicMoE's; not
-    grouped_mm). shards: what data parallel ranks split, as in ``rates.Stack``: "optimizer" is Megatron's distributed
-    optimizer, with 16-bit weights and 32-bit gradients whole on every rank. placed: what experts/placement=fssdp does
-    where a mapping has it. sent: share of the rows that dispatch=lsh sends."""
+    grouped_mm). rounds: whether these kernels keep wider weights rounded for backward (all but the CPU's). shards: what
+    data parallel ranks split, as in ``rates.Stack``: "optimizer" is Megatron's distributed optimizer, with 16-bit
+    weights and 32-bit gradients whole on every rank. placed: what experts/placement=fssdp does where a mapping has it.
+    sent: share of the rows that dispatch=lsh sends."""
 
     seq_len: int
     global_batch: int
@@ -37,6 +38,7 @@ class Run:
     prefetch: int = 1
     skew: Any = 1.0
     lean: bool = False
+    rounds: bool = True
     shards: str = "all"
     placed: Placed | None = None
     sent: float = 1.0
@@ -194,12 +196,13 @@ def _experts_kept(kind: LayerShape, m: Mappings, run: Run) -> tuple[Numbers, Num
     outer = outer + np.where(fused_weights, 0.0, sent * (x.dim * e + 4))
     held = np.select([m.dispatch == LOCAL, m.dispatch == ALL_GATHER], [T, T * m.ep * m.etp], R)
     given = held * x.dim * e + R * 8 + np.where(fused_weights, 4 * R, 0.0)
+    alone = run.rounds & (m.edp == 1) & (m.offload != 2) & (run.narrow < run.wide)
+    rounded = np.where(alone, x.numel / (m.ep * m.etp) * e, 0.0)
     if run.lean:
-        return outer, given, given * (m.recompute != SELECTIVE) + R * x.inner / m.etp * x.parts * e
+        return outer, given, given * (m.recompute != SELECTIVE) + R * x.inner / m.etp * x.parts * e + rounded
     inside = R * (x.dim + x.inner / m.etp * x.kept) * e + 8 * R * (1 + x.bias)
     inside = inside + np.where(fused_weights, R * (x.dim * e + 4), 0.0)
-    alone = (m.edp == 1) & (m.offload != 2) & (run.narrow < run.wide)
-    return outer, given, inside + np.where(alone, x.numel / (m.ep * m.etp) * e, 0.0)
+    return outer, given, inside + rounded
 
 
 def ends_bytes(shape: ModelShape, m: Mappings, run: Run) -> tuple[Numbers, Numbers]:

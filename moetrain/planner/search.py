@@ -54,9 +54,11 @@ class Problem:
         narrow = {"bf16": 2, "float32": 4, "float64": 8}[cfg.train.precision]
         on_cpu = self.cluster.kind == "cpu"
         lean = on_cpu or cfg.experts.backend in ("cpu", "triton", "sonicmoe")
+        lean = lean or (cfg.experts.backend == "auto" and narrow == 2)  # triton
         return Run(
             cfg.train.seq_len, cfg.train.global_batch, max(4, narrow), narrow,
-            "muon" if isinstance(cfg.optim, MuonOptions) else "adamw", cfg.parallel.prefetch, 1.0, lean, sent=self.sent,
+            "muon" if isinstance(cfg.optim, MuonOptions) else "adamw", cfg.parallel.prefetch, 1.0, lean,
+            rounds=not on_cpu and cfg.experts.backend != "cpu", sent=self.sent,
         )  # fmt: skip
 
     @property

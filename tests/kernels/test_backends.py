@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from typing import get_args
@@ -17,7 +18,8 @@ from tests.kernels.expert_cases import Case, make_case
 def test_auto_says_what_it_took_and_why() -> None:
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         assert choose_backend("auto", "cpu", dtype, 7, 5)[0] == "cpu"
-    assert choose_backend("auto", "cuda", torch.bfloat16, 512, 256)[0] == "grouped_mm"
+    on_gpu = "grouped_mm" if importlib.util.find_spec("triton") is None else "triton"
+    assert choose_backend("auto", "cuda", torch.bfloat16, 512, 256)[0] == on_gpu
     name, why = choose_backend("auto", "cuda", torch.float64, 512, 256)
     assert name == "loop" and "float64" in why
     assert choose_backend("loop", "cpu", torch.float32, 8, 8) == ("loop", "asked for")
@@ -63,7 +65,7 @@ def test_a_dtype_is_computed_or_refused(backend: str, dtype: torch.dtype) -> Non
         assert (got[key] - want[key]).norm() <= (4e-3 if dtype == torch.float16 else 1e-12) * want[key].norm(), key
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_auto_without_a_grouped_product_says_so(dtype: torch.dtype) -> None:
     """CUDA's takes bfloat16. The reason is the line that a run logs."""
     name, why = choose_backend("auto", "cuda", dtype, 16, 8)

@@ -71,19 +71,29 @@ def test_matches_the_loop(counts: list[int], activation: str, options: dict[str,
 
 
 @interpreted
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.02), (torch.float16, 0.003)])
-def test_half_precision(dtype: torch.dtype, tolerance: float) -> None:
-    """The interpreter cuts numbers off where they become bf16: twice the error of rounding, and all of one sign."""
-    case = make_case([21, 0, 12], bias=True, dim=32, expert_dim=16, dtype=dtype)
+@pytest.mark.parametrize(("dim", "expert_dim", "readers"), [(32, 16, 0), (64, 128, 6)], ids=["plain", "copy engine"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.02), (torch.float16, 0.003)], ids=str)
+def test_half_precision(
+    dtype: torch.dtype, tolerance: float, dim: int, expert_dim: int, readers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The interpreter cuts numbers off where they become bf16: twice the error of rounding, and all of one sign. Widths
+    that Hopper's copy engine can read are read as it would."""
+    from moe_kernels.gpu import experts
+
+    given = []
+    make = experts.matrix_reader
+    monkeypatch.setattr(experts, "matrix_reader", lambda *args: given.append(make(*args)) or given[-1])
+    case = make_case([21, 0, 12], bias=True, dim=dim, expert_dim=expert_dim, dtype=dtype)
     got, want = case.run("triton", dtype), case.run("loop", torch.float64)
+    assert sum(reader is not None for reader in given) == readers
     for name in want:
         assert (got[name] - want[name]).norm() < tolerance * want[name].norm(), name
 
 
 @interpreted
 def test_a_layer_is_its_definition() -> None:
-    """Gathered, weighted and summed per token inside; an expert is empty; a sum reads fewer rows at once than K."""
-    inputs, ids_TK = make_layer(T=7, K=9, E=11, D=24, F=20, bias=True)
+    """Gathered, weighted and summed per token inside; an expert is empty; a token has more rows than are unrolled."""
+    inputs, ids_TK = make_layer(T=7, K=17, E=19, D=24, F=20, bias=True)
     want = run(by_definition, inputs, ids_TK, torch.float64)
     compare(run(moe_mlp, inputs, ids_TK, torch.float32, backend="triton"), want, 2e-5)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moe_kernels.gpu.products import down_gradient, rows_times_weights, up_projection, weight_gradient
 from moe_kernels.gpu.sums import expert_sum, gather_sum, row_product
-from moe_kernels.gpu.tiles import COLUMNS, TILE, Tiles, matrix_reader, place, programs
+from moe_kernels.gpu.tiles import COLUMNS, TILE, Tiles, matrix_reader, multiprocessors, place
 from moe_kernels.operands import Operands
 
 
@@ -83,7 +83,8 @@ def _backward(
     ds_parts = x_ND.new_empty(triton.cdiv(F, COLUMNS) + (b2 is not None), R, dtype=torch.float32)
     down_gradient[_grid(tiles, F)](
         dy, dy_index, w2, s=s_R, h=h_RnF, a=a_RF, dh=dh_RnF, ds=ds_parts, R=R, **tiles._asdict(),
-        w_reader=matrix_reader(w2, D), E=e, F=F, D=D, ACT=activation, GATED=matrices == 2, TILE=TILE, PRECISION=_precision(),
+        w_reader=matrix_reader(w2, D),
+        E=e, F=F, D=D, ACT=activation, GATED=matrices == 2, TILE=TILE, PRECISION=_precision(),
     )  # fmt: skip
     if need_x:
         dx_RD = run_rows_times_weights(dh_RnF, w13, tiles, D, (1, D))
@@ -114,8 +115,12 @@ def _(dy: Tensor, *inputs: Any) -> list[Tensor]:
 
 
 def _grid(tiles: Tiles, width: int) -> Any:
-    device = tiles.row.device
-    return lambda config: (programs(config, len(tiles.row) * triton.cdiv(width, config["COLS"]), device),)
+    def grid(config: dict[str, int]) -> tuple[int]:
+        blocks = len(tiles.row) * triton.cdiv(width, config["COLS"])
+        at_once = config.get("PER_SM", 0) * multiprocessors(tiles.row.device)
+        return (min(blocks, at_once or blocks),)
+
+    return grid
 
 
 def _precision() -> str:
@@ -148,14 +153,12 @@ def run_weight_gradient(
     """``out``, contiguous, of shape (e, ..., M, N) or (e, M, N)."""
     M, N = left.shape[1], right.shape[1]
 
-    def grid(config: dict[str, int]) -> tuple[int]:
-        blocks = triton.cdiv(M, config["ROWS"]) * triton.cdiv(N, config["COLS"])
-        return (programs(config, len(out) * blocks, out.device),)
+    def grid(config: dict[str, int]) -> tuple[int, int]:
+        return triton.cdiv(M, config["ROWS"]) * triton.cdiv(N, config["COLS"]), len(out)
 
     weight_gradient[grid](
-        left, left_index, right, right_index, out, tiles.start, tiles.rows_class,
-        E=len(out), M=M, N=N, PRECISION=_precision(),
-    )  # fmt: skip
+        left, left_index, right, right_index, out, tiles.start, tiles.rows_class, M=M, N=N, PRECISION=_precision()
+    )
     return out
 
 

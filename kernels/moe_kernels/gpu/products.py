@@ -29,63 +29,68 @@ _COLUMNS: tl.constexpr = tl.constexpr(COLUMNS)
 def up_projection(
     x, index, w13, w_reader, b13, s, h, a, expert, row, start, rows_class,
     E: tl.constexpr, F: tl.constexpr, D: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, TILE: tl.constexpr,
-    PRECISION: tl.constexpr, COLS: tl.constexpr, DEPTH_BYTES: tl.constexpr, PER_SM: tl.constexpr,
+    PRECISION: tl.constexpr, COLS: tl.constexpr, DEPTH_BYTES: tl.constexpr,
 ):  # fmt: skip
     """h_RnF = x[index] W13^T + b13 and a_RF = s * act(h)."""
     BLOCKS: tl.constexpr = tl.cdiv(F, COLS)
     n_F: tl.constexpr = 2 * F if GATED else F
     UP: tl.constexpr = n_F - F  # where the part that is called up begins
     DEPTH: tl.constexpr = DEPTH_BYTES * 8 // x.dtype.element_ty.primitive_bitwidth
+    e, first, step, live = rows_of_tile(expert, row, start, tl.program_id(0) // BLOCKS, TILE)
+    if e == E:
+        return
+    block = tl.program_id(0) % BLOCKS
+    n, real = columns(block, F, COLS)
+    source = first + step if index is None else tl.load(index + first + step)
     depth = tl.arange(0, DEPTH)
-    end = tl.load(start + E + 2) * BLOCKS
-    for i in tl.range(tl.program_id(0), end, tl.num_programs(0), flatten=PER_SM > 0):
-        e, first, step, live = rows_of_tile(expert, row, start, i // BLOCKS, TILE)
-        block = i % BLOCKS
-        n, real = columns(block, F, COLS)
-        source = first + step if index is None else tl.load(index + first + step)
-        x_off = source[:, None] * D + depth[None, :]
-        w_off = n[None, :] * D + depth[:, None]
-        w = w13 + e * (n_F * D)
-        w_row = (e * n_F).to(tl.int32) + block * COLS
-        up = tl.zeros((TILE, COLS), tl.float32)
-        gate = up
-        for k in range(0, D, DEPTH):
-            x_tile = load_depth(x + k + x_off, k, D, DEPTH, 1)
-            if w_reader is None:
-                up_tile = load_depth(w + UP * D + k + w_off, k, D, DEPTH, 0)
-            else:
-                up_tile = w_reader.load([w_row + UP, k]).T
-            up = product(x_tile, up_tile, up, PRECISION)
-            if GATED:
-                if w_reader is None:
-                    gate_tile = load_depth(w + k + w_off, k, D, DEPTH, 0)
-                else:
-                    gate_tile = w_reader.load([w_row, k]).T
-                gate = product(x_tile, gate_tile, gate, PRECISION)
-
-        mask = live[:, None] & real[None, :]
-        to = step[:, None] * n_F + n[None, :]
-        if b13 is not None:
-            up += tl.load(b13 + e * n_F + UP + n).to(tl.float32)[None, :]
-            if GATED:
-                gate += tl.load(b13 + e * n_F + n).to(tl.float32)[None, :]
-        # The activation is that of the rounded h, which backward will see.
-        up = up.to(h.dtype.element_ty)
-        tl.store(h + first * n_F + UP + to, up, mask=mask)
+    x_off = source[:, None] * D + depth[None, :]
+    w_off = n[None, :] * D + depth[:, None]
+    w, w_row = w13 + e * (n_F * D), (e * n_F).to(tl.int32) + block * COLS
+    up = tl.zeros((TILE, COLS), tl.float32)
+    gate = up
+    for k in range(0, D, DEPTH):
+        x_tile = load_depth(x + k + x_off, k, D, DEPTH, 1)
+        up = product(x_tile, _tile(w + UP * D, w_off, w_reader, w_row + UP, k, D, DEPTH), up, PRECISION)
         if GATED:
-            gate = gate.to(h.dtype.element_ty)
-            tl.store(h + first * n_F + to, gate, mask=mask)
-        value = act(gate.to(tl.float32), up.to(tl.float32), ACT, GATED)
-        if s is not None:
-            value *= tl.load(s + first + step).to(tl.float32)[:, None]
-        tl.store(a + first * F + step[:, None] * F + n[None, :], value.to(a.dtype.element_ty), mask=mask)
+            gate = product(x_tile, _tile(w, w_off, w_reader, w_row, k, D, DEPTH), gate, PRECISION)
+
+    mask = live[:, None] & real[None, :]
+    to = step[:, None] * n_F + n[None, :]
+    if b13 is not None:
+        up += tl.load(b13 + e * n_F + UP + n).to(tl.float32)[None, :]
+        if GATED:
+            gate += tl.load(b13 + e * n_F + n).to(tl.float32)[None, :]
+    # The activation is that of the rounded h, which backward will see.
+    up = up.to(h.dtype.element_ty)
+    tl.store(h + first * n_F + UP + to, up, mask=mask)
+    if GATED:
+        gate = gate.to(h.dtype.element_ty)
+        tl.store(h + first * n_F + to, gate, mask=mask)
+    value = act(gate.to(tl.float32), up.to(tl.float32), ACT, GATED)
+    if s is not None:
+        value *= tl.load(s + first + step).to(tl.float32)[:, None]
+    tl.store(a + first * F + step[:, None] * F + n[None, :], value.to(a.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _tile(w, w_off, w_reader, w_row, k, D: tl.constexpr, DEPTH: tl.constexpr):
+    """(DEPTH, columns) of W13^T from k on."""
+    if w_reader is None:
+        return load_depth(w + k + w_off, k, D, DEPTH, 0)
+    else:
+        return w_reader.load([w_row, k]).T
 
 
 @tuned(
     key=["N", "K"],
-    hopper=[config(256, 8, 4, 1), config(256, 8, 3, 1), config(128, 4, 3, 2), config(256, 8, 3)],
-    plain=[config(128, 8, 3), config(128, 8, 4)],
-    float32=config(64, 8, 2, DEPTH_BYTES=64),
+    hopper=[
+        config(256, 8, 4, PER_SM=1),
+        config(256, 8, 3, PER_SM=1),
+        config(128, 4, 3, PER_SM=2),
+        config(256, 8, 3, PER_SM=0),
+    ],
+    plain=[config(128, 8, 3, PER_SM=0), config(128, 8, 4, PER_SM=0)],
+    float32=config(64, 8, 2, DEPTH_BYTES=64, PER_SM=0),
 )
 @triton.jit(do_not_specialize=["rows_class"])
 def rows_times_weights(
@@ -94,11 +99,15 @@ def rows_times_weights(
     PRECISION: tl.constexpr, COLS: tl.constexpr, DEPTH_BYTES: tl.constexpr, PER_SM: tl.constexpr,
 ):  # fmt: skip
     """out_RN = a_RK W^T + s * bias; of an expert's matrix, entry (n, k) is n * W_N + k * W_K from its first. Zeros in
-    rows without expert. Both readers are given, or none."""
+    rows without expert. Both readers are given, or none.
+
+    PER_SM: so many programs for each multiprocessor compute one block after the other, and the next one's operands are
+    read while this one's results are written; 0: there is a program for each block.
+    """
     BLOCKS: tl.constexpr = tl.cdiv(N, COLS)
     DEPTH: tl.constexpr = DEPTH_BYTES * 8 // a.dtype.element_ty.primitive_bitwidth
     depth = tl.arange(0, DEPTH)
-    end = tl.load(start + E + 3) * BLOCKS
+    end = tl.load(start + E + 2) * BLOCKS
     for i in tl.range(tl.program_id(0), end, tl.num_programs(0), flatten=PER_SM > 0):
         e, first, step, live = rows_of_tile(expert, row, start, i // BLOCKS, TILE)
         real_expert = e < E
@@ -137,43 +146,42 @@ def rows_times_weights(
 def down_gradient(
     dy, index, w2, w_reader, s, h, a, dh, ds, expert, row, start, rows_class, R,
     E: tl.constexpr, F: tl.constexpr, D: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, TILE: tl.constexpr,
-    PRECISION: tl.constexpr, COLS: tl.constexpr, DEPTH_BYTES: tl.constexpr, PER_SM: tl.constexpr,
+    PRECISION: tl.constexpr, COLS: tl.constexpr, DEPTH_BYTES: tl.constexpr,
 ):  # fmt: skip
     """From da = dy[index] W2: dh_RnF; a_RF = s * act(h) once more, for W2's gradient; and where s is given, ds, whose
-    entries (i, r), one for each ``COLUMNS`` columns, sum to <da_r, act(h_r)>: zeros in rows without expert."""
+    entries (i, r), one for each ``COLUMNS`` columns, sum to <da_r, act(h_r)>."""
     BLOCKS: tl.constexpr = tl.cdiv(F, COLS)
     n_F: tl.constexpr = 2 * F if GATED else F
-    HALF: tl.constexpr = COLS // 2
     DEPTH: tl.constexpr = DEPTH_BYTES * 8 // dy.dtype.element_ty.primitive_bitwidth
-    depth = tl.arange(0, DEPTH)
-    end = tl.load(start + E + 3) * BLOCKS
-    for i in tl.range(tl.program_id(0), end, tl.num_programs(0), flatten=PER_SM > 0):
-        e, first, step, live = rows_of_tile(expert, row, start, i // BLOCKS, TILE)
-        real_expert = e < E
-        e = tl.minimum(e, E - 1)
-        block = i % BLOCKS
-        n, _ = columns(block, F, COLS)
-        source = first + step if index is None else tl.load(index + first + step)
-        dy_off = source[:, None] * D + depth[None, :]
-        w_off = n[None, :] + depth[:, None] * F
-        da = tl.zeros((TILE, COLS), tl.float32)
-        for k in range(0, D, DEPTH):
-            dy_tile = load_depth(dy + k + dy_off, k, D, DEPTH, 1)
-            if w_reader is None:
-                w_tile = load_depth(w2 + e * (D * F) + k * F + w_off, k, D, DEPTH, 0)
-            else:
-                w_tile = w_reader.load([(e * D).to(tl.int32) + k, block * COLS])
-            da = product(dy_tile, w_tile, da, PRECISION)
-
-        # A few columns at a time: the values of the whole tile at once do not fit the registers.
-        weight = tl.full((TILE,), 1.0, tl.float32) if s is None else tl.load(s + first + step).to(tl.float32)
-        own_h, own_dh, own_a = h + first * n_F, dh + first * n_F, a + first * F
-        left, right = _halves(da, TILE, COLS)
-        column = block * COLS
-        share = _down_half(left, weight, own_h, own_a, own_dh, step, live, column, F, ACT, GATED, TILE, HALF)
-        share += _down_half(right, weight, own_h, own_a, own_dh, step, live, column + HALF, F, ACT, GATED, TILE, HALF)
+    block = tl.program_id(0) % BLOCKS
+    e, first, step, live = rows_of_tile(expert, row, start, tl.program_id(0) // BLOCKS, TILE)
+    if e == E:
         if s is not None:
-            _store_parts(tl.where(real_expert, share, 0.0), ds, block, first + step, live, R, F, COLS)
+            _store_parts(tl.zeros((TILE,), tl.float32), ds, block, first + step, live, R, F, COLS)
+        return
+    n, _ = columns(block, F, COLS)
+    source = first + step if index is None else tl.load(index + first + step)
+    depth = tl.arange(0, DEPTH)
+    dy_off = source[:, None] * D + depth[None, :]
+    w_off = n[None, :] + depth[:, None] * F
+    da = tl.zeros((TILE, COLS), tl.float32)
+    for k in range(0, D, DEPTH):
+        dy_tile = load_depth(dy + k + dy_off, k, D, DEPTH, 1)
+        if w_reader is None:
+            w_tile = load_depth(w2 + e * (D * F) + k * F + w_off, k, D, DEPTH, 0)
+        else:
+            w_tile = w_reader.load([(e * D).to(tl.int32) + k, block * COLS])
+        da = product(dy_tile, w_tile, da, PRECISION)
+
+    # A few columns at a time: the values of the whole tile at once do not fit the registers.
+    weight = tl.full((TILE,), 1.0, tl.float32) if s is None else tl.load(s + first + step).to(tl.float32)
+    h, dh, a = h + first * n_F, dh + first * n_F, a + first * F
+    left, right = _halves(da, TILE, COLS)
+    HALF: tl.constexpr = COLS // 2
+    share = _down_half(left, weight, h, a, dh, step, live, block * COLS, F, ACT, GATED, TILE, HALF)
+    share += _down_half(right, weight, h, a, dh, step, live, block * COLS + HALF, F, ACT, GATED, TILE, HALF)
+    if s is not None:
+        _store_parts(share, ds, block, first + step, live, R, F, COLS)
 
 
 @triton.jit
@@ -246,46 +254,37 @@ def _store_parts(share, ds, block, rows, live, R, F: tl.constexpr, COLS: tl.cons
 
 @tuned(
     key=["M", "N"],
-    hopper=[
-        config(128, 4, 3, ROWS=128),
-        config(256, 8, 3, 1, ROWS=128),
-        config(256, 8, 4, 1, ROWS=128),
-        config(256, 8, 3, ROWS=128),
-    ],
+    hopper=[config(128, 4, 3, ROWS=128), config(256, 8, 3, ROWS=128), config(256, 8, 4, ROWS=128)],
     plain=[config(128, 8, 3, ROWS=128), config(128, 4, 4, ROWS=64)],
     float32=config(64, 8, 2, DEPTH_BYTES=64, ROWS=64),
 )
 @triton.jit(do_not_specialize=["rows_class"])
 def weight_gradient(
     left, left_index, right, right_index, out, start, rows_class,
-    E: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
-    COLS: tl.constexpr, DEPTH_BYTES: tl.constexpr, PER_SM: tl.constexpr, ROWS: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr,
+    PRECISION: tl.constexpr, COLS: tl.constexpr, DEPTH_BYTES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """out_eMN: of each expert, the sum over its rows r of left[left_index[r]] (M,) times right[right_index[r]] (N,)."""
-    BLOCKS: tl.constexpr = (N + COLS - 1) // COLS
-    TILES: tl.constexpr = (M + ROWS - 1) // ROWS * BLOCKS
+    BLOCKS: tl.constexpr = tl.cdiv(N, COLS)
     DEPTH: tl.constexpr = DEPTH_BYTES * 8 // left.dtype.element_ty.primitive_bitwidth
-    ALL: tl.constexpr = E * TILES
-    for i in tl.range(tl.program_id(0), ALL, tl.num_programs(0), flatten=PER_SM > 0):
-        e = i // TILES
-        m, m_real = columns(i % TILES // BLOCKS, M, ROWS)
-        n, n_real = columns(i % BLOCKS, N, COLS)
-        end = tl.load(start + e + 1)
-        sums = tl.zeros((ROWS, COLS), tl.float32)
-        begin = tl.load(start + e)
-        r = (begin + tl.arange(0, DEPTH)).to(tl.int64)
-        l_next, r_next = _numbers(left_index, r, end), _numbers(right_index, r, end)
-        for first in range(begin, end, DEPTH):
-            r = (first + tl.arange(0, DEPTH)).to(tl.int64)
-            live = r < end
-            # Row numbers are read one turn ahead: waited for, they would take a stage of the tiles' pipeline.
-            l_row, r_row = r if left_index is None else l_next, r if right_index is None else r_next
-            l_next, r_next = _numbers(left_index, r + DEPTH, end), _numbers(right_index, r + DEPTH, end)
-            l_tile = tl.load(left + l_row[None, :] * M + m[:, None], mask=live[None, :], other=0.0)
-            r_tile = tl.load(right + r_row[:, None] * N + n[None, :], mask=live[:, None], other=0.0)
-            sums = product(l_tile, r_tile, sums, PRECISION)
-        to = out + e.to(tl.int64) * (M * N) + (m[:, None] * N + n[None, :])
-        tl.store(to, sums.to(out.dtype.element_ty), mask=m_real[:, None] & n_real[None, :])
+    e = tl.program_id(1)
+    m, m_real = columns(tl.program_id(0) // BLOCKS, M, ROWS)
+    n, n_real = columns(tl.program_id(0) % BLOCKS, N, COLS)
+    begin, end = tl.load(start + e), tl.load(start + e + 1)
+    sums = tl.zeros((ROWS, COLS), tl.float32)
+    r = (begin + tl.arange(0, DEPTH)).to(tl.int64)
+    l_next, r_next = _numbers(left_index, r, end), _numbers(right_index, r, end)
+    for first in range(begin, end, DEPTH):
+        r = (first + tl.arange(0, DEPTH)).to(tl.int64)
+        live = r < end
+        # Row numbers are read one turn ahead: waited for, they would take a stage of the tiles' pipeline.
+        l_row, r_row = r if left_index is None else l_next, r if right_index is None else r_next
+        l_next, r_next = _numbers(left_index, r + DEPTH, end), _numbers(right_index, r + DEPTH, end)
+        l_tile = tl.load(left + l_row[None, :] * M + m[:, None], mask=live[None, :], other=0.0)
+        r_tile = tl.load(right + r_row[:, None] * N + n[None, :], mask=live[:, None], other=0.0)
+        sums = product(l_tile, r_tile, sums, PRECISION)
+    to = out + e.to(tl.int64) * (M * N) + (m[:, None] * N + n[None, :])
+    tl.store(to, sums.to(out.dtype.element_ty), mask=m_real[:, None] & n_real[None, :])
 
 
 @triton.jit

@@ -39,42 +39,29 @@ def tuned(key: list[str], hopper: list[triton.Config], plain: list[triton.Config
         return hopper if is_hopper and options.get("w_reader", is_hopper) is not None else plain
 
     return triton.autotune(
-        configs=INTERPRETED_CONFIGS if INTERPRETED else [*hopper, *plain, float32],
+        configs=[config(COLUMNS, 4, 2, ROWS=TILE, DEPTH_BYTES=64, PER_SM=1)]
+        if INTERPRETED
+        else [*hopper, *plain, float32],
         key=[*key, "rows_class"],
         prune_configs_by={"early_config_prune": of_this_call},
         cache_results=True,
     )
 
 
-def config(cols: int, warps: int, stages: int, per_sm: int = 0, **more: int) -> triton.Config:
-    """A program that computes ``cols`` columns, and reads 128 bytes of the summed dimension at a time unless told.
-
-    per_sm: so many programs for each multiprocessor, that compute one block after the other, the next one's operands
-    being read while this one's results are written; 0: one for each block.
-    """
-    meta = {"COLS": cols, "DEPTH_BYTES": 128, "PER_SM": per_sm, **more}
-    return triton.Config(meta, num_warps=warps, num_stages=stages)
-
-
-INTERPRETED_CONFIGS = [config(COLUMNS, 4, 2, 1, ROWS=TILE, DEPTH_BYTES=64)]
+def config(cols: int, warps: int, stages: int, **more: int) -> triton.Config:
+    """A program that computes ``cols`` columns, and reads 128 bytes of the summed dimension at a time unless told."""
+    return triton.Config({"COLS": cols, "DEPTH_BYTES": 128, **more}, num_warps=warps, num_stages=stages)
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     return 3 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def programs(config: dict[str, int], blocks: int, device: torch.device) -> int:
-    """How many programs compute ``blocks`` blocks."""
-    each = config["PER_SM"]
-    return min(blocks, each * _multiprocessors(device)) if each else blocks
-
-
 def matrix_reader(matrix: Tensor, depth: int) -> TensorDescriptor | None:
-    """How Hopper's copy engine (TMA) reads tiles of a row-major matrix, or of the stacked matrices of all experts, whose
-    summed dimension has ``depth`` numbers; None where it cannot. ``set_block`` gives the tile's size.
-
-    A tile's depth must divide that of a matrix, since behind it comes the next expert's.
+    """How Hopper's copy engine (TMA) reads tiles of a row-major matrix, or of the stacked matrices of all experts;
+    None where it cannot. depth: the size of the dimension that is summed over. A tile's must divide it, since behind
+    it comes the next expert's matrix. How large tiles are, a kernel's hook says before each launch.
     """
     on = INTERPRETED or (matrix.is_cuda and torch.cuda.get_device_capability(matrix.device)[0] >= 9)
     multiple = 16 // matrix.element_size()
@@ -86,9 +73,9 @@ def matrix_reader(matrix: Tensor, depth: int) -> TensorDescriptor | None:
 
 
 class Tiles(NamedTuple):
-    """expert, row: each tile's expert and first row. start: (e + 4,) the first row of each expert, then the number of
-    rows that have one, then R, then the number of tiles of rows that have one, then of all. int32, on the device.
-    rows_class: a power of two near the rows of an expert, for tuning.
+    """expert, row: each tile's expert and first row. start: (e + 3,) the first row of each expert, then the number of
+    rows that have one, then R, then the number of tiles that have rows. int32, on the device. rows_class: a power of
+    two near the rows of an expert, for tuning.
     """
 
     expert: Tensor
@@ -98,7 +85,7 @@ class Tiles(NamedTuple):
 
     @property
     def experts(self) -> int:
-        return len(self.start) - 4
+        return len(self.start) - 3
 
 
 @triton.jit(do_not_specialize=["R", "n_tiles"])
@@ -115,8 +102,7 @@ def _place(counts, expert_out, row_out, start_out, R, n_tiles, E, E_POW2: tl.con
     if i == E:
         end = n_tiles
         tl.store(start_out + E + 1, R)
-        tl.store(start_out + E + 2, tl.minimum(tile, n_tiles))
-        tl.store(start_out + E + 3, tl.minimum(tile + (R - first_row + TILE - 1) // TILE, n_tiles))
+        tl.store(start_out + E + 2, tl.minimum(tile + (R - first_row + TILE - 1) // TILE, n_tiles))
     for t in range(tile, end, 128):
         steps = t + tl.arange(0, 128)
         rows = first_row + (steps - tile) * TILE
@@ -130,7 +116,7 @@ def place(counts_e: Tensor, R: int, tile: int = TILE) -> Tiles:
     e = len(counts_e)
     n_tiles = R // tile + e + 1
     expert, row = (counts_e.new_empty(n_tiles, dtype=torch.int32) for _ in range(2))
-    start = counts_e.new_empty(e + 4, dtype=torch.int32)
+    start = counts_e.new_empty(e + 3, dtype=torch.int32)
     _place[(e + 1,)](counts_e, expert, row, start, R, n_tiles, e, triton.next_power_of_2(e), tile)
     return Tiles(expert, row, start, triton.next_power_of_2(max(1, R // e)))
 

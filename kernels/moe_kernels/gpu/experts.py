@@ -10,12 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from moe_kernels.gpu.products import down_gradient, rows_times_weights, up_projection, weight_gradient
 from moe_kernels.gpu.sums import expert_sum, gather_sum, row_product
-from moe_kernels.gpu.tiles import COLUMNS, TILE, Tiles, matrix_reader, multiprocessors, place
+from moe_kernels.gpu.tiles import COLUMNS, TILE, Tiles, cdiv, matrix_reader, multiprocessors, place
 from moe_kernels.operands import Operands
 
 
@@ -80,7 +79,7 @@ def _backward(
     grads = [x_ND.new_empty(0) for _ in needs]
 
     a_RF, dh_RnF = x_ND.new_empty(R, F), torch.empty_like(h_RnF)
-    ds_parts = x_ND.new_empty(triton.cdiv(F, COLUMNS) + (b2 is not None), R, dtype=torch.float32)
+    ds_parts = x_ND.new_empty(cdiv(F, COLUMNS) + (b2 is not None), R, dtype=torch.float32)
     down_gradient[_grid(tiles, F)](
         dy, dy_index, w2, s=s_R, h=h_RnF, a=a_RF, dh=dh_RnF, ds=ds_parts, R=R, **tiles._asdict(),
         w_reader=matrix_reader(w2, D),
@@ -116,7 +115,7 @@ def _(dy: Tensor, *inputs: Any) -> list[Tensor]:
 
 def _grid(tiles: Tiles, width: int) -> Any:
     def grid(config: dict[str, int]) -> tuple[int]:
-        blocks = len(tiles.row) * triton.cdiv(width, config["COLS"])
+        blocks = len(tiles.row) * cdiv(width, config["COLS"])
         at_once = config.get("PER_SM", 0) * multiprocessors(tiles.row.device)
         return (min(blocks, at_once or blocks),)
 
@@ -154,7 +153,7 @@ def run_weight_gradient(
     M, N = left.shape[1], right.shape[1]
 
     def grid(config: dict[str, int]) -> tuple[int, int]:
-        return triton.cdiv(M, config["ROWS"]) * triton.cdiv(N, config["COLS"]), len(out)
+        return cdiv(M, config["ROWS"]) * cdiv(N, config["COLS"]), len(out)
 
     weight_gradient[grid](
         left, left_index, right, right_index, out, tiles.start, tiles.rows_class, M=M, N=N, PRECISION=_precision()

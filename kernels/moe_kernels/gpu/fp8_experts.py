@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from moe_kernels.fp8 import FP8
@@ -13,7 +12,7 @@ from moe_kernels.gpu import fp8
 from moe_kernels.gpu.experts import sum_per_token
 from moe_kernels.gpu.fp8 import COLUMNS, ROWS, TILE
 from moe_kernels.gpu.sums import expert_sum, gather_sum, row_product
-from moe_kernels.gpu.tiles import Tiles, place
+from moe_kernels.gpu.tiles import Tiles, cdiv, next_power_of_2, place
 from moe_kernels.operands import Operands
 
 Pair = tuple[Tensor, Tensor]  # numbers and scales
@@ -22,16 +21,16 @@ Pair = tuple[Tensor, Tensor]  # numbers and scales
 def quantize_rows(x: Tensor, pow2: bool = False) -> Pair:
     """``moe_kernels.quantize_rows`` of x (R, C)."""
     R, C = x.shape
-    blocks = triton.cdiv(C, TILE)
+    blocks = cdiv(C, TILE)
     q, scales = x.new_empty(R, C, dtype=FP8), x.new_empty(R, blocks, dtype=torch.float32)
-    fp8.quantize_rows_kernel[(triton.cdiv(R, ROWS), blocks)](x, q, scales, R, C, pow2, ROWS, TILE)
+    fp8.quantize_rows_kernel[(cdiv(R, ROWS), blocks)](x, q, scales, R, C, pow2, ROWS, TILE)
     return q, scales
 
 
 def quantize_blocks(w: Tensor, transposed: bool = False) -> Pair:
     """``moe_kernels.quantize_blocks`` of w (..., A, B); transposed: of its transposed matrices (..., B, A)."""
     *many, A, B = w.shape
-    blocks = triton.cdiv(A, TILE), triton.cdiv(B, TILE)
+    blocks = cdiv(A, TILE), cdiv(B, TILE)
     turn = -1 if transposed else 1
     q = w.new_empty(*many, *(A, B)[::turn], dtype=FP8)
     scales = w.new_empty(*many, *blocks[::turn], dtype=torch.float32)
@@ -45,7 +44,7 @@ def quantize_columns(rows: Tensor, scales: Tensor | None, index_R: Tensor | None
     (tiles, C, TILE) and (tiles, C)."""
     C, n = rows.shape[1], len(tiles.row)
     q, out_scales = rows.new_empty(n, C, TILE, dtype=FP8), rows.new_empty(n, C, dtype=torch.float32)
-    fp8.quantize_columns_kernel[(n, triton.cdiv(C, COLUMNS))](
+    fp8.quantize_columns_kernel[(n, cdiv(C, COLUMNS))](
         rows, scales, index_R, q, out_scales, *tiles[:3], E=tiles.experts, C=C, TILE=TILE, COLUMNS=COLUMNS
     )
     return q, out_scales
@@ -67,7 +66,7 @@ def _product(
     N, K = w[0].shape[-2:]
     sides = 1 if summed else parts
     out = a[0].new_empty(R, sides * N, dtype=dtype)
-    fp8.fp8_rows_times_weights[(len(tiles.row) * sides * triton.cdiv(N, TILE),)](
+    fp8.fp8_rows_times_weights[(len(tiles.row) * sides * cdiv(N, TILE),)](
         *a, index_R, *w, bias, s_R, out, *tiles[:3],
         E=tiles.experts, N=N, K=K, PARTS=parts, SUMMED=summed, TILE=TILE, num_warps=8, num_stages=3,
     )  # fmt: skip
@@ -76,8 +75,8 @@ def _product(
 
 def _weight_gradient(left: Pair, right: Pair, tiles: Tiles, w: Tensor) -> Tensor:
     out, M, N = torch.empty_like(w), left[0].shape[1], right[0].shape[1]
-    grid = (triton.cdiv(M, TILE) * triton.cdiv(N, TILE), len(w))
-    power = triton.next_power_of_2(len(w))
+    grid = (cdiv(M, TILE) * cdiv(N, TILE), len(w))
+    power = next_power_of_2(len(w))
     fp8.fp8_weight_gradient[grid](
         *left, *right, out, tiles.start, E_POW2=power, M=M, N=N, TILE=TILE, num_warps=8, num_stages=3
     )
@@ -103,10 +102,8 @@ def _forward(
     tiles = place(counts_e, R, TILE)
     x = quantize_rows(x_ND, pow2=True)
     h_RnF = _product(x, index_R, quantize_blocks(w13), tiles, R, dtype, parts, bias=b13)
-    a = h_RnF.new_empty(R, F, dtype=FP8), h_RnF.new_empty(R, triton.cdiv(F, TILE), dtype=torch.float32)
-    fp8.activation_kernel[(triton.cdiv(R, ROWS), triton.cdiv(F, TILE))](
-        h_RnF, s_R, *a, R, F, activation, parts == 2, ROWS, TILE
-    )
+    a = h_RnF.new_empty(R, F, dtype=FP8), h_RnF.new_empty(R, cdiv(F, TILE), dtype=torch.float32)
+    fp8.activation_kernel[(cdiv(R, ROWS), cdiv(F, TILE))](h_RnF, s_R, *a, R, F, activation, parts == 2, ROWS, TILE)
     y_RD = _product(a, None, quantize_blocks(w2), tiles, R, dtype, bias=b2, s_R=s_R)
     return [y_RD if row_TK is None else gather_sum(y_RD, row_TK), *x, h_RnF]
 
@@ -140,7 +137,7 @@ def _backward(
     """The gradients in x, w13, w2, s, b13 and b2; empty where not needed. dy: that of out_TD with row_TK, else y_RD."""
     need_x, need_w13, need_w2, need_s, need_b13, need_b2 = needs
     _, parts, F, _ = w13.shape
-    R, dtype, blocks = len(h_RnF), h_RnF.dtype, triton.cdiv(F, TILE)
+    R, dtype, blocks = len(h_RnF), h_RnF.dtype, cdiv(F, TILE)
     tiles = place(counts_e, R, TILE)
     dy_index = None if row_TK is None else index_R
     grads = [dy.new_empty(0) for _ in needs]
@@ -150,7 +147,7 @@ def _backward(
     a_RF, dh_RnF = torch.empty_like(da_RF), torch.empty_like(h_RnF)
     dh8 = h_RnF.new_empty(h_RnF.shape, dtype=FP8), h_RnF.new_empty(R, parts * blocks, dtype=torch.float32)
     ds_parts = h_RnF.new_empty(blocks + (b2 is not None), R, dtype=torch.float32)
-    fp8.activation_gradient_kernel[(triton.cdiv(R, ROWS), blocks)](
+    fp8.activation_gradient_kernel[(cdiv(R, ROWS), blocks)](
         h_RnF, da_RF, s_R, a_RF, dh_RnF, *dh8, ds_parts, R, F, activation, parts == 2, ROWS, TILE
     )
     if need_x:

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_kernels.gpu.tiles import next_power_of_2
+
 # Numbers that a program holds of a row at a time.
 BLOCK = 4096
 
@@ -48,7 +50,7 @@ def softmax_kernel(logits, targets, above, losses, V, BLOCK: tl.constexpr):
 
 def launch(V: int) -> dict[str, int]:
     """The constants of the kernel for rows of V logits, and its warps."""
-    block = min(BLOCK, triton.next_power_of_2(V))
+    block = min(BLOCK, next_power_of_2(V))
     return {"BLOCK": block, "num_warps": max(1, min(8, block // 256))}
 
 

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_kernels.gpu.tiles import cdiv, next_power_of_2
+
 # Partial sums of the weight's gradient. A fixed number, so that no result depends on the chip.
 PARTS = 256
 # Numbers that a program holds of a tensor at a time, and the widest row.
@@ -53,7 +55,7 @@ def rms_norm_backward_kernel(
 
 def launch(D: int) -> dict[str, int]:
     """The constants of both kernels for rows of width D, and their warps."""
-    wide = triton.next_power_of_2(D)
+    wide = next_power_of_2(D)
     if wide > WIDEST:
         raise ValueError(f"rms_norm on backend 'triton' takes rows up to {WIDEST} wide, not {D}; use 'auto' or 'torch'")
     rows = max(1, TILE // wide)
@@ -67,7 +69,7 @@ def rms_norm_forward(x_ND: Tensor, weight_D: Tensor, eps: float, offset: float) 
     y_ND, rstd_N = torch.empty_like(x_ND), x_ND.new_empty(N, dtype=torch.float32)
     constants = launch(D)
     if N:
-        rms_norm_forward_kernel[(triton.cdiv(N, constants["ROWS"]),)](
+        rms_norm_forward_kernel[(cdiv(N, constants["ROWS"]),)](
             x_ND, weight_D, y_ND, rstd_N, N, eps, offset, **constants
         )
     return y_ND, rstd_N
@@ -86,9 +88,9 @@ def rms_norm_backward(
     N, D = x_ND.shape
     constants = launch(D)
     rows = constants["ROWS"]
-    each = rows * triton.cdiv(max(N, 1), rows * PARTS)
+    each = rows * cdiv(max(N, 1), rows * PARTS)
     dx_ND = torch.empty_like(x_ND)
-    parts_PD = x_ND.new_empty(triton.cdiv(N, each), D, dtype=torch.float32)
+    parts_PD = x_ND.new_empty(cdiv(N, each), D, dtype=torch.float32)
     if N:
         rms_norm_backward_kernel[(len(parts_PD),)](
             g_ND, x_ND, weight_D, rstd_N, dx_ND, parts_PD, N, offset, each, **constants

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_kernels.gpu.sums import gather_sum
+from moe_kernels.gpu.tiles import cdiv, next_power_of_2
 
 # Rows of a program, and columns that it reads at a time.
 ROWS, COLUMNS = 4, 1024
@@ -44,9 +45,9 @@ def _launch(
 ) -> Tensor:
     R, D = len(assignment_R), x_TD.shape[1]
     out_RD = x_TD.new_empty(R, D)
-    columns = min(COLUMNS, triton.next_power_of_2(max(D, 1)))
+    columns = min(COLUMNS, next_power_of_2(max(D, 1)))
     if R:
-        copy_rows_kernel[(triton.cdiv(R, ROWS),)](
+        copy_rows_kernel[(cdiv(R, ROWS),)](
             x_TD, assignment_R, weights, y, out_RD, dots, R, D=D, K=K, ROWS=ROWS, COLS=columns
         )
     return out_RD

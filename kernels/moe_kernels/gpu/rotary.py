@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_kernels.gpu.tiles import cdiv, next_power_of_2
+
 # Pairs that a program turns.
 TILE = 1024
 
@@ -43,9 +45,9 @@ def turn_kernel(
 def launch(H: int, D: int, half: int, interleaved: bool, back: bool) -> dict[str, int]:
     """The constants of the kernel for H heads of width D."""
     rest = D - 2 * half
-    wide = triton.next_power_of_2(half)
-    sizes = {"H": H, "D": D, "HALF": half, "HALF_POW2": wide, "REST_POW2": triton.next_power_of_2(rest) if rest else 0}
-    sizes["HEADS"] = min(triton.next_power_of_2(H), max(1, TILE // wide))
+    wide = next_power_of_2(half)
+    sizes = {"H": H, "D": D, "HALF": half, "HALF_POW2": wide, "REST_POW2": next_power_of_2(rest) if rest else 0}
+    sizes["HEADS"] = min(next_power_of_2(H), max(1, TILE // wide))
     return sizes | {"IN_PAIRS": interleaved and not back, "OUT_PAIRS": interleaved and back, "BACK": back}
 
 
@@ -56,7 +58,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool) -> 
     out, half = torch.empty_like(x), cos.shape[-1]
     constants = launch(H, D, half, interleaved, back)
     if x.numel():
-        grid = (B * S, triton.cdiv(H, constants["HEADS"]))
+        grid = (B * S, cdiv(H, constants["HEADS"]))
         turn_kernel[grid](x, cos, sin, out, cos.numel() // half, **constants)
     return out
 

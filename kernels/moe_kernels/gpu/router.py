@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_kernels import router
+from moe_kernels.gpu.tiles import cdiv, next_power_of_2
 
 # Programs that count loads; numbers that a program holds at a time; the limits of what is compiled.
 PROGRAMS, TILE, MOST_CHOSEN, MOST_EXPERTS = 512, 2048, 16, 2048
@@ -152,7 +153,7 @@ def launch(
 ) -> dict[str, int]:
     """The constants of the forward kernel."""
     groups, top_groups = (groups, top_groups) if top_groups < groups else (1, 1)
-    groups_wide, size_wide = triton.next_power_of_2(groups), triton.next_power_of_2(E // groups)
+    groups_wide, size_wide = next_power_of_2(groups), next_power_of_2(E // groups)
     if k > MOST_CHOSEN or groups_wide * size_wide > MOST_EXPERTS:
         raise ValueError(
             f"router_topk on backend 'triton' takes k up to {MOST_CHOSEN} and, with groups filled up to powers of two, "
@@ -161,7 +162,7 @@ def launch(
     return {
         "E": E,
         "K": k,
-        "K_POW2": triton.next_power_of_2(k),
+        "K_POW2": next_power_of_2(k),
         "GROUPS": groups,
         "TOP_GROUPS": top_groups,
         "GROUPS_POW2": groups_wide,
@@ -175,7 +176,7 @@ def launch(
 
 def launch_backward(E: int, k: int, softmax: bool, renormalize: bool) -> dict[str, int]:
     """The constants of the backward kernel."""
-    wide = triton.next_power_of_2(E)
+    wide = next_power_of_2(E)
     rows = max(1, TILE // wide)
     return {"E": E, "K": k, "E_POW2": wide, "SOFTMAX": softmax, "RENORMALIZE": renormalize, "ROWS": rows}
 
@@ -203,9 +204,9 @@ def router_topk_forward(
     """(weights_TK, ids_TK, counts_E, scores_TE or nothing)."""
     T, E = logits_TE.shape
     constants = launch(E, k, groups, top_groups, top2, softmax, renormalize)
-    each = constants["ROWS"] * triton.cdiv(max(T, 1), constants["ROWS"] * PROGRAMS)
+    each = constants["ROWS"] * cdiv(max(T, 1), constants["ROWS"] * PROGRAMS)
     weights_TK, ids_TK, scores_TE = _outputs(logits_TE, k, with_scores)
-    counts_PE = logits_TE.new_empty(triton.cdiv(T, each), E, dtype=torch.int32)
+    counts_PE = logits_TE.new_empty(cdiv(T, each), E, dtype=torch.int32)
     if T:
         router_topk_kernel[(len(counts_PE),)](
             logits_TE, bias_E, weights_TK, ids_TK, scores_TE if with_scores else None, counts_PE, T, each, scale,
@@ -245,7 +246,7 @@ def router_topk_backward(
     (T, E), dlogits_TE = logits_TE.shape, torch.empty_like(logits_TE)
     constants = launch_backward(E, ids_TK.shape[1], softmax, renormalize)
     if T:
-        router_topk_backward_kernel[(triton.cdiv(T, constants["ROWS"]),)](
+        router_topk_backward_kernel[(cdiv(T, constants["ROWS"]),)](
             logits_TE, ids_TK, dweights_TK, dscores_TE, dlogits_TE, T, scale, **constants
         )
     return dlogits_TE

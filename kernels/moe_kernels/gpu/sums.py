@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_kernels.gpu.tiles import TILE, Tiles, rows_of_tile
+from moe_kernels.gpu.tiles import TILE, Tiles, cdiv, next_power_of_2, rows_of_tile
 
 # Rows of an expert's sum that a program reads at a time; columns of it, and of a token's sum.
 ROWS, COLUMNS, TOKEN_COLUMNS = 64, 512, 1024
@@ -78,8 +78,8 @@ def gather_sum(rows_RD: Tensor, order: Tensor, start: Tensor | None = None, weig
     D = rows_RD.shape[1]
     N, K = order.shape if start is None else (len(start) - 1, 0)
     out = rows_RD.new_empty(N, D)
-    cols = min(TOKEN_COLUMNS, triton.next_power_of_2(D))
-    gather_sum_kernel[(N, triton.cdiv(D, cols))](rows_RD, order, start, weights, out, D, K, cols)
+    cols = min(TOKEN_COLUMNS, next_power_of_2(D))
+    gather_sum_kernel[(N, cdiv(D, cols))](rows_RD, order, start, weights, out, D, K, cols)
     return out
 
 
@@ -87,8 +87,8 @@ def expert_sum(rows: Tensor, index_R: Tensor | None, s_R: Tensor | None, tiles: 
     """out_eC: of each expert, the sum over its rows r of s[r] * rows[index[r]]."""
     e, C = tiles.experts, rows.shape[1]
     out = rows.new_empty(e, C, dtype=dtype)
-    cols = min(COLUMNS, triton.next_power_of_2(C))
-    expert_sum_kernel[(e, triton.cdiv(C, cols))](rows, index_R, s_R, out, tiles.start, C, ROWS, cols)
+    cols = min(COLUMNS, next_power_of_2(C))
+    expert_sum_kernel[(e, cdiv(C, cols))](rows, index_R, s_R, out, tiles.start, C, ROWS, cols)
     return out
 
 

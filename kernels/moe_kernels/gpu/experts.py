@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_kernels.gpu.operator import operator
 from moe_kernels.gpu.products import down_gradient, rows_times_weights, up_projection, weight_gradient
 from moe_kernels.gpu.sums import expert_sum, gather_sum, row_product
 from moe_kernels.gpu.tiles import COLUMNS, TILE, Tiles, cdiv, matrix_reader, multiprocessors, place
 from moe_kernels.operands import Operands
 
 
-@torch.library.custom_op("moe_kernels::experts_forward", mutates_args=())
+@operator("experts_forward")
 def _forward(
     x_ND: Tensor,
     w13: Tensor,
@@ -52,7 +53,7 @@ def _(
     return x_ND.new_empty(R if row_TK is None else len(row_TK), D), x_ND.new_empty(R, matrices * F)
 
 
-@torch.library.custom_op("moe_kernels::experts_backward", mutates_args=())
+@operator("experts_backward")
 def _backward(
     dy: Tensor,
     x_ND: Tensor,

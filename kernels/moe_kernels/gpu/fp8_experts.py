@@ -11,6 +11,7 @@ from moe_kernels.fp8 import FP8
 from moe_kernels.gpu import fp8
 from moe_kernels.gpu.experts import sum_per_token
 from moe_kernels.gpu.fp8 import COLUMNS, ROWS, TILE
+from moe_kernels.gpu.operator import operator
 from moe_kernels.gpu.sums import expert_sum, gather_sum, row_product
 from moe_kernels.gpu.tiles import Tiles, cdiv, next_power_of_2, place
 from moe_kernels.operands import Operands
@@ -83,7 +84,7 @@ def _weight_gradient(left: Pair, right: Pair, tiles: Tiles, w: Tensor) -> Tensor
     return out
 
 
-@torch.library.custom_op("moe_kernels::fp8_experts_forward", mutates_args=())
+@operator("fp8_experts_forward")
 def _forward(
     x_ND: Tensor,
     w13: Tensor,
@@ -117,7 +118,7 @@ def _(
     return [x_ND.new_empty(R if row_TK is None else len(row_TK), D), q, scales, x_ND.new_empty(R, parts * F)]
 
 
-@torch.library.custom_op("moe_kernels::fp8_experts_backward", mutates_args=())
+@operator("fp8_experts_backward")
 def _backward(
     dy: Tensor,
     w13: Tensor,

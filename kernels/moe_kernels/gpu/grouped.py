@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from moe_kernels.gpu.experts import run_rows_times_weights, run_weight_gradient
+from moe_kernels.gpu.operator import operator
 from moe_kernels.gpu.tiles import place
 from moe_kernels.product import Passes
 
 
-@torch.library.custom_op("moe_kernels::grouped_mm", mutates_args=())
+@operator("grouped_mm")
 def _forward(x_RK: Tensor, w_eNK: Tensor, counts_e: Tensor) -> Tensor:
     _, N, K = w_eNK.shape
     return run_rows_times_weights(x_RK, w_eNK, place(counts_e, len(x_RK)), N, (K, 1))
@@ -21,7 +22,7 @@ def _(x_RK: Tensor, w_eNK: Tensor, counts_e: Tensor) -> Tensor:
     return x_RK.new_empty(len(x_RK), w_eNK.shape[1])
 
 
-@torch.library.custom_op("moe_kernels::grouped_mm_input", mutates_args=())
+@operator("grouped_mm_input")
 def _input(dy_RN: Tensor, w_eNK: Tensor, counts_e: Tensor) -> Tensor:
     K = w_eNK.shape[2]
     return run_rows_times_weights(dy_RN, w_eNK, place(counts_e, len(dy_RN)), K, (1, K))
@@ -32,7 +33,7 @@ def _(dy_RN: Tensor, w_eNK: Tensor, counts_e: Tensor) -> Tensor:
     return dy_RN.new_empty(len(dy_RN), w_eNK.shape[2])
 
 
-@torch.library.custom_op("moe_kernels::grouped_mm_weights", mutates_args=())
+@operator("grouped_mm_weights")
 def _weights(dy_RN: Tensor, x_RK: Tensor, counts_e: Tensor, w_eNK: Tensor) -> Tensor:
     return run_weight_gradient(dy_RN, None, x_RK, None, place(counts_e, len(x_RK)), torch.empty_like(w_eNK))
 

@@ -5,11 +5,11 @@ second writes the gradient where the logits were.
 """
 # mypy: allow-untyped-defs
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_kernels.gpu.operator import operator
 from moe_kernels.gpu.tiles import next_power_of_2
 
 # Numbers that a program holds of a row at a time.
@@ -54,7 +54,7 @@ def launch(V: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": max(1, min(8, block // 256))}
 
 
-@torch.library.custom_op("moe_kernels::loss_softmax", mutates_args=("logits", "losses"))
+@operator("loss_softmax", mutates=("logits", "losses"))
 def softmax_(logits: Tensor, targets: Tensor, above: Tensor | None, losses: Tensor) -> None:
     """``moe_kernels.loss_softmax.softmax_``: logits (c, V); targets, above (or None) and losses (c, 1), contiguous."""
     c, V = logits.shape

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_kernels.gpu.operator import operator
 from moe_kernels.gpu.tiles import cdiv, next_power_of_2
 
 # Partial sums of the weight's gradient. A fixed number, so that no result depends on the chip.
@@ -62,7 +63,7 @@ def launch(D: int) -> dict[str, int]:
     return {"D": D, "D_POW2": wide, "ROWS": rows, "num_warps": max(4, rows * wide // 512)}
 
 
-@torch.library.custom_op("moe_kernels::rms_norm_forward", mutates_args=())
+@operator("rms_norm_forward")
 def rms_norm_forward(x_ND: Tensor, weight_D: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
     """(y_ND, rstd_N)."""
     N, D = x_ND.shape
@@ -80,7 +81,7 @@ def _(x_ND: Tensor, weight_D: Tensor, eps: float, offset: float) -> tuple[Tensor
     return torch.empty_like(x_ND), x_ND.new_empty(len(x_ND), dtype=torch.float32)
 
 
-@torch.library.custom_op("moe_kernels::rms_norm_backward", mutates_args=())
+@operator("rms_norm_backward")
 def rms_norm_backward(
     g_ND: Tensor, x_ND: Tensor, weight_D: Tensor, rstd_N: Tensor, offset: float
 ) -> tuple[Tensor, Tensor]:

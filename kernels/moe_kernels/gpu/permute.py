@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_kernels.gpu.operator import operator
 from moe_kernels.gpu.sums import gather_sum
 from moe_kernels.gpu.tiles import cdiv, next_power_of_2
 
@@ -53,7 +54,7 @@ def _launch(
     return out_RD
 
 
-@torch.library.custom_op("moe_kernels::copy_rows", mutates_args=())
+@operator("copy_rows")
 def copy_rows(x_TD: Tensor, assignment_R: Tensor, K: int) -> Tensor:
     """out_RD: row r is ``x_TD[assignment_R[r] // K]``."""
     return _launch(x_TD, assignment_R, K, None, None, None)
@@ -64,7 +65,7 @@ def _(x_TD: Tensor, assignment_R: Tensor, K: int) -> Tensor:
     return x_TD.new_empty(len(assignment_R), x_TD.shape[1])
 
 
-@torch.library.custom_op("moe_kernels::sum_rows", mutates_args=())
+@operator("sum_rows")
 def sum_rows(y_RD: Tensor, row_TK: Tensor, weights_TK: Tensor | None) -> Tensor:
     """out_TD: the sum of each token's rows, each times its weight."""
     return gather_sum(y_RD, row_TK, weights=weights_TK)
@@ -75,7 +76,7 @@ def _(y_RD: Tensor, row_TK: Tensor, weights_TK: Tensor | None) -> Tensor:
     return y_RD.new_empty(len(row_TK), y_RD.shape[1])
 
 
-@torch.library.custom_op("moe_kernels::sum_rows_backward", mutates_args=())
+@operator("sum_rows_backward")
 def sum_rows_backward(g_TD: Tensor, y_RD: Tensor, weights_TK: Tensor, assignment_R: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients in y and weights of ``sum_rows``."""
     dots_TK = torch.empty_like(weights_TK, dtype=torch.float32)

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_kernels.gpu.operator import operator
 from moe_kernels.gpu.tiles import cdiv, next_power_of_2
 
 # Pairs that a program turns.
@@ -51,7 +52,7 @@ def launch(H: int, D: int, half: int, interleaved: bool, back: bool) -> dict[str
     return sizes | {"IN_PAIRS": interleaved and not back, "OUT_PAIRS": interleaved and back, "BACK": back}
 
 
-@torch.library.custom_op("moe_kernels::rope", mutates_args=())
+@operator("rope")
 def turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool) -> Tensor:
     """x (B, S, H, d) turned by the angles of cos and sin, or with ``back`` what ``rope`` made of one turned back."""
     B, S, H, D = x.shape

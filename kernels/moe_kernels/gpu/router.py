@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_kernels import router
+from moe_kernels.gpu.operator import operator
 from moe_kernels.gpu.tiles import cdiv, next_power_of_2
 
 # Programs that count loads; numbers that a program holds at a time; the limits of what is compiled.
@@ -188,7 +189,7 @@ def _outputs(logits_TE: Tensor, k: int, with_scores: bool) -> tuple[Tensor, Tens
     return weights_TK, ids_TK, logits_TE.new_empty((T, E) if with_scores else 0, dtype=torch.float32)
 
 
-@torch.library.custom_op("moe_kernels::router_topk_forward", mutates_args=())
+@operator("router_topk_forward")
 def router_topk_forward(
     logits_TE: Tensor,
     bias_E: Tensor | None,
@@ -232,7 +233,7 @@ def _(
     return weights_TK, ids_TK, ids_TK.new_empty(logits_TE.shape[1]), scores_TE
 
 
-@torch.library.custom_op("moe_kernels::router_topk_backward", mutates_args=())
+@operator("router_topk_backward")
 def router_topk_backward(
     dweights_TK: Tensor,
     dscores_TE: Tensor | None,

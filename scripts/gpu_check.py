@@ -1,10 +1,11 @@
 """Checks the Triton kernels on a GPU, times every backend of the experts, and trains: ``python scripts/gpu_check.py``.
 
-Needs torch, triton and the folder kernels/ beside this one's; for attention and training also moetrain/, configs/ and
-what moetrain imports, which --wheels may bring. First come checks against float64, then times (``gpu_times.py``,
-``gpu_attention.py``) and training (``gpu_train.py``). Much of the time goes into compiling and tuning, which triton
-keeps on disk. Nothing is begun that would end past --minutes. With --device cpu --tiny all of it runs on the CPU; the
-Triton kernels only with TRITON_INTERPRET=1.
+Needs torch, triton and the folder kernels/ beside this one's; for attention and training also moetrain/, launch/,
+configs/ and what moetrain imports, which --wheels may bring. First come checks against float64, then times
+(``gpu_times.py``, ``gpu_attention.py``) and training (``gpu_train.py``). Much of the time goes into compiling, which
+``gpu_cache.py`` can do elsewhere beforehand (--cache), and into tuning; triton keeps both on disk. Nothing is begun
+that would end past --minutes. With --device cpu --tiny all of it runs on the CPU; the Triton kernels only with
+TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 
 from gpu_attention import check_attention, time_attention
+from gpu_cache import use
 from gpu_ops import op_checks, time_ops
 from gpu_times import (
     ROUNDED,
@@ -160,12 +162,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all rows there, after each part")
     parser.add_argument("--minutes", type=float, default=9, help="the time that there is")
     parser.add_argument("--wheels", type=Path, metavar="DIR", help="wheels of what moetrain needs and is not here")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="take compiled kernels from there (gpu_cache.py)")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="one small shape and model: to see that all parts run")
     parser.add_argument("--only", choices=["checks", "times", "train"], help="this part alone")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("gpu_check: torch sees no GPU here; it needs one of compute capability 8.0 or later, or --device cpu")
+    if args.cache is not None:
+        use(args.cache)
     failed = Parts(args).run()
     if failed:
         sys.exit(f"gpu_check: failed: {'; '.join(failed)}")

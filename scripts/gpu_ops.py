@@ -83,12 +83,12 @@ def op_checks(device: str, tiny: bool = False) -> list[tuple[str, float, Callabl
 
 def _error(case: Case) -> float:
     """The largest error of the output or a gradient, relative to its norm; 1 where something is NaN or infinite."""
-    got, want = _run(case, case.dtype, "triton"), _run(case, torch.float64, "torch")
+    got, want = run_case(case, case.dtype, "triton"), run_case(case, torch.float64, "torch")
     errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, want, strict=True)]
     return max(error if error < 1 else 1.0 for error in errors)
 
 
-def _run(case: Case, dtype: torch.dtype, backend: str) -> tuple[Tensor, ...]:
+def run_case(case: Case, dtype: torch.dtype, backend: str) -> tuple[Tensor, ...]:
     leaves = {name: t.to(dtype).requires_grad_() for name, t in case.inputs.items()}
     y = case.call(**leaves, backend=backend)
     above = torch.arange(1.0, y.numel() + 1, device=y.device).cos().bfloat16().view_as(y).to(y.dtype)

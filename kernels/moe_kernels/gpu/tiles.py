@@ -62,15 +62,20 @@ def multiprocessors(device: torch.device) -> int:
     return 3 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def has_copy_engine(device: torch.device) -> bool:
+    return INTERPRETED or (device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9)
+
+
 def matrix_reader(matrix: Tensor, depth: int) -> TensorDescriptor | None:
     """How Hopper's copy engine (TMA) reads tiles of a row-major matrix, or of the stacked matrices of all experts;
     None where it cannot. depth: the size of the dimension that is summed over. A tile's must divide it, since behind
     it comes the next expert's matrix. How large tiles are, a kernel's hook says before each launch.
     """
-    on = INTERPRETED or (matrix.is_cuda and torch.cuda.get_device_capability(matrix.device)[0] >= 9)
     multiple = 16 // matrix.element_size()
     fits = depth % (128 // matrix.element_size()) == 0 and matrix.shape[-1] % multiple == 0
-    if not on or matrix.dtype == torch.float32 or not fits or matrix.data_ptr() % 16 or matrix.numel() == 0:
+    if matrix.dtype == torch.float32 or not fits or matrix.data_ptr() % 16 or matrix.numel() == 0:
+        return None
+    if not has_copy_engine(matrix.device):
         return None
     flat = matrix.view(-1, matrix.shape[-1])
     return TensorDescriptor(flat, [*flat.shape], [*flat.stride()], [1, multiple])

@@ -8,7 +8,7 @@ from moe_kernels.gpu.available import triton_obstacle
 
 OP_BACKENDS = ("auto", "torch", "triton")
 # Ops whose Triton kernels were faster than torch's operators where both were timed on a GPU (docs/gpu-results.md).
-FASTER = {"linear_cross_entropy"}
+FASTER = {"linear_cross_entropy", "rope"}
 
 
 def takes_triton(op: str, backend: str, x: Tensor) -> bool:

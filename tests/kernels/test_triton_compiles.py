@@ -59,8 +59,13 @@ PRODUCTS: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
     "down gradient": (products.down_gradient, DOWN, LAYER),
     "down gradient, swiglu_clamped": (products.down_gradient, DOWN, LAYER | {"ACT": "swiglu_clamped"}),
     "down gradient, gpt_oss": (products.down_gradient, DOWN, LAYER | {"ACT": "gpt_oss"}),
-    "w13 gradient": (products.weight_gradient, GRADIENT | {"right_index": I64}, EXACT | {"M": 2 * F, "N": D}),
-    "w2 gradient": (products.weight_gradient, GRADIENT | {"left_index": I64}, EXACT | {"M": D, "N": F}),
+    "w13 gradient": (products.weight_gradient, GRADIENT | {"right_index": I64}, EXACT | {"E": E, "M": 2 * F, "N": D}),
+    "w13 gradient in float32": (
+        products.weight_gradient,
+        GRADIENT | {"right_index": I64, "out": FP32},
+        EXACT | {"E": E, "M": 2 * F, "N": D},
+    ),
+    "w2 gradient": (products.weight_gradient, GRADIENT | {"left_index": I64}, EXACT | {"E": E, "M": D, "N": F}),
 }
 SUM = {"COLS": sums.TOKEN_COLUMNS}
 OTHERS: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {

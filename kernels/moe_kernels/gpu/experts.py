@@ -80,7 +80,7 @@ def _backward(
     grads = [x_ND.new_empty(0) for _ in needs]
 
     a_RF, dh_RnF = x_ND.new_empty(R, F), torch.empty_like(h_RnF)
-    ds_parts = x_ND.new_empty(cdiv(F, COLUMNS) + (b2 is not None), R, dtype=torch.float32)
+    ds_parts = x_ND.new_zeros(cdiv(F, COLUMNS) + (b2 is not None), R, dtype=torch.float32)
     down_gradient[_grid(tiles, F)](
         dy, dy_index, w2, s=s_R, h=h_RnF, a=a_RF, dh=dh_RnF, ds=ds_parts, R=R, **tiles._asdict(),
         w_reader=matrix_reader(w2, D),
@@ -115,12 +115,13 @@ def _(dy: Tensor, *inputs: Any) -> list[Tensor]:
 
 
 def _grid(tiles: Tiles, width: int) -> Any:
-    def grid(config: dict[str, int]) -> tuple[int]:
-        blocks = len(tiles.row) * cdiv(width, config["COLS"])
-        at_once = config.get("PER_SM", 0) * multiprocessors(tiles.row.device)
-        return (min(blocks, at_once or blocks),)
+    n, device = len(tiles.row), tiles.row.device
+    return lambda config: (_programs(config, n * cdiv(width, config["COLS"]), device),)
 
-    return grid
+
+def _programs(config: dict[str, int], blocks: int, device: torch.device) -> int:
+    """How many programs compute ``blocks`` blocks."""
+    return min(blocks, config["PER_SM"] * multiprocessors(device) or blocks)
 
 
 def _precision() -> str:
@@ -153,12 +154,13 @@ def run_weight_gradient(
     """``out``, contiguous, of shape (e, ..., M, N) or (e, M, N)."""
     M, N = left.shape[1], right.shape[1]
 
-    def grid(config: dict[str, int]) -> tuple[int, int]:
-        return cdiv(M, config["ROWS"]) * cdiv(N, config["COLS"]), len(out)
+    def grid(config: dict[str, int]) -> tuple[int]:
+        return (_programs(config, len(out) * cdiv(M, config["ROWS"]) * cdiv(N, config["COLS"]), out.device),)
 
     weight_gradient[grid](
-        left, left_index, right, right_index, out, tiles.start, tiles.rows_class, M=M, N=N, PRECISION=_precision()
-    )
+        left, left_index, right, right_index, out, tiles.start, tiles.rows_class,
+        E=len(out), M=M, N=N, PRECISION=_precision(),
+    )  # fmt: skip
     return out
 
 

@@ -7,6 +7,7 @@ engine where a reader (``tiles.matrix_reader``) is given.
 """
 # mypy: allow-untyped-defs
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,62 +15,94 @@ import triton
 import triton.language as tl
 
 from moe_kernels.gpu.activation import act, act_slopes
-from moe_kernels.gpu.tiles import COLUMNS, columns, config, load_depth, product, rows_of_tile, tuned
+from moe_kernels.gpu.tiles import COLUMNS, columns, config, load_depth, product, rows_of_tile, tile_at, tuned
 
 _COLUMNS: tl.constexpr = tl.constexpr(COLUMNS)
+# PER_SM: so many programs for each multiprocessor compute one block after the other, and the next one's operands are
+# read while this one's results are written; 0: there is a program for each block.
+_blocks = functools.partial(config, PER_SM=0)
 
 
 @tuned(
     key=["F", "D"],
-    hopper=[config(128, 8, 4), config(128, 8, 3), config(64, 4, 3)],
-    plain=[config(64, 8, 3), config(64, 8, 4)],
-    float32=config(64, 8, 2, DEPTH_BYTES=64),
+    hopper=[
+        _blocks(128, 8, 4, PER_SM=1),
+        _blocks(128, 8, 3, PER_SM=1),
+        _blocks(64, 4, 3, PER_SM=2),
+        _blocks(128, 8, 4),
+    ],
+    plain=[_blocks(64, 8, 3), _blocks(64, 8, 4)],
+    float32=_blocks(64, 8, 2, DEPTH_BYTES=64),
 )
 @triton.jit(do_not_specialize=["rows_class"])
 def up_projection(
     x, index, w13, w_reader, b13, s, h, a, expert, row, start, rows_class,
     E: tl.constexpr, F: tl.constexpr, D: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, TILE: tl.constexpr,
-    PRECISION: tl.constexpr, COLS: tl.constexpr, DEPTH_BYTES: tl.constexpr,
+    PRECISION: tl.constexpr, COLS: tl.constexpr, DEPTH_BYTES: tl.constexpr, PER_SM: tl.constexpr,
 ):  # fmt: skip
     """h_RnF = x[index] W13^T + b13 and a_RF = s * act(h)."""
-    BLOCKS: tl.constexpr = tl.cdiv(F, COLS)
+    BLOCKS: tl.constexpr = (F + COLS - 1) // COLS
     n_F: tl.constexpr = 2 * F if GATED else F
     UP: tl.constexpr = n_F - F  # where the part that is called up begins
     DEPTH: tl.constexpr = DEPTH_BYTES * 8 // x.dtype.element_ty.primitive_bitwidth
-    e, first, step, live = rows_of_tile(expert, row, start, tl.program_id(0) // BLOCKS, TILE)
-    if e == E:
-        return
-    block = tl.program_id(0) % BLOCKS
-    n, real = columns(block, F, COLS)
-    source = first + step if index is None else tl.load(index + first + step)
-    depth = tl.arange(0, DEPTH)
-    x_off = source[:, None] * D + depth[None, :]
-    w_off = n[None, :] * D + depth[:, None]
-    w, w_row = w13 + e * (n_F * D), (e * n_F).to(tl.int32) + block * COLS
+    STEPS: tl.constexpr = (D + DEPTH - 1) // DEPTH
+    step, depth = tl.arange(0, TILE), tl.arange(0, DEPTH)
+    tiles = tl.load(start + E + 2)
+    i, apart = tl.program_id(0), tl.num_programs(0)
+    e, first, end = tile_at(expert, row, start, i // BLOCKS, tiles)
+    ahead = _sources(index, first, end, step)
     up = tl.zeros((TILE, COLS), tl.float32)
-    gate = up
-    for k in range(0, D, DEPTH):
-        x_tile = load_depth(x + k + x_off, k, D, DEPTH, 1)
+    gate = tl.zeros((TILE, COLS), tl.float32)
+    k = 0
+    for _ in range(0, tl.cdiv(tl.maximum(tiles * BLOCKS - i, 0), apart) * STEPS):
+        # One loop over blocks and their depths, that the reads of the next block be under way at the end of this one;
+        # row numbers are read one turn ahead: waited for, they would take a stage of the tiles' pipeline.
+        source, done = ahead, k + DEPTH >= D
+        next_i = tl.where(done, i + apart, i)
+        next_e, next_first, next_end = tile_at(expert, row, start, next_i // BLOCKS, tiles)
+        ahead = _sources(index, next_first, next_end, step)
+        block = i % BLOCKS
+        n, real = columns(block, F, COLS)
+        x_tile = load_depth(x + source[:, None] * D + (k + depth)[None, :], k, D, DEPTH, 1)
+        w, w_off = w13 + e.to(tl.int64) * (n_F * D), n[None, :] * D + depth[:, None]
+        w_row = e * n_F + block * COLS
         up = product(x_tile, _tile(w + UP * D, w_off, w_reader, w_row + UP, k, D, DEPTH), up, PRECISION)
         if GATED:
             gate = product(x_tile, _tile(w, w_off, w_reader, w_row, k, D, DEPTH), gate, PRECISION)
+        k += DEPTH
+        if done:
+            live = first + step < end
+            mask = live[:, None] & real[None, :]
+            base = first.to(tl.int64)
+            to = step[:, None] * n_F + n[None, :]
+            if b13 is not None:
+                bias = b13 + e.to(tl.int64) * n_F + n
+                up += tl.load(bias + UP).to(tl.float32)[None, :]
+                if GATED:
+                    gate += tl.load(bias).to(tl.float32)[None, :]
+            # The activation is that of the rounded h, which backward will see.
+            rounded_up, rounded_gate = up.to(h.dtype.element_ty), gate.to(h.dtype.element_ty)
+            tl.store(h + base * n_F + UP + to, rounded_up, mask=mask)
+            if GATED:
+                tl.store(h + base * n_F + to, rounded_gate, mask=mask)
+            value = act(rounded_gate.to(tl.float32), rounded_up.to(tl.float32), ACT, GATED)
+            if s is not None:
+                value *= tl.load(s + base + step, mask=live, other=0.0).to(tl.float32)[:, None]
+            tl.store(a + base * F + step[:, None] * F + n[None, :], value.to(a.dtype.element_ty), mask=mask)
+            up = tl.zeros((TILE, COLS), tl.float32)
+            gate = tl.zeros((TILE, COLS), tl.float32)
+            k = 0
+        i, e, first, end = next_i, next_e, next_first, next_end
 
-    mask = live[:, None] & real[None, :]
-    to = step[:, None] * n_F + n[None, :]
-    if b13 is not None:
-        up += tl.load(b13 + e * n_F + UP + n).to(tl.float32)[None, :]
-        if GATED:
-            gate += tl.load(b13 + e * n_F + n).to(tl.float32)[None, :]
-    # The activation is that of the rounded h, which backward will see.
-    up = up.to(h.dtype.element_ty)
-    tl.store(h + first * n_F + UP + to, up, mask=mask)
-    if GATED:
-        gate = gate.to(h.dtype.element_ty)
-        tl.store(h + first * n_F + to, gate, mask=mask)
-    value = act(gate.to(tl.float32), up.to(tl.float32), ACT, GATED)
-    if s is not None:
-        value *= tl.load(s + first + step).to(tl.float32)[:, None]
-    tl.store(a + first * F + step[:, None] * F + n[None, :], value.to(a.dtype.element_ty), mask=mask)
+
+@triton.jit
+def _sources(index, first, end, step):
+    """The rows of x, or of dy, of a tile; 0 for those past its end."""
+    r = first + step
+    if index is None:
+        return tl.where(r < end, r, 0).to(tl.int64)
+    else:
+        return tl.load(index + r, mask=r < end, other=0)
 
 
 @triton.jit
@@ -84,13 +117,13 @@ def _tile(w, w_off, w_reader, w_row, k, D: tl.constexpr, DEPTH: tl.constexpr):
 @tuned(
     key=["N", "K"],
     hopper=[
-        config(256, 8, 4, PER_SM=1),
-        config(256, 8, 3, PER_SM=1),
-        config(128, 4, 3, PER_SM=2),
-        config(256, 8, 3, PER_SM=0),
+        _blocks(256, 8, 4, PER_SM=1),
+        _blocks(256, 8, 3, PER_SM=1),
+        _blocks(128, 4, 3, PER_SM=2),
+        _blocks(256, 8, 3),
     ],
-    plain=[config(128, 8, 3, PER_SM=0), config(128, 8, 4, PER_SM=0)],
-    float32=config(64, 8, 2, DEPTH_BYTES=64, PER_SM=0),
+    plain=[_blocks(128, 8, 3), _blocks(128, 8, 4)],
+    float32=_blocks(64, 8, 2, DEPTH_BYTES=64),
 )
 @triton.jit(do_not_specialize=["rows_class"])
 def rows_times_weights(
@@ -99,15 +132,11 @@ def rows_times_weights(
     PRECISION: tl.constexpr, COLS: tl.constexpr, DEPTH_BYTES: tl.constexpr, PER_SM: tl.constexpr,
 ):  # fmt: skip
     """out_RN = a_RK W^T + s * bias; of an expert's matrix, entry (n, k) is n * W_N + k * W_K from its first. Zeros in
-    rows without expert. Both readers are given, or none.
-
-    PER_SM: so many programs for each multiprocessor compute one block after the other, and the next one's operands are
-    read while this one's results are written; 0: there is a program for each block.
-    """
+    rows without expert. Both readers are given, or none."""
     BLOCKS: tl.constexpr = tl.cdiv(N, COLS)
     DEPTH: tl.constexpr = DEPTH_BYTES * 8 // a.dtype.element_ty.primitive_bitwidth
     depth = tl.arange(0, DEPTH)
-    end = tl.load(start + E + 2) * BLOCKS
+    end = tl.load(start + E + 3) * BLOCKS
     for i in tl.range(tl.program_id(0), end, tl.num_programs(0), flatten=PER_SM > 0):
         e, first, step, live = rows_of_tile(expert, row, start, i // BLOCKS, TILE)
         real_expert = e < E
@@ -138,50 +167,56 @@ def rows_times_weights(
 
 @tuned(
     key=["F", "D"],
-    hopper=[config(256, 8, 4), config(256, 8, 3), config(128, 8, 4)],
-    plain=[config(64, 8, 3), config(64, 8, 4)],
-    float32=config(64, 8, 2, DEPTH_BYTES=64),
+    hopper=[_blocks(256, 8, 3, PER_SM=1), _blocks(128, 8, 4, PER_SM=1), _blocks(256, 8, 3)],
+    plain=[_blocks(64, 8, 3), _blocks(64, 8, 4)],
+    float32=_blocks(64, 8, 2, DEPTH_BYTES=64),
 )
 @triton.jit(do_not_specialize=["rows_class", "R"])
 def down_gradient(
     dy, index, w2, w_reader, s, h, a, dh, ds, expert, row, start, rows_class, R,
     E: tl.constexpr, F: tl.constexpr, D: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, TILE: tl.constexpr,
-    PRECISION: tl.constexpr, COLS: tl.constexpr, DEPTH_BYTES: tl.constexpr,
+    PRECISION: tl.constexpr, COLS: tl.constexpr, DEPTH_BYTES: tl.constexpr, PER_SM: tl.constexpr,
 ):  # fmt: skip
     """From da = dy[index] W2: dh_RnF; a_RF = s * act(h) once more, for W2's gradient; and where s is given, ds, whose
-    entries (i, r), one for each ``COLUMNS`` columns, sum to <da_r, act(h_r)>."""
-    BLOCKS: tl.constexpr = tl.cdiv(F, COLS)
+    entries (i, r), one for each ``COLUMNS`` columns, sum to <da_r, act(h_r)>. Rows without expert are left as they are.
+    """
+    BLOCKS: tl.constexpr = (F + COLS - 1) // COLS
     n_F: tl.constexpr = 2 * F if GATED else F
     DEPTH: tl.constexpr = DEPTH_BYTES * 8 // dy.dtype.element_ty.primitive_bitwidth
-    block = tl.program_id(0) % BLOCKS
-    e, first, step, live = rows_of_tile(expert, row, start, tl.program_id(0) // BLOCKS, TILE)
-    if e == E:
-        if s is not None:
-            _store_parts(tl.zeros((TILE,), tl.float32), ds, block, first + step, live, R, F, COLS)
-        return
-    n, _ = columns(block, F, COLS)
-    source = first + step if index is None else tl.load(index + first + step)
-    depth = tl.arange(0, DEPTH)
-    dy_off = source[:, None] * D + depth[None, :]
-    w_off = n[None, :] + depth[:, None] * F
+    STEPS: tl.constexpr = (D + DEPTH - 1) // DEPTH
+    step, depth = tl.arange(0, TILE), tl.arange(0, DEPTH)
+    tiles = tl.load(start + E + 2)
+    i, apart = tl.program_id(0), tl.num_programs(0)
+    e, first, end = tile_at(expert, row, start, i // BLOCKS, tiles)
+    ahead = _sources(index, first, end, step)
     da = tl.zeros((TILE, COLS), tl.float32)
-    for k in range(0, D, DEPTH):
-        dy_tile = load_depth(dy + k + dy_off, k, D, DEPTH, 1)
+    k = 0
+    for _ in range(0, tl.cdiv(tl.maximum(tiles * BLOCKS - i, 0), apart) * STEPS):  # as in ``up_projection``
+        source, done = ahead, k + DEPTH >= D
+        next_i = tl.where(done, i + apart, i)
+        next_e, next_first, next_end = tile_at(expert, row, start, next_i // BLOCKS, tiles)
+        ahead = _sources(index, next_first, next_end, step)
+        block = i % BLOCKS
+        dy_tile = load_depth(dy + source[:, None] * D + (k + depth)[None, :], k, D, DEPTH, 1)
         if w_reader is None:
-            w_tile = load_depth(w2 + e * (D * F) + k * F + w_off, k, D, DEPTH, 0)
+            n, _real = columns(block, F, COLS)
+            w_off = n[None, :] + depth[:, None] * F
+            w_tile = load_depth(w2 + e.to(tl.int64) * (D * F) + k * F + w_off, k, D, DEPTH, 0)
         else:
-            w_tile = w_reader.load([(e * D).to(tl.int32) + k, block * COLS])
+            w_tile = w_reader.load([e * D + k, block * COLS])
         da = product(dy_tile, w_tile, da, PRECISION)
-
-    # A few columns at a time: the values of the whole tile at once do not fit the registers.
-    weight = tl.full((TILE,), 1.0, tl.float32) if s is None else tl.load(s + first + step).to(tl.float32)
-    h, dh, a = h + first * n_F, dh + first * n_F, a + first * F
-    left, right = _halves(da, TILE, COLS)
-    HALF: tl.constexpr = COLS // 2
-    share = _down_half(left, weight, h, a, dh, step, live, block * COLS, F, ACT, GATED, TILE, HALF)
-    share += _down_half(right, weight, h, a, dh, step, live, block * COLS + HALF, F, ACT, GATED, TILE, HALF)
-    if s is not None:
-        _store_parts(share, ds, block, first + step, live, R, F, COLS)
+        k += DEPTH
+        if done:
+            live = first + step < end
+            at, base = tl.where(live, step, 0), first.to(tl.int64)
+            weight = tl.full((TILE,), 1.0, tl.float32) if s is None else tl.load(s + base + at).to(tl.float32)
+            own_h, own_a, own_dh = h + base * n_F, a + base * F, dh + base * n_F
+            share = _down_columns(da, weight, own_h, own_a, own_dh, at, live, block * COLS, F, ACT, GATED, TILE, COLS)
+            if s is not None:
+                _store_parts(share, ds, block, base + at, live, R, F, COLS)
+            da = tl.zeros((TILE, COLS), tl.float32)
+            k = 0
+        i, e, first, end = next_i, next_e, next_first, next_end
 
 
 @triton.jit
@@ -191,33 +226,18 @@ def _halves(tile, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
-def _down_half(
+def _down_columns(
     da, weight, h, a, dh, step, live, column,
     F: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, TILE: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """``_down_part`` of at most 32 columns at a time, of 128 columns or fewer."""
-    if COLS <= 64:
-        return _down_quarter(da, weight, h, a, dh, step, live, column, F, ACT, GATED, TILE, COLS)
-    else:
-        left, right = _halves(da, TILE, COLS)
-        HALF: tl.constexpr = COLS // 2
-        share = _down_quarter(left, weight, h, a, dh, step, live, column, F, ACT, GATED, TILE, HALF)
-        return share + _down_quarter(right, weight, h, a, dh, step, live, column + HALF, F, ACT, GATED, TILE, HALF)
-
-
-@triton.jit
-def _down_quarter(
-    da, weight, h, a, dh, step, live, column,
-    F: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, TILE: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
-    """``_down_part`` of at most 32 columns at a time, of 64 columns or fewer."""
+    """``_down_part``, at most 32 columns at a time: the values of a whole tile at once do not fit the registers."""
     if COLS <= 32:
         return _down_part(da, weight, h, a, dh, step, live, column, F, ACT, GATED, COLS)
     else:
         left, right = _halves(da, TILE, COLS)
         HALF: tl.constexpr = COLS // 2
-        share = _down_part(left, weight, h, a, dh, step, live, column, F, ACT, GATED, HALF)
-        return share + _down_part(right, weight, h, a, dh, step, live, column + HALF, F, ACT, GATED, HALF)
+        share = _down_columns(left, weight, h, a, dh, step, live, column, F, ACT, GATED, TILE, HALF)
+        return share + _down_columns(right, weight, h, a, dh, step, live, column + HALF, F, ACT, GATED, TILE, HALF)
 
 
 @triton.jit
@@ -254,42 +274,74 @@ def _store_parts(share, ds, block, rows, live, R, F: tl.constexpr, COLS: tl.cons
 
 @tuned(
     key=["M", "N"],
-    hopper=[config(128, 4, 3, ROWS=128), config(256, 8, 3, ROWS=128), config(256, 8, 4, ROWS=128)],
-    plain=[config(128, 8, 3, ROWS=128), config(128, 4, 4, ROWS=64)],
-    float32=config(64, 8, 2, DEPTH_BYTES=64, ROWS=64),
+    hopper=[
+        _blocks(128, 4, 3, PER_SM=2, ROWS=128),
+        _blocks(256, 8, 3, PER_SM=1, ROWS=128),
+        _blocks(256, 8, 4, PER_SM=1, ROWS=128),
+        _blocks(128, 4, 3, ROWS=128),
+    ],
+    plain=[_blocks(128, 8, 3, ROWS=128), _blocks(128, 4, 4, ROWS=64)],
+    float32=_blocks(64, 8, 2, DEPTH_BYTES=64, ROWS=64),
 )
 @triton.jit(do_not_specialize=["rows_class"])
 def weight_gradient(
     left, left_index, right, right_index, out, start, rows_class,
-    M: tl.constexpr, N: tl.constexpr,
-    PRECISION: tl.constexpr, COLS: tl.constexpr, DEPTH_BYTES: tl.constexpr, ROWS: tl.constexpr,
+    E: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
+    COLS: tl.constexpr, DEPTH_BYTES: tl.constexpr, PER_SM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """out_eMN: of each expert, the sum over its rows r of left[left_index[r]] (M,) times right[right_index[r]] (N,)."""
-    BLOCKS: tl.constexpr = tl.cdiv(N, COLS)
+    BLOCKS: tl.constexpr = (N + COLS - 1) // COLS
+    EACH: tl.constexpr = (M + ROWS - 1) // ROWS * BLOCKS  # blocks of an expert
     DEPTH: tl.constexpr = DEPTH_BYTES * 8 // left.dtype.element_ty.primitive_bitwidth
-    e = tl.program_id(1)
-    m, m_real = columns(tl.program_id(0) // BLOCKS, M, ROWS)
-    n, n_real = columns(tl.program_id(0) % BLOCKS, N, COLS)
-    begin, end = tl.load(start + e), tl.load(start + e + 1)
+    depth = tl.arange(0, DEPTH)
+    i, apart = tl.program_id(0), tl.num_programs(0)
+    turns = 0
+    for j in range(i, E * EACH, apart):
+        rows = tl.load(start + j // EACH + 1) - tl.load(start + j // EACH)
+        turns += tl.maximum(tl.cdiv(rows, DEPTH), 1)  # an expert without rows: zeros
+    first, end = tl.load(start + i // EACH), tl.load(start + i // EACH + 1)
+    l_next, r_next = _numbers(left_index, first + depth, end), _numbers(right_index, first + depth, end)
     sums = tl.zeros((ROWS, COLS), tl.float32)
-    r = (begin + tl.arange(0, DEPTH)).to(tl.int64)
-    l_next, r_next = _numbers(left_index, r, end), _numbers(right_index, r, end)
-    for first in range(begin, end, DEPTH):
-        r = (first + tl.arange(0, DEPTH)).to(tl.int64)
-        live = r < end
-        # Row numbers are read one turn ahead: waited for, they would take a stage of the tiles' pipeline.
-        l_row, r_row = r if left_index is None else l_next, r if right_index is None else r_next
-        l_next, r_next = _numbers(left_index, r + DEPTH, end), _numbers(right_index, r + DEPTH, end)
+    for _ in range(0, turns):  # as in ``up_projection``
+        r = first + depth
+        live, done = r < end, first + DEPTH >= end
+        next_i = tl.where(done, i + apart, i)
+        e = tl.minimum(next_i, E * EACH - 1) // EACH
+        next_first, next_end = tl.where(done, tl.load(start + e), first + DEPTH), tl.load(start + e + 1)
+        l_row, r_row = l_next, r_next
+        l_next = _numbers(left_index, next_first + depth, next_end)
+        r_next = _numbers(right_index, next_first + depth, next_end)
+        m, m_real = columns(i % EACH // BLOCKS, M, ROWS)
+        n, _ = columns(i % BLOCKS, N, COLS)
         l_tile = tl.load(left + l_row[None, :] * M + m[:, None], mask=live[None, :], other=0.0)
         r_tile = tl.load(right + r_row[:, None] * N + n[None, :], mask=live[:, None], other=0.0)
         sums = product(l_tile, r_tile, sums, PRECISION)
-    to = out + e.to(tl.int64) * (M * N) + (m[:, None] * N + n[None, :])
-    tl.store(to, sums.to(out.dtype.element_ty), mask=m_real[:, None] & n_real[None, :])
+        if done:
+            to = out + (i // EACH).to(tl.int64) * (M * N) + m[:, None] * N
+            _store_columns(to, sums, m_real, i % BLOCKS * COLS, N, ROWS, COLS)
+            sums = tl.zeros((ROWS, COLS), tl.float32)
+        i, first, end = next_i, next_first, next_end
+
+
+@triton.jit
+def _store_columns(to, tile, m_real, column, N: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Store a tile at ``to``, its rows, from ``column`` on: by 64 columns, since what passes from one thread to another
+    on the way takes shared memory."""
+    if COLS <= 64:
+        n = column + tl.arange(0, COLS)
+        mask = m_real[:, None] & (n < N)[None, :]
+        tl.store(to + n[None, :], tile.to(to.dtype.element_ty), mask=mask)
+    else:
+        left, right = _halves(tile, ROWS, COLS)
+        HALF: tl.constexpr = COLS // 2
+        _store_columns(to, left, m_real, column, N, ROWS, HALF)
+        _store_columns(to, right, m_real, column + HALF, N, ROWS, HALF)
 
 
 @triton.jit
 def _numbers(index, r, end):
-    return r if index is None else tl.load(index + r, mask=r < end, other=0)
+    """The rows that rows ``r`` of an expert are copies of, or they themselves."""
+    return r.to(tl.int64) if index is None else tl.load(index + r, mask=r < end, other=0)
 
 
 def _set_blocks(**shapes: Any) -> Callable[..., None]:

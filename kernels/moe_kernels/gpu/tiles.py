@@ -82,9 +82,9 @@ def matrix_reader(matrix: Tensor, depth: int) -> TensorDescriptor | None:
 
 
 class Tiles(NamedTuple):
-    """expert, row: each tile's expert and first row. start: (e + 3,) the first row of each expert, then the number of
-    rows that have one, then R, then the number of tiles that have rows. int32, on the device. rows_class: a power of
-    two near the rows of an expert, for tuning.
+    """expert, row: each tile's expert and first row. start: (e + 4,) the first row of each expert, then the number of
+    rows that have one, then R, then the number of tiles of rows that have one, then of all. int32, on the device.
+    rows_class: a power of two near the rows of an expert, for tuning.
     """
 
     expert: Tensor
@@ -94,7 +94,7 @@ class Tiles(NamedTuple):
 
     @property
     def experts(self) -> int:
-        return len(self.start) - 3
+        return len(self.start) - 4
 
 
 @triton.jit(do_not_specialize=["R", "n_tiles"])
@@ -111,7 +111,8 @@ def _place(counts, expert_out, row_out, start_out, R, n_tiles, E, E_POW2: tl.con
     if i == E:
         end = n_tiles
         tl.store(start_out + E + 1, R)
-        tl.store(start_out + E + 2, tl.minimum(tile + (R - first_row + TILE - 1) // TILE, n_tiles))
+        tl.store(start_out + E + 2, tl.minimum(tile, n_tiles))
+        tl.store(start_out + E + 3, tl.minimum(tile + (R - first_row + TILE - 1) // TILE, n_tiles))
     for t in range(tile, end, 128):
         steps = t + tl.arange(0, 128)
         rows = first_row + (steps - tile) * TILE
@@ -125,7 +126,7 @@ def place(counts_e: Tensor, R: int, tile: int = TILE) -> Tiles:
     e = len(counts_e)
     n_tiles = R // tile + e + 1
     expert, row = (counts_e.new_empty(n_tiles, dtype=torch.int32) for _ in range(2))
-    start = counts_e.new_empty(e + 3, dtype=torch.int32)
+    start = counts_e.new_empty(e + 4, dtype=torch.int32)
     _place[(e + 1,)](counts_e, expert, row, start, R, n_tiles, e, next_power_of_2(e), tile)
     return Tiles(expert, row, start, next_power_of_2(max(1, R // e)))
 
@@ -149,6 +150,14 @@ def rows_of_tile(expert, row, start, tile, TILE: tl.constexpr):
     step = tl.arange(0, TILE)
     live = first + step < tl.load(start + e + 1)
     return e, first.to(tl.int64), tl.where(live, step, 0), live
+
+
+@triton.jit
+def tile_at(expert, row, start, tile, tiles):
+    """(expert, first row, the row after the expert's last) of a tile of ``tiles``; any, past them."""
+    tile = tl.where(tile < tiles, tile, 0)
+    e = tl.load(expert + tile)
+    return e, tl.load(row + tile), tl.load(start + e + 1)
 
 
 @triton.jit

@@ -1,7 +1,8 @@
 """Every Triton kernel, in every configuration that tuning may choose, compiles for Hopper and Ampere without a GPU.
 
 Held to: no register spills, shared memory within the chip's, and tensor-core instructions in the products, HGMMA on
-Hopper and HMMA on Ampere. Compiled code is kept in triton's cache, so a second run is quick.
+Hopper and HMMA on Ampere; on Hopper shared memory for all stages of the pipeline, too. Compiled code is kept in
+triton's cache, so a second run is quick.
 """
 
 from __future__ import annotations
@@ -149,6 +150,10 @@ def test_products(
         assert binary.metadata.shared <= memory, f"{config} needs {binary.metadata.shared} bytes of shared memory"
         assert instruction in code, f"{config} makes its products without tensor cores"
         assert ("UTMALDG" in code) == bool(readers), f"{config}: is the copy engine used?"
+        if capability == 90:
+            both = kernel is products.up_projection and sizes["GATED"]  # gate and up
+            numbers = 64 * (sizes.get("TILE", sizes.get("ROWS")) + sizes["COLS"] * (2 if both else 1))
+            assert binary.metadata.shared >= 2 * numbers * config.num_stages, f"{config}: not all stages are used"
 
 
 @pytest.mark.parametrize("capability", CHIPS)

@@ -45,12 +45,14 @@ def run_ranks(world: int, fn: Callable[..., T], *args: Any, timeout: float = 60)
         gc.unfreeze()
         try:
             finished = _wait(ranks, timeout)
+            failure = _first_failure(Path(folder), ranks)  # while all live: the others fail when one is killed
         finally:
             for process in ranks:
                 if process.is_alive():
                     process.kill()
                 process.join()
-        _raise_first_failure(Path(folder), ranks)
+        if failure is not None:
+            raise RuntimeError(failure)
         if not finished:
             raise TimeoutError(f"{world} ranks did not finish within {timeout} s")
         return [pickle.loads((Path(folder) / f"result-{rank}").read_bytes()) for rank in range(world)]
@@ -90,7 +92,8 @@ def _wait(ranks: list[ForkProcess], timeout: float) -> bool:
     return True
 
 
-def _raise_first_failure(folder: Path, ranks: list[ForkProcess]) -> None:
+def _first_failure(folder: Path, ranks: list[ForkProcess]) -> str | None:
+    """Which rank failed first, and how; None where none did."""
     failures = []
     for rank in range(len(ranks)):
         file = folder / f"failure-{rank}"
@@ -99,7 +102,8 @@ def _raise_first_failure(folder: Path, ranks: list[ForkProcess]) -> None:
             failures.append((float(when), rank, text))
     if failures:
         _, rank, text = min(failures)
-        raise RuntimeError(f"rank {rank} of {len(ranks)} failed:\n{text}")
+        return f"rank {rank} of {len(ranks)} failed:\n{text}"
     for rank, process in enumerate(ranks):
-        if process.exitcode is not None and process.exitcode < 0 and process.exitcode != -signal.SIGKILL:
-            raise RuntimeError(f"rank {rank} of {len(ranks)} died of {signal.Signals(-process.exitcode).name}")
+        if process.exitcode is not None and process.exitcode < 0:
+            return f"rank {rank} of {len(ranks)} died of {signal.Signals(-process.exitcode).name}"
+    return None

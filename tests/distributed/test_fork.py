@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 
 import pytest
@@ -22,6 +24,12 @@ def _rank_1_fails() -> None:
     dist.all_reduce(torch.ones(1))
 
 
+def _rank_0_is_killed() -> None:
+    if dist.get_rank() == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
 def _rank_0_hangs() -> None:
     if dist.get_rank() == 0:
         time.sleep(60)
@@ -36,6 +44,12 @@ def test_results_come_back_in_rank_order() -> None:
 def test_the_rank_that_failed_first_is_named_with_its_traceback() -> None:
     with pytest.raises(RuntimeError, match=r"rank 1 of 2 failed(.|\n)*the culprit"):
         run_ranks(2, _rank_1_fails)
+
+
+def test_a_rank_that_was_killed_is_named() -> None:
+    """As the kernel does where memory runs out."""
+    with pytest.raises(RuntimeError, match="rank 0 of 2 died of SIGKILL"):
+        run_ranks(2, _rank_0_is_killed)
 
 
 def test_a_hanging_rank_is_ended() -> None:

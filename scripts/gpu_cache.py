@@ -118,6 +118,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path, metavar="DIR", help="kernels come there: cubins and json, some 10 MB")
     parser.add_argument("--tiny", action="store_true", help="those of one small shape: to see that it works")
     args = parser.parse_args()
+    if args.folder.exists() and not args.folder.is_dir():
+        parser.error(f"{args.folder} is not a folder; name one, or what is to become one")
     use(args.folder)
     failed = compile_only()
     layers(args.tiny)

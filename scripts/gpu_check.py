@@ -170,6 +170,8 @@ def main() -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("gpu_check: torch sees no GPU here; it needs one of compute capability 8.0 or later, or --device cpu")
     if args.cache is not None:
+        if not any(args.cache.glob("*/*.cubin")):
+            sys.exit(f"gpu_check: there are no kernels in --cache {args.cache}; gpu_cache.py puts them into a folder")
         use(args.cache)
     failed = Parts(args).run()
     if failed:

@@ -50,7 +50,7 @@ def up_projection(
     tiles = tl.load(start + E + 2)
     i, apart = tl.program_id(0), tl.num_programs(0)
     e, first, end = tile_at(expert, row, start, i // BLOCKS, tiles)
-    ahead = _sources(index, first, end, step)
+    ahead = _sources(index, first + step, end)
     up = tl.zeros((TILE, COLS), tl.float32)
     gate = tl.zeros((TILE, COLS), tl.float32)
     k = 0
@@ -60,7 +60,7 @@ def up_projection(
         source, done = ahead, k + DEPTH >= D
         next_i = tl.where(done, i + apart, i)
         next_e, next_first, next_end = tile_at(expert, row, start, next_i // BLOCKS, tiles)
-        ahead = _sources(index, next_first, next_end, step)
+        ahead = _sources(index, next_first + step, next_end)
         block = i % BLOCKS
         n, real = columns(block, F, COLS)
         x_tile = load_depth(x + source[:, None] * D + (k + depth)[None, :], k, D, DEPTH, 1)
@@ -96,9 +96,8 @@ def up_projection(
 
 
 @triton.jit
-def _sources(index, first, end, step):
-    """The rows of x, or of dy, of a tile; 0 for those past its end."""
-    r = first + step
+def _sources(index, r, end):
+    """What rows ``r`` of an expert are copies of, or they themselves; 0 for those from ``end`` on."""
     if index is None:
         return tl.where(r < end, r, 0).to(tl.int64)
     else:
@@ -188,14 +187,14 @@ def down_gradient(
     tiles = tl.load(start + E + 2)
     i, apart = tl.program_id(0), tl.num_programs(0)
     e, first, end = tile_at(expert, row, start, i // BLOCKS, tiles)
-    ahead = _sources(index, first, end, step)
+    ahead = _sources(index, first + step, end)
     da = tl.zeros((TILE, COLS), tl.float32)
     k = 0
     for _ in range(0, tl.cdiv(tl.maximum(tiles * BLOCKS - i, 0), apart) * STEPS):  # as in ``up_projection``
         source, done = ahead, k + DEPTH >= D
         next_i = tl.where(done, i + apart, i)
         next_e, next_first, next_end = tile_at(expert, row, start, next_i // BLOCKS, tiles)
-        ahead = _sources(index, next_first, next_end, step)
+        ahead = _sources(index, next_first + step, next_end)
         block = i % BLOCKS
         dy_tile = load_depth(dy + source[:, None] * D + (k + depth)[None, :], k, D, DEPTH, 1)
         if w_reader is None:
@@ -300,7 +299,7 @@ def weight_gradient(
         rows = tl.load(start + j // EACH + 1) - tl.load(start + j // EACH)
         turns += tl.maximum(tl.cdiv(rows, DEPTH), 1)  # an expert without rows: zeros
     first, end = tl.load(start + i // EACH), tl.load(start + i // EACH + 1)
-    l_next, r_next = _numbers(left_index, first + depth, end), _numbers(right_index, first + depth, end)
+    l_next, r_next = _sources(left_index, first + depth, end), _sources(right_index, first + depth, end)
     sums = tl.zeros((ROWS, COLS), tl.float32)
     for _ in range(0, turns):  # as in ``up_projection``
         r = first + depth
@@ -309,8 +308,8 @@ def weight_gradient(
         e = tl.minimum(next_i, E * EACH - 1) // EACH
         next_first, next_end = tl.where(done, tl.load(start + e), first + DEPTH), tl.load(start + e + 1)
         l_row, r_row = l_next, r_next
-        l_next = _numbers(left_index, next_first + depth, next_end)
-        r_next = _numbers(right_index, next_first + depth, next_end)
+        l_next = _sources(left_index, next_first + depth, next_end)
+        r_next = _sources(right_index, next_first + depth, next_end)
         m, m_real = columns(i % EACH // BLOCKS, M, ROWS)
         n, _ = columns(i % BLOCKS, N, COLS)
         l_tile = tl.load(left + l_row[None, :] * M + m[:, None], mask=live[None, :], other=0.0)
@@ -336,12 +335,6 @@ def _store_columns(to, tile, m_real, column, N: tl.constexpr, ROWS: tl.constexpr
         HALF: tl.constexpr = COLS // 2
         _store_columns(to, left, m_real, column, N, ROWS, HALF)
         _store_columns(to, right, m_real, column + HALF, N, ROWS, HALF)
-
-
-@triton.jit
-def _numbers(index, r, end):
-    """The rows that rows ``r`` of an expert are copies of, or they themselves."""
-    return r.to(tl.int64) if index is None else tl.load(index + r, mask=r < end, other=0)
 
 
 def _set_blocks(**shapes: Any) -> Callable[..., None]:

@@ -17,7 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from published import PRESETS, Row, predictions, rows_of
+from published import Row, predictions, rows_of
+from published_models import PRESETS
 
 from moetrain.config import load
 from moetrain.planner.candidates import OFFLOAD, RECOMPUTE, Mappings, columns

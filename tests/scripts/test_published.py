@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 import best_mappings
 import fit_planner
 import published
+import published_models
 
 HEAD = (
     "source,model,gpu,n_gpus,precision,seq_len,gbs,mbs,tp,cp,pp,vpp,ep,etp,tflops_per_gpu,mfu,"
@@ -40,7 +41,7 @@ def test_model_flops_are_the_published_ones(
     name: str, seq_len: int, whole_square: bool, mtp_heads: int, gflop: float
 ) -> None:
     """Within 2% of published TFLOP/s over tokens/s, counted as the source counts."""
-    shape = replace(published.model(name), mtp=0)
+    shape = replace(published_models.model(name), mtp=0)
     flops = shape.flops_per_token(seq_len) + 3 * mtp_heads * 2.0 * shape.vocab * shape.dim
     if whole_square:
         kinds = [shape.kinds[k] for k in shape.layers]
@@ -55,7 +56,7 @@ def test_v4_flash_has_the_parameters_of_transformers_and_the_published_flops() -
 
     with torch.device("meta"):
         theirs = sum(p.numel() for p in DeepseekV4ForCausalLM(DeepseekV4Config()).parameters())
-    shape = published.model("deepseek v4 flash")
+    shape = published_models.model("deepseek v4 flash")
     assert shape.count() == pytest.approx(theirs, rel=1e-4)
     assert shape.flops_per_token(4096) / 1e9 == pytest.approx(90.8, rel=0.02)
 

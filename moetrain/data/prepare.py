@@ -23,7 +23,7 @@ from pathlib import Path
 from moetrain.comm.ranks import Ranks
 from moetrain.config.errors import DataError
 from moetrain.config.schema_data import DataConfig, SourceConfig
-from moetrain.data.build import SOURCES_FILE, Build, fingerprint
+from moetrain.data.build import Build, fingerprint, known_sources, remember_sources
 from moetrain.data.manifest import FILE, SPLITS, VERSION, Manifest
 from moetrain.data.objectives import special_tokens
 from moetrain.data.progress import Progress, remove_notes
@@ -193,7 +193,7 @@ def _changed(cfg: DataConfig | SourceConfig, *names: str) -> list[dict[str, obje
 
 def _unchanged(cfg: DataConfig, out: Path, manifest: Manifest, files: dict[str, list[SourceFile]]) -> bool:
     """Whether the shards are whole and the text is what they were made from; reads only text files whose size or
-    time differ."""
+    time differ, and remembers these where ``out`` can be written."""
     for name, domain in manifest.domains.items():
         for split in SPLITS:
             try:
@@ -202,10 +202,7 @@ def _unchanged(cfg: DataConfig, out: Path, manifest: Manifest, files: dict[str, 
                 return False
             if (shard.documents, len(shard.tokens)) != (domain.split(split).documents, domain.split(split).tokens):
                 return False
-    try:
-        known = json.loads((out / SOURCES_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        known = {}
+    known, hashed = known_sources(out), False
     digests: dict[str, list[str]] = {}
     for name, found in files.items():
         digests[name] = []
@@ -215,7 +212,12 @@ def _unchanged(cfg: DataConfig, out: Path, manifest: Manifest, files: dict[str, 
                 digests[name].append(seen[2])
             else:
                 digests[name].append(digest_of(cfg, name, file))
-    return fingerprint(manifest.recipe, digests) == manifest.fingerprint
+                hashed = True
+    same = fingerprint(manifest.recipe, digests) == manifest.fingerprint
+    if same and hashed:
+        with suppress(OSError):
+            remember_sources(out, files, digests)
+    return same
 
 
 def _regrouped(cfg: DataConfig, out: Path, manifest: Manifest) -> Manifest:

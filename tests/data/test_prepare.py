@@ -14,10 +14,12 @@ import pytest
 from tokenizers import Tokenizer
 
 from moetrain.config.errors import DataError
-from moetrain.config.schema_data import SourceConfig
+from moetrain.config.schema_data import DataConfig, SourceConfig
 from moetrain.data import shards
 from moetrain.data.dataset import TokenData
 from moetrain.data.prepare import prepare
+from moetrain.data.readers import digest_of
+from moetrain.data.sources import SourceFile
 from moetrain.data.split import DocumentKey, Keys, choose_held_out, cut_tail
 from tests.data.conftest import WORDS, config, contents, document, write_corpus
 
@@ -115,6 +117,20 @@ def test_a_second_call_does_nothing_until_text_or_config_change(tmp_path: Path) 
     }
     cfg.val_fraction = 0.1
     assert prepare(cfg, progress=False).recipe != first.recipe and built_again()
+
+
+def test_a_touched_file_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not at every start of a run, which would read the whole corpus each time after it was copied."""
+    cfg, hashed = config(tmp_path, write_corpus(tmp_path / "text")), list[str]()
+    first = prepare(cfg, progress=False)
+
+    def digest(data: DataConfig, name: str, file: SourceFile) -> str:
+        hashed.append(name)
+        return digest_of(data, name, file)
+
+    monkeypatch.setattr("moetrain.data.prepare.digest_of", digest)
+    os.utime(tmp_path / "text/sea.txt", ns=(1, 1))
+    assert [prepare(cfg, progress=False) for _ in range(3)] == [first] * 3 and hashed == ["sea"]
 
 
 def test_prepared_data_outlives_its_sources(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -58,11 +58,14 @@ def prepare(cfg: DataConfig, progress: bool = True) -> Manifest:
     """
     _check(cfg)
     out = Path(cfg.dir)
+    out = Path(os.path.realpath(out)) if out.is_symlink() else out  # built where the link leads, and renamed there
     partial = out.with_name(f".{out.name}.partial")
     try:
         found = _current(cfg, out)
         if isinstance(found, Manifest):  # also on a read-only disk
             return _regrouped(cfg, out, found)
+        if os.path.ismount(out):
+            raise DataError(f"data.dir '{out}' is a mount point, which cannot be renamed; choose a folder below it")
         out.parent.mkdir(parents=True, exist_ok=True)
         with _locked(out):
             found = _current(cfg, out)  # another process may just have made it

@@ -254,6 +254,25 @@ def test_a_folder_that_is_something_else_is_never_touched(tmp_path: Path) -> Non
         prepare(cfg, progress=False)
 
 
+def test_a_link_to_the_folder_stays_and_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shards belong on the disk that it leads to, also when they are made again; a mount point is refused before
+    the work rather than after it."""
+    cfg = config(tmp_path, write_corpus(tmp_path / "text"))
+    disk = tmp_path / "disk"
+    (disk / "empty").mkdir(parents=True)
+    Path(cfg.dir).symlink_to(disk / "empty")
+    for fraction in (0.05, 0.1, 0.15):
+        cfg.val_fraction = fraction
+        made = prepare(cfg, progress=False)
+        assert Path(cfg.dir).is_symlink() and TokenData.open(cfg.dir).manifest == made
+        assert {path.name for path in disk.iterdir()} == {"empty", ".empty.lock"}
+    cfg.dir, cfg.val_fraction = str(disk / "empty"), 0.2
+    monkeypatch.setattr("os.path.ismount", lambda path: path == disk / "empty")
+    with pytest.raises(DataError, match="is a mount point"):
+        prepare(cfg, progress=False)
+    assert TokenData.open(cfg.dir).manifest == made
+
+
 def test_opening_refuses_what_does_not_fit(tmp_path: Path) -> None:
     cfg = config(tmp_path, write_corpus(tmp_path / "text"))
     folder, vocab_size = Path(cfg.dir), prepare(cfg, progress=False).vocab_size

@@ -19,7 +19,7 @@ from moetrain.data import shards
 from moetrain.data.dataset import TokenData
 from moetrain.data.prepare import prepare
 from moetrain.data.readers import digest_of
-from moetrain.data.sources import SourceFile
+from moetrain.data.sources import SourceFile, find_files
 from moetrain.data.split import DocumentKey, Keys, choose_held_out, cut_tail
 from tests.data.conftest import WORDS, config, contents, document, write_corpus
 
@@ -239,6 +239,21 @@ def test_folders_and_globs_give_each_text_file_once(tmp_path: Path) -> None:
     data = TokenData.open(cfg.dir)
     texts = documents_of(data, "a", "train") + documents_of(data, "a", "val")
     assert {text.split()[3] for text in texts} == {"b.md", "a.txt", "sub/c.py"}
+
+
+def test_a_folder_gives_what_it_links_to(tmp_path: Path) -> None:
+    """Folders on other disks, each once, whatever these link to."""
+    corpus, web, code = (tmp_path / name for name in ("corpus", "disk1/web", "disk2/code"))
+    for folder, name in ((corpus / "own", "a"), (web / "2024", "b"), (code, "c"), (tmp_path, "no")):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.txt").write_text(name)
+    links = {"web": web, "code": code, "again": corpus / "own", "around": tmp_path, "own/back": corpus}
+    for name, to in links.items():
+        (corpus / name).symlink_to(to)
+    (web / "code").symlink_to(code)
+    (code / "web").symlink_to(web)
+    found = find_files("a", SourceConfig(paths=[str(corpus)]))
+    assert [str(file.path.relative_to(corpus)) for file in found] == ["code/c.txt", "code/web/2024/b.txt", "own/a.txt"]
 
 
 def test_a_folder_that_is_something_else_is_never_touched(tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
 import torch
@@ -52,6 +54,25 @@ class Ranks:
     def first(self, work: Callable[[], T]) -> T:
         """``work()`` on rank 0 alone; its result on every rank. What it raised is raised on all, as in ``each``."""
         return self._agree(lambda: work() if self.rank == 0 else None, name_rank=False)[0]  # type: ignore[return-value]
+
+    def first_for_long(self, work: Callable[[], T], every_s: float = 2.0) -> T:
+        """``first`` for work that may take longer than a collective waits: rank 0 does it in a thread, and all ranks
+        meet every ``every_s`` seconds until it is done."""
+        if self.size == 1:
+            return self.first(work)
+        done: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                done.set_result(work())
+            except BaseException as error:
+                done.set_exception(error)
+
+        if self.rank == 0:
+            threading.Thread(target=run, daemon=True).start()
+        while not self.gather(self.rank > 0 or bool(wait([done], every_s).done))[0]:
+            pass
+        return self.first(done.result)
 
     def _agree(self, work: Callable[[], T], name_rank: bool) -> list[T]:
         try:

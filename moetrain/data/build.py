@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -51,6 +52,27 @@ class Batch:
 def fingerprint(recipe: str, digests: dict[str, list[str]]) -> str:
     """Hash of settings and text: the same for the same shards."""
     return hashlib.sha256(json.dumps([recipe, digests]).encode()).hexdigest()
+
+
+def remember_sources(out: Path, files: dict[str, list[SourceFile]], digests: dict[str, list[str]]) -> None:
+    """Note sizes, times and hashes of the files of every source in ``out``, whole or not at all."""
+    known = {
+        str(file.path): [file.size, file.mtime_ns, digest]
+        for source, found in files.items()
+        for file, digest in zip(found, digests[source], strict=True)
+    }
+    temporary = out / f"{SOURCES_FILE}.tmp"
+    temporary.write_text(json.dumps(known, indent=0, ensure_ascii=False), encoding="utf-8")
+    temporary.replace(out / SOURCES_FILE)
+
+
+def known_sources(out: Path) -> dict[str, Any]:
+    """Path -> (size, time, hash) of what ``remember_sources`` noted, as far as it can be read."""
+    try:
+        known = json.loads((out / SOURCES_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
 
 
 def batches(documents: Iterable[tuple[str, Document, int]]) -> Iterator[tuple[Batch, list[Document]]]:
@@ -125,12 +147,7 @@ class Build:
             tokenizer_sha256=hashlib.sha256((self.out / TOKENIZER_FILE).read_bytes()).hexdigest(),
             domains=domains,
         )
-        known = {
-            str(file.path): [file.size, file.mtime_ns, digest]
-            for source, found in self.files.items()
-            for file, digest in zip(found, digests[source], strict=True)
-        }
-        (self.out / SOURCES_FILE).write_text(json.dumps(known, indent=0, ensure_ascii=False), encoding="utf-8")
+        remember_sources(self.out, self.files, digests)
         manifest.save(self.out)
         return manifest
 

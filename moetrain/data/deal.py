@@ -76,6 +76,19 @@ class Dealer:
             found[source] += count
         return found
 
+    def left_of(self, weights: Mapping[str, float], i: int) -> dict[str, float]:
+        """What ``weights`` are at sample ``i`` when they were the last that were asked for before it: without the
+        sources that have run out."""
+        n, left = self.history.index(i), dict(weights)
+        if self.exhausted != "reweight":
+            return left
+        first = n
+        while first and self.history.phases[first].why.startswith("exhausted"):
+            first -= 1
+        for phase in self.history.phases[first : n + 1]:
+            left = self._without_exhausted(left, self.counts(phase.first_sample)) or left
+        return left
+
     def change(self, first_sample: int, weights: Mapping[str, float], why: str) -> None:
         """From ``first_sample`` on, deal by ``weights`` (source -> share of tokens), until the next phase that was
         asked for. Raises DataError for weights that cannot be used and for a sample that has been dealt."""

@@ -23,7 +23,7 @@ from pathlib import Path
 from moetrain.comm.ranks import Ranks
 from moetrain.config.errors import DataError
 from moetrain.config.schema_data import DataConfig, SourceConfig
-from moetrain.data.build import SOURCES_FILE, Build, fingerprint
+from moetrain.data.build import Build, fingerprint, known_sources, remember_sources
 from moetrain.data.manifest import FILE, SPLITS, VERSION, Manifest
 from moetrain.data.objectives import special_tokens
 from moetrain.data.progress import Progress, remove_notes
@@ -58,11 +58,14 @@ def prepare(cfg: DataConfig, progress: bool = True) -> Manifest:
     """
     _check(cfg)
     out = Path(cfg.dir)
+    out = Path(os.path.realpath(out)) if out.is_symlink() else out  # built where the link leads, and renamed there
     partial = out.with_name(f".{out.name}.partial")
     try:
         found = _current(cfg, out)
         if isinstance(found, Manifest):  # also on a read-only disk
             return _regrouped(cfg, out, found)
+        if os.path.ismount(out):
+            raise DataError(f"data.dir '{out}' is a mount point, which cannot be renamed; choose a folder below it")
         out.parent.mkdir(parents=True, exist_ok=True)
         with _locked(out):
             found = _current(cfg, out)  # another process may just have made it
@@ -94,7 +97,7 @@ def prepare_once(cfg: DataConfig) -> None:
 
     Every rank raises the DataError that rank 0 met.
     """
-    Ranks().first(lambda: prepare(cfg))
+    Ranks().first_for_long(lambda: prepare(cfg))
 
 
 def _check(cfg: DataConfig) -> None:
@@ -193,7 +196,7 @@ def _changed(cfg: DataConfig | SourceConfig, *names: str) -> list[dict[str, obje
 
 def _unchanged(cfg: DataConfig, out: Path, manifest: Manifest, files: dict[str, list[SourceFile]]) -> bool:
     """Whether the shards are whole and the text is what they were made from; reads only text files whose size or
-    time differ."""
+    time differ, and remembers these where ``out`` can be written."""
     for name, domain in manifest.domains.items():
         for split in SPLITS:
             try:
@@ -202,10 +205,7 @@ def _unchanged(cfg: DataConfig, out: Path, manifest: Manifest, files: dict[str, 
                 return False
             if (shard.documents, len(shard.tokens)) != (domain.split(split).documents, domain.split(split).tokens):
                 return False
-    try:
-        known = json.loads((out / SOURCES_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        known = {}
+    known, hashed = known_sources(out), False
     digests: dict[str, list[str]] = {}
     for name, found in files.items():
         digests[name] = []
@@ -215,7 +215,12 @@ def _unchanged(cfg: DataConfig, out: Path, manifest: Manifest, files: dict[str, 
                 digests[name].append(seen[2])
             else:
                 digests[name].append(digest_of(cfg, name, file))
-    return fingerprint(manifest.recipe, digests) == manifest.fingerprint
+                hashed = True
+    same = fingerprint(manifest.recipe, digests) == manifest.fingerprint
+    if same and hashed:
+        with suppress(OSError):
+            remember_sources(out, files, digests)
+    return same
 
 
 def _regrouped(cfg: DataConfig, out: Path, manifest: Manifest) -> Manifest:

@@ -6,7 +6,7 @@ import glob
 import importlib.resources
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -98,7 +98,7 @@ def matching(
                 f"domain '{source}': folder '{path}' is a data set that save_to_disk wrote; give it as "
                 f"data.sources.{source}.dataset"
             )
-        every = sorted(p for p in Path(name).rglob("*") if p.is_file())
+        every = sorted(Path(p) for p in _below(name) if os.path.isfile(p))
         files = [p for p in every if wanted(p) and not _hidden(p.relative_to(name))]
         if not files:
             raise DataError(
@@ -120,6 +120,26 @@ def matching(
             f"data.sources.{source}.{field}"
         )
     return files
+
+
+def _below(folder: str) -> Iterator[str]:
+    """All files below a folder, also where it links to folders elsewhere: corpora are put together so. Links to what
+    lies in the folder, or around it, are not followed, and no folder is read twice."""
+    top, seen = os.path.realpath(folder), set()
+    for where, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(where)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (os.path.join(where, file) for file in files)
+        folders[:] = sorted(f for f in folders if not _near(os.path.join(where, f), top))
+
+
+def _near(path: str, top: str) -> bool:
+    """Whether ``path`` is a link to something in or around ``top``."""
+    real = os.path.realpath(path)
+    return os.path.islink(path) and os.path.commonpath([real, top]) in (real, top)
 
 
 def _hidden(path: Path) -> bool:

@@ -49,6 +49,7 @@ def resume(trainer: Trainer) -> None:
     trainer.waited_s = progress.get("data_wait_s", 0.0)
     if "guard" in progress:
         trainer.guard.load_state(progress["guard"])
+        trainer.events += trainer.guard.give_up_others(trainer.cfg.train.global_batch, trainer.step)
     if "data" in progress:
         samples = progress["data"]["samples"]
         trainer.loader.begin(trainer.step, samples)

@@ -168,6 +168,19 @@ class Guard:
         self.in_a_row, self.low_until = state["in_a_row"], state["low_until"]
         self.waiting = [Skipped(**batch) for batch in state["waiting"]]
 
+    def give_up_others(self, size: int, step: int) -> list[dict[str, Any]]:
+        """Wait no longer for batches that have not ``size`` samples, since a run that goes on before step ``step`` with
+        another global batch cannot compute them; events to log."""
+        others = [batch for batch in self.waiting if len(batch.samples) != size]
+        self.waiting = [batch for batch in self.waiting if len(batch.samples) == size]
+        events = []
+        for batch in others:
+            why = f"it has {len(batch.samples)} samples, a step has {size} now"
+            log.warning("the batch of step %d, which was to be tried again, is given up: %s", batch.step + 1, why)
+            about = {"step": step + 1, "of_step": batch.step + 1, "samples": batch.samples, "why": why}
+            events.append({"event": "given_up", **about})
+        return events
+
     def _good(self, figures: StepFigures) -> StepFigures:
         self.in_a_row = 0
         self._remember(figures.loss)

@@ -73,7 +73,7 @@ class Mixing:
         why = ""
         if (state["name"], state["domains"]) != (self.name, self.mixer.domains):
             why = f"this run had {state['name']} over {', '.join(state['domains'])}"
-        elif self._in_force(step) != on_grid(state["weights"]):
+        elif self._in_force(step) != self._left_of(state["weights"], state["inside"], step):
             why = "the weights given now are not those that it had put in force"
         if why:
             self.until = max(step, self.until)
@@ -103,13 +103,25 @@ class Mixing:
         return f"{self.name} over {', '.join(self.mixer.domains)}: {', '.join(parts)}; {share:.1%} more work"
 
     def _in_force(self, step: int) -> dict[str, float]:
-        """The weights of the domains that step ``step`` is to be dealt by, before anything has run out."""
+        """The weights of the domains that step ``step`` is to be dealt by."""
+        return self._of_domains(self.loader.sampler.history.at(self.loader.first_sample(step)).weights)
+
+    def _left_of(self, weights: Mapping[str, float], inside: Mapping[str, float], step: int) -> dict[str, float]:
+        """What a decision for ``weights`` has come to before step ``step``, since sources may have run out."""
+        of_source = self._of_sources(weights, inside)
+        return self._of_domains(self.loader.sampler.dealer.left_of(of_source, self.loader.first_sample(step)))
+
+    def _of_domains(self, of_source: Mapping[str, float]) -> dict[str, float]:
         assert self.mixer is not None
         domain_of = self.loader.data.domain_of
         weights = dict.fromkeys(self.mixer.domains, 0.0)
-        for source, weight in self.loader.sampler.history.at(self.loader.first_sample(step)).weights.items():
+        for source, weight in of_source.items():
             weights[domain_of[source]] = weights.get(domain_of[source], 0.0) + weight
         return on_grid(weights)
+
+    def _of_sources(self, weights: Mapping[str, float], inside: Mapping[str, float]) -> dict[str, float]:
+        domain_of = self.loader.data.domain_of
+        return {source: weights.get(domain, 0.0) * inside.get(source, 0.0) for source, domain in domain_of.items()}
 
     def _start(self, step: int) -> Decision:
         assert self.mixer is not None
@@ -128,11 +140,7 @@ class Mixing:
         assert self.mixer is not None and self.weights is not None
         weights = on_grid(decision.weights)
         if weights != on_grid(self.weights):
-            of_source = {
-                source: weights.get(domain, 0.0) * self.inside.get(source, 0.0)
-                for source, domain in self.loader.data.domain_of.items()
-            }
-            self.loader.change(of_source, f"mixer {self.name}")
+            self.loader.change(self._of_sources(weights, self.inside), f"mixer {self.name}")
             self.weights = weights
 
     def _observe(self, step: int, left: int) -> Observation:

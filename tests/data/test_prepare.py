@@ -14,10 +14,12 @@ import pytest
 from tokenizers import Tokenizer
 
 from moetrain.config.errors import DataError
-from moetrain.config.schema_data import SourceConfig
+from moetrain.config.schema_data import DataConfig, SourceConfig
 from moetrain.data import shards
 from moetrain.data.dataset import TokenData
 from moetrain.data.prepare import prepare
+from moetrain.data.readers import digest_of
+from moetrain.data.sources import SourceFile, find_files
 from moetrain.data.split import DocumentKey, Keys, choose_held_out, cut_tail
 from tests.data.conftest import WORDS, config, contents, document, write_corpus
 
@@ -115,6 +117,20 @@ def test_a_second_call_does_nothing_until_text_or_config_change(tmp_path: Path) 
     }
     cfg.val_fraction = 0.1
     assert prepare(cfg, progress=False).recipe != first.recipe and built_again()
+
+
+def test_a_touched_file_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not at every start of a run, which would read the whole corpus each time after it was copied."""
+    cfg, hashed = config(tmp_path, write_corpus(tmp_path / "text")), list[str]()
+    first = prepare(cfg, progress=False)
+
+    def digest(data: DataConfig, name: str, file: SourceFile) -> str:
+        hashed.append(name)
+        return digest_of(data, name, file)
+
+    monkeypatch.setattr("moetrain.data.prepare.digest_of", digest)
+    os.utime(tmp_path / "text/sea.txt", ns=(1, 1))
+    assert [prepare(cfg, progress=False) for _ in range(3)] == [first] * 3 and hashed == ["sea"]
 
 
 def test_prepared_data_outlives_its_sources(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -225,6 +241,21 @@ def test_folders_and_globs_give_each_text_file_once(tmp_path: Path) -> None:
     assert {text.split()[3] for text in texts} == {"b.md", "a.txt", "sub/c.py"}
 
 
+def test_a_folder_gives_what_it_links_to(tmp_path: Path) -> None:
+    """Folders on other disks, each once, whatever these link to."""
+    corpus, web, code = (tmp_path / name for name in ("corpus", "disk1/web", "disk2/code"))
+    for folder, name in ((corpus / "own", "a"), (web / "2024", "b"), (code, "c"), (tmp_path, "no")):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.txt").write_text(name)
+    links = {"web": web, "code": code, "again": corpus / "own", "around": tmp_path, "own/back": corpus}
+    for name, to in links.items():
+        (corpus / name).symlink_to(to)
+    (web / "code").symlink_to(code)
+    (code / "web").symlink_to(web)
+    found = find_files("a", SourceConfig(paths=[str(corpus)]))
+    assert [str(file.path.relative_to(corpus)) for file in found] == ["code/c.txt", "code/web/2024/b.txt", "own/a.txt"]
+
+
 def test_a_folder_that_is_something_else_is_never_touched(tmp_path: Path) -> None:
     cfg = config(tmp_path, write_corpus(tmp_path / "text"))
     Path(cfg.dir).mkdir()
@@ -236,6 +267,25 @@ def test_a_folder_that_is_something_else_is_never_touched(tmp_path: Path) -> Non
     cfg.name = "another"
     with pytest.raises(DataError, match="holds the prepared data set 'test', not 'another'"):
         prepare(cfg, progress=False)
+
+
+def test_a_link_to_the_folder_stays_and_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shards belong on the disk that it leads to, also when they are made again; a mount point is refused before
+    the work rather than after it."""
+    cfg = config(tmp_path, write_corpus(tmp_path / "text"))
+    disk = tmp_path / "disk"
+    (disk / "empty").mkdir(parents=True)
+    Path(cfg.dir).symlink_to(disk / "empty")
+    for fraction in (0.05, 0.1, 0.15):
+        cfg.val_fraction = fraction
+        made = prepare(cfg, progress=False)
+        assert Path(cfg.dir).is_symlink() and TokenData.open(cfg.dir).manifest == made
+        assert {path.name for path in disk.iterdir()} == {"empty", ".empty.lock"}
+    cfg.dir, cfg.val_fraction = str(disk / "empty"), 0.2
+    monkeypatch.setattr("os.path.ismount", lambda path: path == disk / "empty")
+    with pytest.raises(DataError, match="is a mount point"):
+        prepare(cfg, progress=False)
+    assert TokenData.open(cfg.dir).manifest == made
 
 
 def test_opening_refuses_what_does_not_fit(tmp_path: Path) -> None:

@@ -219,6 +219,38 @@ def test_a_resumed_run_decides_the_same(prepared: Path, tmp_path: Path, kind: st
     assert all(abs(count - sum(w[name] for w in held)) < 2 for name, count in counts.items())
 
 
+def test_a_mixer_goes_on_after_a_domain_has_run_out(prepared: Path, tmp_path: Path) -> None:
+    """A run in which a domain ran out, between two decisions, is stopped before the next decision and after one: the
+    mixer goes on from what it has found."""
+
+    def rows_of(cfg: Config, first: int, last: int) -> Any:
+        trainer = build(cfg)
+        if first:
+            trainer.resume()
+            assert trainer.step == first
+        rows = [trainer.train_step() for _ in range(first, last)]
+        trainer.checkpointer.save(last, trainer.engine.state(trainer.progress()))
+        trainer.checkpointer.wait()
+        return rows, trainer.sampler.history.to_json()
+
+    def cfg_of(name: str) -> Config:
+        cfg = mixed(prepared, "doremi", ["train.micro_batch=8"], tmp_path / name)
+        cfg.data.sources["letters"].max_epochs = 0.12  # 25 windows
+        return cfg
+
+    [(whole, history)] = run_ranks(1, rows_of, cfg_of("whole"), 0, 14)
+    [ran_out] = [phase["first_sample"] for phase in history if phase["why"] == "exhausted letters"]
+    before = 1 + ran_out // 8  # the first step after it
+    assert before % 3 and ran_out > 3 * 8
+    rows, first = [], 0
+    for last in (before, before + 3, 14):
+        [(more, again)] = run_ranks(1, rows_of, cfg_of("cut"), first, last)
+        rows, first = rows + more, last
+    for key in ("loss", "mixture", "mixer"):
+        assert [row.get(key) for row in rows] == [row.get(key) for row in whole], key
+    assert again == history
+
+
 def given(cfg: Config) -> Config:
     """With weights of the user's instead of uniform ones."""
     cfg.data.mixture = "given"

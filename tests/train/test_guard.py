@@ -129,6 +129,20 @@ def test_a_batch_that_stays_bad_is_skipped_tried_again_and_given_up(
     assert curve(run(folder, "poison-stopped", bad)) == losses
 
 
+def test_a_batch_that_waits_is_given_up_under_another_batch_size(folder: Path) -> None:
+    """It makes no whole step of the run as it goes on, whose ranks then would not all have their part."""
+
+    def bad(step: int, attempt: int, samples: list[int]) -> float:
+        return math.nan if set(samples) & set(range(40, 48)) else 0.0
+
+    run(folder, "resized", bad, stop_at=7)
+    rows = run(folder, "resized", bad, "train.global_batch=16", "train.micro_batch=8")
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert events(rows) == [("skipped", 6), ("stopped", 7), ("resumed", 7), ("given_up", 8)]
+    [given_up] = [e for row in rows for e in row.get("events", []) if e["event"] == "given_up"]
+    assert given_up["of_step"] == 6 and sorted(given_up["samples"]) == list(range(40, 48))
+
+
 def test_a_spike_is_taken_at_a_lower_rate_the_second_time(folder: Path, straight: list[float]) -> None:
     words = ("faults.window=6", "faults.spike=20")
 

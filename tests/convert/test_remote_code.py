@@ -110,6 +110,17 @@ def test_logits_loss_and_gradients(name: str, tmp_path: Path, caplog: pytest.Log
         torch.testing.assert_close(theirs.get_parameter(key).grad, p.grad, rtol=1e-3, atol=1e-5)
 
 
+def test_the_loss_of_a_part_of_a_step(tmp_path: Path) -> None:
+    """transformers' Trainer leaves dividing by the labels of all micro-batches to a model that takes any keyword."""
+    ours = random_model(MODELS["sigmoid, gated shared"][0])
+    export_hf(ours.cfg, ours.state_dict(), tmp_path / "out")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+    ids = torch.randint(0, 320, (4, 12), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        parts = [theirs(part, labels=part, num_items_in_batch=44).loss.item() for part in ids.split(1)]
+        assert sum(parts) == pytest.approx(theirs(ids, labels=ids).loss.item(), rel=1e-5)
+
+
 def test_no_setting_of_a_model_is_unknown_to_the_module_or_to_the_comparison_of_classes() -> None:
     """A setting that either leaves out would change what the model computes, and nobody would be told."""
     settings = {"": ModelConfig, "attention.": AttentionConfig, "rope.": RopeConfig, "moe.": MoEConfig}

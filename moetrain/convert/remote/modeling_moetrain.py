@@ -408,9 +408,12 @@ class MoetrainForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **unused: Any,
     ) -> CausalLMOutput:
-        """input_ids (B, S); labels, with -100 for none, are shifted here. Returns logits (B, S, V), and the loss."""
+        """input_ids (B, S); labels, with -100 for none, are shifted here. Returns logits (B, S, V), and the loss: the
+        mean over labels, or the sum over ``num_items_in_batch``, the labels of all batches that make a step, which
+        transformers' Trainer gives."""
         seen_BS = None if attention_mask is None or attention_mask.all() else attention_mask.bool()
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
@@ -426,7 +429,9 @@ class MoetrainForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         logits = F.linear(h_BSD, (self.embed if self.head is None else self.head).weight)
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+            how = "mean" if num_items_in_batch is None else "sum"
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction=how)
+            loss = loss if num_items_in_batch is None else loss / num_items_in_batch
         return CausalLMOutput(loss=loss, logits=logits)
 
     def prepare_inputs_for_generation(

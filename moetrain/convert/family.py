@@ -215,6 +215,7 @@ def complete(model_type: str, config: Mapping[str, Any]) -> dict[str, Any]:
     except Exception as error:  # its classes raise many kinds, over many lines
         why = " ".join(str(error).split())
         raise ConvertError(f"transformers refuses the config of {model_type}: {why[:200]}") from None
+    full.standardize_rope_params()  # as its models do: an original length that stands beside the rotary settings counts
     hf = full.to_dict()
     # a class may keep a setting under another name than checkpoints do
     return hf | {alias: hf[name] for alias, name in full.attribute_map.items() if name in hf}

@@ -165,6 +165,7 @@ def test_an_unknown_family_is_refused_with_the_nearest() -> None:
         ({"hidden_size": "wide"}, "transformers refuses the config of mixtral"),
         ({"model_type": "bert"}, "no model family is called 'bert'"),
         ({"model_type": "phimoe"}, "type phimoe are not covered: they need LayerNorm with biases"),
+            {"model_type": "mistral", "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
         ({"model_type": "longcat_flash"}, "need zero experts, and two attentions"),
     ],
 )

@@ -26,6 +26,8 @@ log = logging.getLogger("moetrain")
 
 TIED_HEAD = "lm_head.weight"
 ROWS = 8192
+# Checkpoints of old releases (Llama 2) hold them, though they follow from config.json.
+FREQUENCIES = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 
 
 def read_hf_config(folder: Path | str) -> ModelConfig:
@@ -178,7 +180,8 @@ def _refuse_unknown(family: Family, name: str, theirs: Source) -> None:
 
 
 def _is_ignored(family: Family, cfg: ModelConfig, name: str) -> bool:
-    return any(re.fullmatch(pattern.format(n_layers=cfg.n_layers), name) for pattern in family.ignored)
+    patterns = [pattern.format(n_layers=cfg.n_layers) for pattern in family.ignored]
+    return any(re.fullmatch(pattern, name) for pattern in (FREQUENCIES, *patterns))
 
 
 def _is_zero_bias(family: Family, name: str) -> bool:

@@ -50,8 +50,8 @@ def drop(state: State) -> str:
 
 
 def add(state: State) -> str:
-    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
-    return "covers tensor 'model.layers.0.self_attn.rotary_emb.inv_freq'"
+    state["model.layers.0.self_attn.rotary_emb.cos_cached"] = torch.ones(4)
+    return "covers tensor 'model.layers.0.self_attn.rotary_emb.cos_cached'"
 
 
 def another_layer(state: State) -> str:
@@ -80,6 +80,14 @@ def test_in_every_family_a_tensor_without_a_place_or_a_place_without_a_tensor(
     with pytest.raises(ConvertError, match=expected) as error:
         load_hf(ours, state)
     one_line(error)
+
+
+def test_rotary_frequencies_of_old_checkpoints_follow_from_the_config(caplog: pytest.LogCaptureFixture) -> None:
+    """Llama 2 is published with them; transformers leaves them aside, too."""
+    ours, state = ours_of("llama")
+    caplog.set_level(logging.INFO, logger="moetrain")
+    load_hf(ours, state | {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(3)})
+    assert "not imported: 3 tensors" in caplog.text
 
 
 def experts(state: State) -> str:

@@ -6,13 +6,14 @@ import json
 import logging
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from moetrain.checkpoint.weights import Spec
 from moetrain.config import load
 from moetrain.config.errors import ConvertError
 from moetrain.config.schema import AttentionConfig, ExpertsConfig, ModelConfig, MoEConfig, RopeConfig
@@ -21,6 +22,7 @@ from moetrain.convert.family import family_of
 from moetrain.convert.features import features
 from moetrain.convert.load import load_hf, read_hf_config
 from moetrain.convert.remote import modeling_moetrain
+from moetrain.convert.source import InOrder
 from moetrain.model.decoder import Decoder
 from moetrain.moe.routers.topk import TopKOptions
 from tests.convert.test_round_trip import tensors_in, train_bpe
@@ -108,6 +110,25 @@ def test_logits_loss_and_gradients(name: str, tmp_path: Path, caplog: pytest.Log
     result.loss.backward()
     for key, p in ours.named_parameters():
         torch.testing.assert_close(theirs.get_parameter(key).grad, p.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_a_selection_bias_that_no_class_has_goes_into_the_module(tmp_path: Path) -> None:
+    cfg = load(["model=tiny", *SMALL]).model
+    assert family_of(cfg).name == "qwen3_moe" and family_of(cfg, has_bias=True).name == "moetrain"
+    with pytest.raises(ConvertError, match=r"qwen3_moe has no balance=\[bias\]; try model.family=auto"):
+        family_of(replace(cfg, family="qwen3_moe"), has_bias=True)
+    ours = Decoder(cfg, {"bias": {}}, ExpertsConfig()).eval()
+    state = ours.state_dict()
+    assert export_hf(cfg, state, tmp_path / "zero") == "qwen3_moe"
+    torch.manual_seed(0)
+    for t in state.values():
+        t.normal_(0.0, 0.2)
+    in_order = InOrder({name: Spec.of(t) for name, t in state.items()}, state.items())
+    for i, source in enumerate((state, in_order)):
+        assert export_hf(cfg, source, tmp_path / str(i)) == "moetrain"
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / str(i), trust_remote_code=True).eval()
+        ids = torch.arange(24)[None]
+        torch.testing.assert_close(theirs(ids).logits, ours(ids)[0], rtol=1e-4, atol=1e-4)
 
 
 def test_the_loss_of_a_part_of_a_step(tmp_path: Path) -> None:

@@ -142,6 +142,20 @@ def test_the_loss_of_a_part_of_a_step(tmp_path: Path) -> None:
         assert sum(parts) == pytest.approx(theirs(ids, labels=ids).loss.item(), rel=1e-5)
 
 
+def test_layers_may_be_on_several_devices(tmp_path: Path) -> None:
+    """As ``device_map`` puts them, where hooks move the tensors that modules are called with, and nothing else."""
+    ours = random_model(["model=tiny", "model.moe.num_experts=0", "model.dense_dim=40", "model.attention.sinks=true"])
+    export_hf(ours.cfg, ours.state_dict(), tmp_path / "out")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+    for module in (*theirs.layers[2:], theirs.norm, theirs.head):
+        module.to("meta")
+        module.register_forward_pre_hook(
+            lambda _, args: tuple(arg.to("meta") if isinstance(arg, torch.Tensor) else arg for arg in args)
+        )
+    labels = torch.arange(8)[None]
+    assert theirs(labels, labels=labels).logits.device.type == "meta"
+
+
 def test_no_setting_of_a_model_is_unknown_to_the_module_or_to_the_comparison_of_classes() -> None:
     """A setting that either leaves out would change what the model computes, and nobody would be told."""
     settings = {"": ModelConfig, "attention.": AttentionConfig, "rope.": RopeConfig, "moe.": MoEConfig}

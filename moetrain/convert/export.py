@@ -27,7 +27,7 @@ from moetrain.convert.features import TRAINING_ONLY
 from moetrain.convert.files import INDEX, TensorWriter
 from moetrain.convert.layout import Piece
 from moetrain.convert.output import output
-from moetrain.convert.source import Held, Source
+from moetrain.convert.source import Held, InOrder, Source
 from moetrain.convert.tensors import SELECTION_BIAS, is_training_state, pieces_in_memory, pieces_of
 from moetrain.convert.tokenizer import GENERATION, write_tokenizer
 from moetrain.model.decoder import Decoder
@@ -59,11 +59,12 @@ def export_hf(
     that is missing, ``out`` holds files already, or the disk has no room.
     """
     source = Held(tensors) if isinstance(tensors, Mapping) else tensors
-    family = family_of(cfg)
+    has_bias = _has_bias(source)
+    family = family_of(cfg, has_bias)
     _note_training_only(cfg)
     if not family.stock:
         log.warning("no class of transformers has this model (%s): the export carries its own, which is loaded with "
-                    "trust_remote_code=True", lacking_features(cfg))  # fmt: skip
+                    "trust_remote_code=True", lacking_features(cfg, has_bias))  # fmt: skip
     plan = _plan(family, cfg, source.specs, dtype, layout)
     with output(Path(out), sum(spec.nbytes for spec in plan.specs.values())) as partial:
         eos_id = None if tokenizer is None else write_tokenizer(tokenizer, cfg, partial, eos_token)
@@ -72,6 +73,13 @@ def export_hf(
             shutil.copyfile(file, partial / file.name)
         _write_configs(family, cfg, plan.main_dtype, eos_id, partial)
     return family.name
+
+
+def _has_bias(source: Source) -> bool:
+    """Whether there are selection biases that say something. Those that come one after the other can be read once
+    only, so they are taken to."""
+    names = [name for name in source.specs if name.endswith(SELECTION_BIAS)]
+    return bool(names) and (isinstance(source, InOrder) or any(bool(source.read(name).any()) for name in names))
 
 
 def _note_training_only(cfg: ModelConfig) -> None:
@@ -87,12 +95,11 @@ def _note_training_only(cfg: ModelConfig) -> None:
 @dataclass(frozen=True)
 class _Plan:
     """What is to be written. specs: of all their tensors. pieces: which of them our tensors become. zeros: those of
-    them that we have none of. unsaid: our tensors that must be zero, since nothing of them can be written."""
+    them that we have none of."""
 
     specs: dict[str, Spec]
     pieces: dict[str, list[Piece]]
     zeros: list[str]
-    unsaid: dict[str, Family]
 
     @property
     def main_dtype(self) -> str:
@@ -107,13 +114,12 @@ def _plan(
     family: Family, cfg: ModelConfig, ours: Mapping[str, Spec], dtype: torch.dtype | None, layout: Layout
 ) -> _Plan:
     """Every tensor of the class, with its shape and dtype; a selection bias stays float32."""
-    plan = _Plan({}, {}, [], {})
+    plan = _Plan({}, {}, [])
     for fqn, spec in ours.items():
         if is_training_state(fqn):
             continue
         is_bias = fqn.endswith(SELECTION_BIAS)
-        if is_bias and not family.zeros:
-            plan.unsaid[fqn] = family
+        if is_bias and not family.zeros:  # it is zero
             continue
         plan.pieces[fqn] = _pieces(family, fqn, spec.shape, layout)
         keep = spec.dtype
@@ -144,8 +150,6 @@ def _pieces(family: Family, fqn: str, shape: tuple[int, ...], layout: Layout) ->
 def _converted(plan: _Plan, source: Source) -> Iterator[tuple[str, Tensor, int]]:
     """(their name, rows of their tensor, first row), part by part."""
     for fqn, spec in source.specs.items():
-        if fqn in plan.unsaid and source.read(fqn).any():
-            pieces_of(plan.unsaid[fqn], fqn, spec.shape)  # says that it cannot be exported
         pieces = plan.pieces.get(fqn, [])
         by_row = (
             bool(pieces) and not pieces[0].index and (pieces[0].rearrange is None or pieces[0].rearrange.keeps_first)

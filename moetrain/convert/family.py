@@ -160,23 +160,23 @@ def family_named(name: str) -> Family:
     return FAMILIES.get(name).build()
 
 
-def family_of(cfg: ModelConfig) -> Family:
+def family_of(cfg: ModelConfig, has_bias: bool = False) -> Family:
     """The family that ``cfg`` is exported as: ``cfg.family``, or for ``auto`` the first whose class computes the same;
-    where none of transformers' does, one that carries its own code.
+    where none of transformers' does, one that carries its own code. has_bias: whether selection biases go with it.
 
     Raises ConvertError that names the features which the chosen class does not have, or none.
     """
     if cfg.family != "auto":
         family = family_named(cfg.family)
-        lacking = family.refusals(cfg)
+        lacking = _lacking(family, cfg, has_bias)
         if lacking:
             raise ConvertError(f"model.family={cfg.family} has no {', '.join(lacking)}; try model.family=auto")
         return family
-    lacking, family = _nearest(cfg)
+    lacking, family = _nearest(cfg, has_bias)
     if not lacking:
         return family
     carried = [family for family in map(family_named, FAMILIES.names()) if not family.stock]
-    own = next((family for family in carried if not family.refusals(cfg)), None)
+    own = next((family for family in carried if not _lacking(family, cfg, has_bias)), None)
     if own is None:
         raise ConvertError(
             f"no Hugging Face class has this model; the nearest, {family.name}, lacks {', '.join(lacking)}"
@@ -184,22 +184,28 @@ def family_of(cfg: ModelConfig) -> Family:
     return own
 
 
-def lacking_features(cfg: ModelConfig) -> str:
+def lacking_features(cfg: ModelConfig, has_bias: bool = False) -> str:
     """Which features of ``cfg`` the class of transformers that comes nearest lacks, in words for a log line."""
-    lacking, family = _nearest(cfg)
+    lacking, family = _nearest(cfg, has_bias)
     return f"the nearest, {family.name}, lacks {', '.join(lacking)}" if lacking else f"but {family.name} has it"
 
 
-def _nearest(cfg: ModelConfig) -> tuple[list[str], Family]:
+def _lacking(family: Family, cfg: ModelConfig, has_bias: bool) -> list[str]:
+    return family.refusals(cfg) + (["balance=[bias]"] if has_bias and not family.zeros else [])
+
+
+def _nearest(cfg: ModelConfig, has_bias: bool) -> tuple[list[str], Family]:
     """The class of transformers that lacks the least of ``cfg``, and what that is. A model without experts is compared
     with dense classes, any other with those that have experts."""
     stock = [family for family in map(family_named, FAMILIES.names()) if family.stock]
     kin = [family for family in stock if family.is_dense() != bool(cfg.moe_layers())]
-    tried = [(family.refusals(cfg), family) for family in kin]
+    tried = [(_lacking(family, cfg, has_bias), family) for family in kin]
 
     def distance(entry: tuple[list[str], Family]) -> tuple[bool, int, bool]:
         lacking, family = entry
-        is_error = any(not feature.startswith("model.") for feature in lacking)  # instead of a list of features
+        is_error = any(
+            not feature.startswith(("model.", "balance=")) for feature in lacking
+        )  # instead of a list of features
         return is_error, len(lacking), family.last_choice
 
     return min(tried, key=distance)
@@ -215,6 +221,7 @@ def complete(model_type: str, config: Mapping[str, Any]) -> dict[str, Any]:
     except Exception as error:  # its classes raise many kinds, over many lines
         why = " ".join(str(error).split())
         raise ConvertError(f"transformers refuses the config of {model_type}: {why[:200]}") from None
+    full.standardize_rope_params()  # as its models do: an original length that stands beside the rotary settings counts
     hf = full.to_dict()
     # a class may keep a setting under another name than checkpoints do
     return hf | {alias: hf[name] for alias, name in full.attribute_map.items() if name in hf}

@@ -26,6 +26,8 @@ log = logging.getLogger("moetrain")
 
 TIED_HEAD = "lm_head.weight"
 ROWS = 8192
+# Checkpoints of old releases (Llama 2) hold them, though they follow from config.json.
+FREQUENCIES = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 
 
 def read_hf_config(folder: Path | str) -> ModelConfig:
@@ -171,17 +173,18 @@ def _check_tied(theirs: Source, table: str) -> None:
 
 def _refuse_unknown(family: Family, name: str, theirs: Source) -> None:
     """Raise ConvertError about their tensor ``name``, unless it says nothing: a selection bias of zeros."""
-    is_bias = _is_zero_bias(family, name)
+    is_bias = is_zero_bias(family, name)
     if not is_bias or theirs.read(name).any():
         hint = "; it needs the balance method 'bias' (balance=[bias])" if is_bias else ""
         raise ConvertError(f"no rule of family {family.name} covers tensor '{name}' of the checkpoint{hint}")
 
 
 def _is_ignored(family: Family, cfg: ModelConfig, name: str) -> bool:
-    return any(re.fullmatch(pattern.format(n_layers=cfg.n_layers), name) for pattern in family.ignored)
+    patterns = [pattern.format(n_layers=cfg.n_layers) for pattern in family.ignored]
+    return any(re.fullmatch(pattern, name) for pattern in (FREQUENCIES, *patterns))
 
 
-def _is_zero_bias(family: Family, name: str) -> bool:
+def is_zero_bias(family: Family, name: str) -> bool:
     """Whether their tensor says nothing while it is zero."""
     ours = {rule.ours for rule in family.zeros}
     named = [rule.theirs[0] for rule in (*family.zeros, *family.in_memory) if rule.ours in ours]

@@ -142,7 +142,7 @@ def look(opened: Opened) -> Look:
     if len(m.moe_layers()) < m.n_layers:
         shape["dense width"] = m.dense_dim
     experts = [expert_figures(opened.source, layer) for layer in m.moe_layers()]
-    family = opened.model.family if opened.model.family != "auto" else family_of(opened.model).name
+    family = opened.model.family if opened.model.family != "auto" else family_of(opened.model, opened.has_bias).name
     return Look(family, str(opened.path), shape, counts.total, counts.active, parts, layers, experts)
 
 

@@ -20,7 +20,7 @@ from moetrain.config.schema import Config, ExpertsConfig, ModelConfig
 from moetrain.config.typed import to_dict, validate
 from moetrain.convert.family import family_of
 from moetrain.convert.files import TensorFile, TensorFolder
-from moetrain.convert.load import Imported, read_hf_config
+from moetrain.convert.load import Imported, is_zero_bias, read_hf_config
 from moetrain.convert.source import Source
 from moetrain.convert.tensors import SELECTION_BIAS, is_training_state
 from moetrain.convert.tokenizer import tokenizer_at, tokenizer_of
@@ -124,13 +124,8 @@ def _open_hf(path: Path) -> Opened:
     model.name = Path(model.name).name
     theirs = TensorFolder(path)
     family = family_of(model)
-    biases = [
-        name
-        for layer in model.moe_layers()
-        for rule in family.zeros
-        if (name := rule.theirs[0].format(l=layer)) in theirs.specs and theirs.read(name).any()
-    ]
-    ours = specs_of(model, {"bias": {}} if biases else {})
+    has_bias = any(is_zero_bias(family, name) and bool(theirs.read(name).any()) for name in theirs.specs)
+    ours = specs_of(model, {"bias": {}} if has_bias else {})
     return Opened(path, model, Imported(model, theirs, ours), tokenizer_at(path))
 
 

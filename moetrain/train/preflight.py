@@ -46,7 +46,7 @@ def preflight(cfg: Config, resume: bool = False) -> None:
     world = dist.get_world_size() if dist.is_initialized() else cfg.launch.ranks
     frozen_sizes(cfg, resolve_sizes(cfg.parallel, world))
     if cfg.export.at_end:
-        family_of(cfg.model)
+        family_of(cfg.model, "bias" in cfg.balance)
     if cfg.init is not None and not (resume and steps(Path(cfg.run_dir) / "checkpoints")):
         opened = open_weights(cfg.init, verify=False)
         check_init(cfg, opened)

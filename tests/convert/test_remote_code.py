@@ -6,13 +6,14 @@ import json
 import logging
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from moetrain.checkpoint.weights import Spec
 from moetrain.config import load
 from moetrain.config.errors import ConvertError
 from moetrain.config.schema import AttentionConfig, ExpertsConfig, ModelConfig, MoEConfig, RopeConfig
@@ -21,6 +22,7 @@ from moetrain.convert.family import family_of
 from moetrain.convert.features import features
 from moetrain.convert.load import load_hf, read_hf_config
 from moetrain.convert.remote import modeling_moetrain
+from moetrain.convert.source import InOrder
 from moetrain.model.decoder import Decoder
 from moetrain.moe.routers.topk import TopKOptions
 from tests.convert.test_round_trip import tensors_in, train_bpe
@@ -108,6 +110,50 @@ def test_logits_loss_and_gradients(name: str, tmp_path: Path, caplog: pytest.Log
     result.loss.backward()
     for key, p in ours.named_parameters():
         torch.testing.assert_close(theirs.get_parameter(key).grad, p.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_a_selection_bias_that_no_class_has_goes_into_the_module(tmp_path: Path) -> None:
+    cfg = load(["model=tiny", *SMALL]).model
+    assert family_of(cfg).name == "qwen3_moe" and family_of(cfg, has_bias=True).name == "moetrain"
+    with pytest.raises(ConvertError, match=r"qwen3_moe has no balance=\[bias\]; try model.family=auto"):
+        family_of(replace(cfg, family="qwen3_moe"), has_bias=True)
+    ours = Decoder(cfg, {"bias": {}}, ExpertsConfig()).eval()
+    state = ours.state_dict()
+    assert export_hf(cfg, state, tmp_path / "zero") == "qwen3_moe"
+    torch.manual_seed(0)
+    for t in state.values():
+        t.normal_(0.0, 0.2)
+    in_order = InOrder({name: Spec.of(t) for name, t in state.items()}, state.items())
+    for i, source in enumerate((state, in_order)):
+        assert export_hf(cfg, source, tmp_path / str(i)) == "moetrain"
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / str(i), trust_remote_code=True).eval()
+        ids = torch.arange(24)[None]
+        torch.testing.assert_close(theirs(ids).logits, ours(ids)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_the_loss_of_a_part_of_a_step(tmp_path: Path) -> None:
+    """transformers' Trainer leaves dividing by the labels of all micro-batches to a model that takes any keyword."""
+    ours = random_model(MODELS["sigmoid, gated shared"][0])
+    export_hf(ours.cfg, ours.state_dict(), tmp_path / "out")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+    ids = torch.randint(0, 320, (4, 12), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        parts = [theirs(part, labels=part, num_items_in_batch=44).loss.item() for part in ids.split(1)]
+        assert sum(parts) == pytest.approx(theirs(ids, labels=ids).loss.item(), rel=1e-5)
+
+
+def test_layers_may_be_on_several_devices(tmp_path: Path) -> None:
+    """As ``device_map`` puts them, where hooks move the tensors that modules are called with, and nothing else."""
+    ours = random_model(["model=tiny", "model.moe.num_experts=0", "model.dense_dim=40", "model.attention.sinks=true"])
+    export_hf(ours.cfg, ours.state_dict(), tmp_path / "out")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+    for module in (*theirs.layers[2:], theirs.norm, theirs.head):
+        module.to("meta")
+        module.register_forward_pre_hook(
+            lambda _, args: tuple(arg.to("meta") if isinstance(arg, torch.Tensor) else arg for arg in args)
+        )
+    labels = torch.arange(8)[None]
+    assert theirs(labels, labels=labels).logits.device.type == "meta"
 
 
 def test_no_setting_of_a_model_is_unknown_to_the_module_or_to_the_comparison_of_classes() -> None:

@@ -18,6 +18,7 @@ from moetrain.config.schema import ExpertsConfig
 from moetrain.convert.export import export_hf
 from moetrain.convert.family import family_named, family_of
 from moetrain.convert.load import load_hf, read_hf_config
+from moetrain.convert.open import open_weights
 from moetrain.model.decoder import Decoder
 from moetrain.moe.balance import end_of_step
 from tests.model.hf_models import MODELS, make, tokens
@@ -80,6 +81,9 @@ def test_transformers_reads_the_other_layout_of_the_experts_too(name: str, has_b
     again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values())
     assert all(torch.equal(t, state[key]) for key, t in again.state_dict().items())
+    back = open_weights(tmp_path / "out")
+    assert back.has_bias == has_bias
+    assert all(torch.equal(back.source.read(key), t) for key, t in ours.state_dict().items())
 
 
 @pytest.mark.parametrize("name", MODELS)

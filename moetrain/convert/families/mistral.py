@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
+from moetrain.config.errors import ConvertError
 from moetrain.convert.family import NO_EXPERTS, Family, register
 from moetrain.convert.parts import DENSE, GQA, TRUNK
 
@@ -22,3 +24,8 @@ class Mistral(Family):
     }
     implied = NO_EXPERTS
     rules = (*TRUNK, *GQA, *DENSE)
+
+    def read(self, hf: Mapping[str, Any]) -> dict[str, Any]:
+        if hf.get("layer_types") is not None:  # transformers takes another class where this key is there
+            raise ConvertError(f"config.json of {self.name}: layer_types is not covered, all layers have one window")
+        return {}

@@ -121,7 +121,8 @@ def frequencies(rope: dict[str, Any], width: int) -> tuple[Tensor, float]:
 
 
 class Places:
-    """Rotary tables, and which token sees which. positions_BS: (B, S). seen_BS: False for padding, or None."""
+    """Rotary tables, and which token sees which. positions_BS: (B, S). seen_BS: False for padding, or None. The layers
+    that use them may be on other devices."""
 
     def __init__(self, m: dict[str, Any], positions_BS: Tensor, seen_BS: Tensor | None, dtype: torch.dtype) -> None:
         a = m["attention"]
@@ -136,7 +137,8 @@ class Places:
         Elements beyond the tables' width stay as they are."""
         x, rest = x.tensor_split([2 * self.cos.shape[-1]], dim=-1)
         a, b = (x[..., 0::2], x[..., 1::2]) if self.interleaved else x.chunk(2, dim=-1)
-        return torch.cat((a * self.cos - b * self.sin, b * self.cos + a * self.sin, rest), dim=-1)
+        cos, sin = self.cos.to(x.device), self.sin.to(x.device)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
 
     def mask(self, S: int, window: int | None) -> Tensor:
         """(B or 1, 1, S, S): True where a token (row) sees another (column)."""
@@ -155,7 +157,7 @@ def attend(
     """Causal attention of q, k, v (B, S, heads, width) -> (B, S, H * width of v)."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-    mask = places.mask(q.shape[2], window)
+    mask = places.mask(q.shape[2], window).to(q.device)
     if sinks_H is None:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     else:  # a learned logit per head that takes part in the softmax
@@ -408,9 +410,12 @@ class MoetrainForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **unused: Any,
     ) -> CausalLMOutput:
-        """input_ids (B, S); labels, with -100 for none, are shifted here. Returns logits (B, S, V), and the loss."""
+        """input_ids (B, S); labels, with -100 for none, are shifted here. Returns logits (B, S, V), and the loss: the
+        mean over labels, or the sum over ``num_items_in_batch``, the labels of all batches that make a step, which
+        transformers' Trainer gives."""
         seen_BS = None if attention_mask is None or attention_mask.all() else attention_mask.bool()
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
@@ -423,10 +428,14 @@ class MoetrainForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         for block in self.layers:
             x_BSD = block(x_BSD, places)
         h_BSD = self.norm(x_BSD) / m["logits_divisor"]
-        logits = F.linear(h_BSD, (self.embed if self.head is None else self.head).weight)
+        table = self.embed.weight
+        logits = F.linear(h_BSD.to(table.device), table) if self.head is None else self.head(h_BSD)
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+            how = "mean" if num_items_in_batch is None else "sum"
+            targets = labels[:, 1:].flatten().to(logits.device)
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, reduction=how)
+            loss = loss if num_items_in_batch is None else loss / num_items_in_batch
         return CausalLMOutput(loss=loss, logits=logits)
 
     def prepare_inputs_for_generation(

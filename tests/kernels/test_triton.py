@@ -100,13 +100,15 @@ def test_a_layer_is_its_definition() -> None:
 
 @interpreted
 def test_rows_past_the_counts_give_zeros() -> None:
-    """As in a buffer of fixed size that is not full; with counts on the device nothing is known of them."""
+    """As in a buffer of fixed size that is not full; with counts on the device nothing is known of them. They may be a
+    column of a table."""
     case = make_case([5, 18], bias=True)
     args = {name: t.float().requires_grad_() for name, t in case.inputs.items()}
     extra = 20
     args["weight_R"] = torch.cat([args["weight_R"], torch.ones(extra)]).detach().requires_grad_()
     index_R = torch.cat([case.index_R, torch.zeros(extra, dtype=torch.int64)])  # type: ignore[list-item]
-    y_RD = expert_mlp(**args, counts=torch.tensor([5, 18]), index_R=index_R, backend="triton")
+    counts = torch.tensor([[5, 9], [18, 9]])[:, 0]
+    y_RD = expert_mlp(**args, counts=counts, index_R=index_R, backend="triton")
     upstream = torch.cat([case.upstream_RD.float(), torch.ones(extra, y_RD.shape[1])])
     grads = dict(zip(args, torch.autograd.grad(y_RD, list(args.values()), upstream), strict=True))
     assert not y_RD[-extra:].any() and not grads["weight_R"][-extra:].any()

@@ -127,7 +127,7 @@ def place(counts_e: Tensor, R: int, tile: int = TILE) -> Tiles:
     n_tiles = R // tile + e + 1
     expert, row = (counts_e.new_empty(n_tiles, dtype=torch.int32) for _ in range(2))
     start = counts_e.new_empty(e + 4, dtype=torch.int32)
-    _place[(e + 1,)](counts_e, expert, row, start, R, n_tiles, e, next_power_of_2(e), tile)
+    _place[(e + 1,)](counts_e.contiguous(), expert, row, start, R, n_tiles, e, next_power_of_2(e), tile)
     return Tiles(expert, row, start, next_power_of_2(max(1, R // e)))
 
 

@@ -162,6 +162,8 @@ def linear_cross_entropy(
         )
     if h_TD.dtype != w_VD.dtype:
         raise ValueError(f"linear_cross_entropy needs one dtype, but h is {h_TD.dtype} and w is {w_VD.dtype}")
+    if targets_T.dtype != torch.int64:
+        raise ValueError(f"targets are int64, not {targets_T.dtype}")
     V = len(w_VD) if part is None else part.classes
     most = CHUNK_LOGITS_GPU if h_TD.device.type == "cuda" else CHUNK_LOGITS
     chunk = max(CHUNK_TOKENS, most // max(len(w_VD), 1)) if chunk is None else chunk

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moe_kernels.choice import takes_triton
 from moe_kernels.loss_softmax import VocabularyPart, part_softmax_, scratch_for, softmax_
@@ -50,6 +51,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return losses_T
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.summed:
             grads = [None if g is None else _scaled(g, above[0], ctx.dtype) for g in ctx.saved_tensors]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from moe_kernels import VocabularyPart, linear_cross_entropy, token_counts
 from torch import Tensor
 
+from tests.kernels.expert_cases import refused_twice
 from tests.kernels.ops import BACKENDS, compare, run
 
 TOKENS, DIM, VOCAB = 50, 12, 37
@@ -144,6 +145,12 @@ def test_parts_of_the_vocabulary_add_up(
     want_h, want_w = torch.autograd.grad(want, (h64, w64), above)
     for got, exact in ((sum(losses), want), (sum(g.double() for g in grads_h), want_h), (torch.cat(grads_w), want_w)):
         assert (got.double() - exact).norm() < (1e-12 if dtype == torch.float64 else 0.02) * exact.norm()
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_second_derivative_is_refused(reduction: str) -> None:
+    h, w, targets = head(0.3)
+    refused_twice(lambda h: linear_cross_entropy(h, w, targets, reduction=reduction), h.detach())
 
 
 def test_huge_logits_do_not_overflow() -> None:

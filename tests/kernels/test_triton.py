@@ -16,7 +16,7 @@ import pytest
 import torch
 from moe_kernels import expert_mlp, moe_mlp
 
-from tests.kernels.expert_cases import make_case
+from tests.kernels.expert_cases import make_case, refused_twice
 from tests.kernels.layer_cases import by_definition, kept_bytes, make_layer, run
 from tests.kernels.test_experts import compare
 from tests.kernels.test_grouped_mm import check_against_definition
@@ -115,6 +115,14 @@ def test_rows_past_the_counts_give_zeros() -> None:
     want = case.run("loop", torch.float64)
     grads["weight_R"] = grads["weight_R"][:-extra]
     compare({"y": y_RD[:-extra].detach().double(), **{k: g.double() for k, g in grads.items()}}, want, 2e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_second_derivative_is_refused(fp8: bool) -> None:
+    x, w13, w2 = make_case([3, 4], gather=False, weights=False, dtype=torch.float16).inputs.values()
+    w13, w2 = w13.float(), w2.float()
+    refused_twice(lambda x: expert_mlp(x, [3, 4], w13, w2, backend="triton", fp8=fp8), x.float())
 
 
 @interpreted

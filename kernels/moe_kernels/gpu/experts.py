@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moe_kernels.gpu.operator import operator
 from moe_kernels.gpu.products import down_gradient, rows_times_weights, up_projection, weight_gradient
@@ -187,6 +188,7 @@ class _Experts(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         needs = list(ctx.needs_input_grad[:6])
         found = _backward(grads[0].contiguous(), *ctx.saved_tensors, ctx.activation, needs, ctx.dtype)

@@ -118,6 +118,25 @@ def test_rows_past_the_counts_give_zeros() -> None:
 
 
 @interpreted
+def test_torchs_settings_of_float32_products() -> None:
+    """By the older of torch's two settings or the newer; where the newer says TF32, the older cannot be asked."""
+    from moe_kernels.gpu.experts import _precision
+
+    matmul, before = torch.backends.cuda.matmul, torch.get_float32_matmul_precision()
+    try:
+        found = {}
+        for precision in ("high", "highest"):
+            torch.set_float32_matmul_precision(precision)
+            found[precision] = _precision()
+        matmul.fp32_precision = "tf32"
+        found["newer"] = _precision()
+    finally:
+        matmul.fp32_precision = "ieee"
+        torch.set_float32_matmul_precision(before)
+    assert found == {"high": "tf32", "highest": "ieee", "newer": "tf32"}
+
+
+@interpreted
 @pytest.mark.parametrize("fp8", [False, True])
 def test_a_second_derivative_is_refused(fp8: bool) -> None:
     x, w13, w2 = make_case([3, 4], gather=False, weights=False, dtype=torch.float16).inputs.values()

@@ -100,13 +100,21 @@ OTHERS: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
 
 
 def compiled(
-    kernel: Any, capability: int, types: dict[str, str], constants: dict[str, Any], warps: int = 4, stages: int = 3
+    kernel: Any,
+    capability: int,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    warps: int = 4,
+    stages: int = 3,
+    divisible: str = "",
 ) -> Any:
-    """The kernel for a chip. Arguments without type or value are None; pointers are multiples of 16."""
+    """The kernel for a chip. Arguments without type or value are None; pointers are multiples of 16, and ``divisible``
+    if it is specialised."""
     names = kernel.arg_names
     signature = {name: types.get(name, "constexpr") for name in names}
     values = {name: constants.get(name) for name in names if name not in types}
-    aligned = [i for i, name in enumerate(names) if types.get(name, "").startswith("*")]
+    special = {parameter.name for parameter in kernel.params if not parameter.do_not_specialize} & {divisible}
+    aligned = [i for i, name in enumerate(names) if types.get(name, "").startswith("*") or name in special]
     attrs: Any = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(kernel, signature, values, attrs)
     options = {"num_warps": warps, "num_stages": stages}

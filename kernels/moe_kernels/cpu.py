@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moe_kernels.activation import activation_backward, activation_forward
 from moe_kernels.native.experts import native_expert_mlp
@@ -140,6 +141,7 @@ class _ExpertMLP(torch.autograd.Function):
         return y_RD[:R] if row_TK is None else F.embedding_bag(row_TK, y_RD, mode="sum")
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         run = _Backward(ctx, grads[0])
         for b in run.blocks:

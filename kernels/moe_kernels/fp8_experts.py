@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moe_kernels.activation import activation_backward, activation_forward
 from moe_kernels.cpu import sum_rows
@@ -98,6 +99,7 @@ class _ExpertMLP(torch.autograd.Function):
         return y_RD if row_TK is None else F.embedding_bag(row_TK, y_RD, mode="sum")
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         run = _Backward(ctx, grads[0])
         for e, rows in _experts(ctx.counts):

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moe_kernels.choice import takes_triton
 from moe_kernels.loss_softmax import VocabularyPart, part_softmax_, scratch_for, softmax_
@@ -50,6 +51,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return losses_T
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.summed:
             grads = [None if g is None else _scaled(g, above[0], ctx.dtype) for g in ctx.saved_tensors]
@@ -162,6 +164,8 @@ def linear_cross_entropy(
         )
     if h_TD.dtype != w_VD.dtype:
         raise ValueError(f"linear_cross_entropy needs one dtype, but h is {h_TD.dtype} and w is {w_VD.dtype}")
+    if targets_T.dtype != torch.int64:
+        raise ValueError(f"targets are int64, not {targets_T.dtype}")
     V = len(w_VD) if part is None else part.classes
     most = CHUNK_LOGITS_GPU if h_TD.device.type == "cuda" else CHUNK_LOGITS
     chunk = max(CHUNK_TOKENS, most // max(len(w_VD), 1)) if chunk is None else chunk

@@ -81,6 +81,8 @@ class Operands(NamedTuple):
         for name, tensor, shape in expected:
             if tensor is not None and tuple(tensor.shape) != shape:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)} where w13 {tuple(w13.shape)} needs {shape}")
+        if self.index_R is not None and self.index_R.dtype != torch.int64:
+            raise ValueError(f"index_R is int64, not {self.index_R.dtype}")
         self._check_dtypes()
         self._check_counts(e, R)
 

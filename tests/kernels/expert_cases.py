@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 from moe_kernels import ACTIVATIONS, expert_mlp
 from torch import Tensor
@@ -73,3 +75,11 @@ def make_case(
     index_R = torch.randint(tokens, (R,), generator=g) if gather else None
     inputs["w13"] = (inputs["w13"] * (1.0 if dtype == torch.float64 else dim**-0.5)).to(dtype).double()
     return Case(counts, activation, index_R, inputs, normal(R, dim))
+
+
+def refused_twice(op: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    """A gradient of op's gradient is refused: it must not come out as if the gradient were constant."""
+    x = x.clone().requires_grad_()
+    (dx,) = torch.autograd.grad(op(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        (dx.square().sum() + x.square().sum()).backward()

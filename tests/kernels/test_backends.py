@@ -87,6 +87,7 @@ def _change(case: Case, name: str) -> dict[str, object]:
         "weights": {"weight_R": case.inputs["weight_R"][1:]},
         "x": {"x_ND": case.inputs["x_ND"][:, 1:]},
         "bias": {"b13": case.inputs["w13"][..., 0].flatten(1)},
+        "index": {"index_R": torch.arange(5, dtype=torch.int32)},
     }
     return args | changes[name]
 
@@ -109,6 +110,7 @@ def _change(case: Case, name: str) -> dict[str, object]:
         ("weights", "weight_R has shape .4,. where"),
         ("x", "x has shape"),
         ("bias", "b13 has shape"),
+        ("index", "index_R is int64, not torch.int32"),
     ],
 )
 def test_inputs_that_do_not_fit(change: str, complaint: str) -> None:

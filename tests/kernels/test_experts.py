@@ -14,7 +14,7 @@ from moe_kernels import ACTIVATIONS, activate, expert_mlp
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tests.kernels.expert_cases import LOADS, make_case
+from tests.kernels.expert_cases import LOADS, make_case, refused_twice
 
 FAST = ["grouped_mm", "cpu"]  # those that run here; triton: test_triton.py, packages: test_packages.py
 
@@ -142,6 +142,18 @@ def test_gradcheck() -> None:
             )
 
         assert torch.autograd.gradcheck(call, [t.clone().requires_grad_() for t in case.inputs.values()])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fp8"), [(torch.float32, False), (torch.float64, False), (torch.float32, True)], ids=str
+)
+def test_a_second_derivative_is_refused(dtype: torch.dtype, fp8: bool) -> None:
+    """Compiled, in torch's operations, and in FP8."""
+    case = make_case([3, 0, 5])
+    x_ND, *rest = (t.to(dtype) for t in case.inputs.values())
+    w13, w2, weight_R = rest
+    options: dict = {"index_R": case.index_R, "weight_R": weight_R, "backend": "cpu", "fp8": fp8}
+    refused_twice(lambda x: expert_mlp(x, case.counts, w13, w2, **options), x_ND)
 
 
 @pytest.mark.parametrize("backend", [*FAST, "loop"])

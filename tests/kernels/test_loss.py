@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from moe_kernels import VocabularyPart, linear_cross_entropy, token_counts
 from torch import Tensor
 
+from tests.kernels.expert_cases import refused_twice
 from tests.kernels.ops import BACKENDS, compare, run
 
 TOKENS, DIM, VOCAB = 50, 12, 37
@@ -146,6 +147,12 @@ def test_parts_of_the_vocabulary_add_up(
         assert (got.double() - exact).norm() < (1e-12 if dtype == torch.float64 else 0.02) * exact.norm()
 
 
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_second_derivative_is_refused(reduction: str) -> None:
+    h, w, targets = head(0.3)
+    refused_twice(lambda h: linear_cross_entropy(h, w, targets, reduction=reduction), h.detach())
+
+
 def test_huge_logits_do_not_overflow() -> None:
     h, w, targets = head(0.0)
     got = linear_cross_entropy(h.float() * 1e4, w.float(), targets)
@@ -195,6 +202,7 @@ def test_full_logits_never_exist() -> None:
         ({"h_TD": torch.zeros(3, 4)}, "needs h .T, D., w .V, D. and targets .T,."),
         ({"targets_T": torch.zeros(3, dtype=torch.int64)}, "targets"),
         ({"w_VD": torch.zeros(VOCAB, DIM)}, "needs one dtype"),
+        ({"targets_T": torch.zeros(TOKENS, dtype=torch.int32)}, "targets are int64, not torch.int32"),
         ({"targets_T": torch.full((TOKENS,), VOCAB)}, "targets must be class numbers below 37 or -100; one is"),
         ({"targets_T": torch.full((TOKENS,), -1)}, "targets must be class numbers below 37 or -100; one is"),
     ],

@@ -18,7 +18,7 @@ from moe_kernels.native import dense, library
 from moe_kernels.native.attention import native_attention
 from torch import Tensor
 
-from tests.kernels.expert_cases import make_case
+from tests.kernels.expert_cases import make_case, refused_twice
 
 needs_compiler = pytest.mark.skipif(
     library.native_obstacle(torch.float32) is not None, reason="no compiler, or a processor without oneDNN's kernels"
@@ -341,3 +341,10 @@ def test_nan_stays_with_the_queries_that_see_it() -> None:
     k[0, 70] = float("nan")
     out = native_attention(q, k, v, torch.zeros(1, 200, dtype=torch.int64), 1.0)
     assert out[0, :70].isfinite().all() and out[0, 70:].isnan().all()
+
+
+@needs_compiler
+def test_a_second_derivative_of_attention_is_refused() -> None:
+    q, k, v = (torch.randn(1, 5, 2, 4, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    first_BS = torch.zeros(1, 5, dtype=torch.int64)
+    refused_twice(lambda q: native_attention(q, k, v, first_BS, 0.5), q)

@@ -81,6 +81,12 @@ def test_same_bits_again_and_one_graph_under_compile(backend: str) -> None:
     compare(run(torch.compile(op, backend="aot_eager", fullgraph=True), inputs, torch.float32), first, 1e-6)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_eps_may_be_an_integer(backend: str) -> None:
+    x, weight = normal(3, 16).float(), normal(16).float()
+    compare({"y": rms_norm(x, weight, 1, backend=backend)}, {"y": rms_norm(x.double(), weight.double(), 1.0)}, 1e-6)
+
+
 def test_many_rows_are_summed_in_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stages of another length: the same gradients, up to rounding."""
     inputs = {"x": normal(50, 16), "weight": normal(16)}

@@ -16,7 +16,7 @@ import pytest
 import torch
 from moe_kernels import expert_mlp, moe_mlp
 
-from tests.kernels.expert_cases import make_case
+from tests.kernels.expert_cases import make_case, refused_twice
 from tests.kernels.layer_cases import by_definition, kept_bytes, make_layer, run
 from tests.kernels.test_experts import compare
 from tests.kernels.test_grouped_mm import check_against_definition
@@ -100,19 +100,48 @@ def test_a_layer_is_its_definition() -> None:
 
 @interpreted
 def test_rows_past_the_counts_give_zeros() -> None:
-    """As in a buffer of fixed size that is not full; with counts on the device nothing is known of them."""
+    """As in a buffer of fixed size that is not full; with counts on the device nothing is known of them. They may be a
+    column of a table."""
     case = make_case([5, 18], bias=True)
     args = {name: t.float().requires_grad_() for name, t in case.inputs.items()}
     extra = 20
     args["weight_R"] = torch.cat([args["weight_R"], torch.ones(extra)]).detach().requires_grad_()
     index_R = torch.cat([case.index_R, torch.zeros(extra, dtype=torch.int64)])  # type: ignore[list-item]
-    y_RD = expert_mlp(**args, counts=torch.tensor([5, 18]), index_R=index_R, backend="triton")
+    counts = torch.tensor([[5, 9], [18, 9]])[:, 0]
+    y_RD = expert_mlp(**args, counts=counts, index_R=index_R, backend="triton")
     upstream = torch.cat([case.upstream_RD.float(), torch.ones(extra, y_RD.shape[1])])
     grads = dict(zip(args, torch.autograd.grad(y_RD, list(args.values()), upstream), strict=True))
     assert not y_RD[-extra:].any() and not grads["weight_R"][-extra:].any()
     want = case.run("loop", torch.float64)
     grads["weight_R"] = grads["weight_R"][:-extra]
     compare({"y": y_RD[:-extra].detach().double(), **{k: g.double() for k, g in grads.items()}}, want, 2e-5)
+
+
+@interpreted
+def test_torchs_settings_of_float32_products() -> None:
+    """By the older of torch's two settings or the newer; where the newer says TF32, the older cannot be asked."""
+    from moe_kernels.gpu.experts import _precision
+
+    matmul, before = torch.backends.cuda.matmul, torch.get_float32_matmul_precision()
+    try:
+        found = {}
+        for precision in ("high", "highest"):
+            torch.set_float32_matmul_precision(precision)
+            found[precision] = _precision()
+        matmul.fp32_precision = "tf32"
+        found["newer"] = _precision()
+    finally:
+        matmul.fp32_precision = "ieee"
+        torch.set_float32_matmul_precision(before)
+    assert found == {"high": "tf32", "highest": "ieee", "newer": "tf32"}
+
+
+@interpreted
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_second_derivative_is_refused(fp8: bool) -> None:
+    x, w13, w2 = make_case([3, 4], gather=False, weights=False, dtype=torch.float16).inputs.values()
+    w13, w2 = w13.float(), w2.float()
+    refused_twice(lambda x: expert_mlp(x, [3, 4], w13, w2, backend="triton", fp8=fp8), x.float())
 
 
 @interpreted

@@ -100,13 +100,21 @@ OTHERS: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
 
 
 def compiled(
-    kernel: Any, capability: int, types: dict[str, str], constants: dict[str, Any], warps: int = 4, stages: int = 3
+    kernel: Any,
+    capability: int,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    warps: int = 4,
+    stages: int = 3,
+    divisible: str = "",
 ) -> Any:
-    """The kernel for a chip. Arguments without type or value are None; pointers are multiples of 16."""
+    """The kernel for a chip. Arguments without type or value are None; pointers are multiples of 16, and ``divisible``
+    if it is specialised."""
     names = kernel.arg_names
     signature = {name: types.get(name, "constexpr") for name in names}
     values = {name: constants.get(name) for name in names if name not in types}
-    aligned = [i for i, name in enumerate(names) if types.get(name, "").startswith("*")]
+    special = {parameter.name for parameter in kernel.params if not parameter.do_not_specialize} & {divisible}
+    aligned = [i for i, name in enumerate(names) if types.get(name, "").startswith("*") or name in special]
     attrs: Any = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(kernel, signature, values, attrs)
     options = {"num_warps": warps, "num_stages": stages}
@@ -133,7 +141,7 @@ def test_products(
 ) -> None:  # read: by the copy engine
     kernel, types, constants = PRODUCTS[name]
     memory, instruction = CHIPS[capability]
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: divmod(capability, 10))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: divmod(capability, 10))
     turned = kernel is products.down_gradient or constants.get("W_N") == 1
     given = {"w_reader": read or None} if "w_reader" in kernel.fn.arg_names else {}
     for config in kernel.early_config_prune([], {"first": torch.empty(0, dtype=torch.bfloat16)}, **given):
@@ -154,6 +162,17 @@ def test_products(
             both = kernel is products.up_projection and sizes["GATED"]  # gate and up
             numbers = 64 * (sizes.get("TILE", sizes.get("ROWS")) + sizes["COLS"] * (2 if both else 1))
             assert binary.metadata.shared >= 2 * numbers * config.num_stages, f"{config}: not all stages are used"
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_fit_blackwell_without_hbm(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute capability 12 has a copy engine, but shared memory as Ada. Tuning leaves what does not fit."""
+    kernel, types, constants = PRODUCTS[name]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (12, 0))
+    given = {"w_reader": True} if "w_reader" in kernel.fn.arg_names else {}
+    configs = kernel.early_config_prune([], {"first": torch.empty(0, dtype=torch.bfloat16)}, **given)
+    made = (compiled(kernel.fn, 120, types, constants | c.kwargs, c.num_warps, c.num_stages) for c in configs)
+    assert any(binary.metadata.shared <= 99 * 1024 for binary in made)
 
 
 @pytest.mark.parametrize("capability", CHIPS)

@@ -72,6 +72,15 @@ def test_compiles(name: str, capability: int, tmp_path: Path) -> None:
     assert binary.metadata.shared <= CHIPS[capability][0]
 
 
+def test_the_loss_reads_sixteen_bytes_at_a_time(tmp_path: Path) -> None:
+    """Of a vocabulary that 16 divides."""
+    kernel, types, constants = KERNELS["softmax of 151936"]
+    binary = compiled(kernel, 90, types, constants, constants["num_warps"], divisible="V")
+    usage, code = machine_code(binary, tmp_path)
+    assert usage["STACK"] == usage["LOCAL"] == 0, f"spills: {usage}"
+    assert "LDG.E.128" in code and "STG.E.128" in code and "STG.E.U16" not in code
+
+
 def test_what_no_program_holds_is_refused() -> None:
     with pytest.raises(ValueError, match="takes rows up to 8192 wide, not 9000; use 'auto' or 'torch'"):
         norm.launch(9000)

@@ -104,3 +104,20 @@ def test_wheels_bring_what_is_missing(tmp_path: Path, monkeypatch: pytest.Monkey
     assert sys.path[-1] == str(Path(sys.modules["brought_by_a_wheel"].__file__ or "").parent)
     (tmp_path / "brought-2-py3-none-any.whl").write_text("no archive")
     assert "cannot be installed" in (missing(tmp_path) or "")
+
+
+def test_persistent_programs_go_on_to_another_block() -> None:
+    """In the checks, in every product and whatever tuning takes: on a chip of 132 multiprocessors."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from gpu_check import CHECKED
+    from moe_kernels.gpu import products
+
+    _, T, D, F, E, K = CHECKED
+    tiles = T * K // 128  # full ones: the fewest that there may be
+    sizes = {"up_projection": [(tiles, F)], "down_gradient": [(tiles, F)], "rows_times_weights": [(tiles, D)]}
+    sizes["weight_gradient"] = [(E * 2 * F // 128, D), (E * D // 128, F)]
+    for name, each in sizes.items():
+        for config in getattr(products, name).configs:
+            for rows, width in each:
+                blocks = rows * -(-width // config.kwargs["COLS"])
+                assert blocks > 132 * config.kwargs["PER_SM"], f"{name}, {config}"

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moe_kernels.gpu.operator import operator
 from moe_kernels.gpu.products import down_gradient, rows_times_weights, up_projection, weight_gradient
@@ -125,8 +126,8 @@ def _programs(config: dict[str, int], blocks: int, device: torch.device) -> int:
 
 
 def _precision() -> str:
-    """How float32 products are made: exactly, or in TF32 where torch is allowed to."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    """How float32 products are made: exactly, or in TF32 where either of torch's settings allows that."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def run_rows_times_weights(
@@ -187,6 +188,7 @@ class _Experts(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         needs = list(ctx.needs_input_grad[:6])
         found = _backward(grads[0].contiguous(), *ctx.saved_tensors, ctx.activation, needs, ctx.dtype)

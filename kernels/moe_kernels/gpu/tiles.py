@@ -32,15 +32,14 @@ def tuned(key: list[str], hopper: list[triton.Config], plain: list[triton.Config
     """Let triton time the chip's configurations once per ``key`` and class of rows per expert, and keep the choice on
     disk: in triton's cache, beside the compiled kernels (TRITON_CACHE_DIR, or ~/.triton/cache).
 
-    hopper: those of Hopper and later, where a kernel that takes a reader (``matrix_reader``) gets it; else plain ones.
+    hopper: those of ``is_hopper``, where a kernel that takes a reader (``matrix_reader``) gets it; else plain ones.
     float32: the one for a first argument in float32. Exact products are unrolled without tensor cores: small ones only.
     """
 
     def of_this_call(_: object, args: dict[str, Any], **options: Any) -> list[triton.Config]:
         if next(iter(args.values())).dtype == torch.float32:
             return [float32]
-        is_hopper = torch.cuda.get_device_capability()[0] >= 9
-        return hopper if is_hopper and options.get("w_reader", is_hopper) is not None else plain
+        return hopper if is_hopper() and options.get("w_reader", True) is not None else plain
 
     return triton.autotune(
         configs=[config(COLUMNS, 4, 2, ROWS=TILE, DEPTH_BYTES=64, PER_SM=1)]
@@ -62,8 +61,14 @@ def multiprocessors(device: torch.device) -> int:
     return 3 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def is_hopper(device: torch.device | None = None) -> bool:
+    """Whether a GPU (None: the current one) has a copy engine, and as much shared memory for a block as Hopper. Those
+    of compute capability 12, Blackwell's without HBM, have 99 KiB, less than Hopper's configurations take."""
+    return 9 <= torch.cuda.get_device_capability(device)[0] < 12
+
+
 def has_copy_engine(device: torch.device) -> bool:
-    return INTERPRETED or (device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9)
+    return INTERPRETED or (device.type == "cuda" and is_hopper(device))
 
 
 def matrix_reader(matrix: Tensor, depth: int) -> TensorDescriptor | None:
@@ -127,7 +132,7 @@ def place(counts_e: Tensor, R: int, tile: int = TILE) -> Tiles:
     n_tiles = R // tile + e + 1
     expert, row = (counts_e.new_empty(n_tiles, dtype=torch.int32) for _ in range(2))
     start = counts_e.new_empty(e + 4, dtype=torch.int32)
-    _place[(e + 1,)](counts_e, expert, row, start, R, n_tiles, e, next_power_of_2(e), tile)
+    _place[(e + 1,)](counts_e.contiguous(), expert, row, start, R, n_tiles, e, next_power_of_2(e), tile)
     return Tiles(expert, row, start, next_power_of_2(max(1, R // e)))
 
 

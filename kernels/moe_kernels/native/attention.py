@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moe_kernels.native.library import call
 
@@ -32,6 +33,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, first_BS, out, lse_BHS = ctx.saved_tensors
         dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moe_kernels.native.library import call
 from moe_kernels.operands import Operands
@@ -39,6 +40,7 @@ class _Experts(torch.autograd.Function):
         return y_RD if row_TK is None else F.embedding_bag(row_TK, y_RD, mode="sum")
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_ND, w13, w2, weight_R, b13, b2, index_R, row_TK, h_RnF = ctx.saved_tensors
         counts_e = ctx.counts_e

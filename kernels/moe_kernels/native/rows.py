@@ -25,7 +25,8 @@ def norm_forward(x_ND: Tensor, scale_D: Tensor, eps: float) -> tuple[Tensor, Ten
     """(y_ND, rstd_N), rstd float32. scale_D: float32, what the weight and its offset make."""
     x_ND = x_ND.contiguous()
     y_ND, rstd_N = torch.empty_like(x_ND), x_ND.new_empty(len(x_ND), dtype=torch.float32)
-    call("rows_norm_forward", _half(x_ND), x_ND, scale_D, y_ND, rstd_N, *x_ND.shape, eps, torch.get_num_threads())
+    N, D = x_ND.shape
+    call("rows_norm_forward", _half(x_ND), x_ND, scale_D, y_ND, rstd_N, N, D, float(eps), torch.get_num_threads())
     return y_ND, rstd_N
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moe_kernels.grouped import mlp_of_products
 from moe_kernels.operands import Operands, Setting
@@ -64,6 +65,7 @@ class _Product(torch.autograd.Function):
         return y_PY[layout.place_R]
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         package, (a, w), layout = importlib.import_module("deep_gemm"), ctx.saved_tensors, ctx.layout
         dy_PY, da, dw = layout.padded(grads[0]), None, None

@@ -187,6 +187,18 @@ def test_a_file_that_is_no_saved_config_is_refused(tmp_path: Path, text: str | N
         read(tmp_path / "config.yaml")
 
 
+@pytest.mark.parametrize("text", ["${SLURM_TMPDIR}/a", "a${x}b$y", "\\${x}", "\\\\${x}\\"])
+def test_text_that_looks_like_an_interpolation_comes_back_from_a_saved_config(tmp_path: Path, text: str) -> None:
+    """Lines of a shell have braces; in a word they are escaped, and the run starts from the saved config."""
+    cfg = load([])
+    cfg.launch.setup = [text]
+    cfg.launch.env = {"A": text}
+    save(cfg, tmp_path / "config.yaml")
+    assert read(tmp_path / "config.yaml") == cfg
+    word = "launch.setup=['\\${SLURM_TMPDIR}/a']"
+    assert load([word], base=tmp_path / "config.yaml").launch.setup == ["${SLURM_TMPDIR}/a"]
+
+
 def test_presets_cannot_be_chosen_over_a_saved_config(tmp_path: Path) -> None:
     save(load([]), tmp_path / "config.yaml")
     with pytest.raises(ConfigError, match="chooses a preset"):

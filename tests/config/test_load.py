@@ -206,10 +206,11 @@ def test_presets_cannot_be_chosen_over_a_saved_config(tmp_path: Path) -> None:
 
 
 def test_presets_of_the_user(tmp_path: Path) -> None:
-    """A folder given with --config-dir holds more presets, laid out like configs/."""
-    (tmp_path / "experiment").mkdir()
-    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\ntrain:\n  steps: 77\n")
-    assert load(["experiment=mine"], config_dirs=[tmp_path]).train.steps == 77
+    """A folder given with --config-dir holds more presets, laid out like configs/; its name may be any."""
+    for name in (".", "it's über, (a)=[b]"):
+        (tmp_path / name / "experiment").mkdir(parents=True)
+        (tmp_path / name / "experiment" / "mine.yaml").write_text("# @package _global_\ntrain:\n  steps: 77\n")
+        assert load(["experiment=mine"], config_dirs=[tmp_path / name]).train.steps == 77
     with pytest.raises(ConfigError, match="no preset of experiment is called 'mine'"):
         load(["experiment=mine"])
     with pytest.raises(ConfigError, match="is not a folder"):

@@ -47,6 +47,7 @@ def config(*words: str) -> Config:
         (4, "model=qwen3-30b-a3b model.n_layers=2 parallel.ep=4 dispatch=lsh train.global_batch=8"),
         (4, "model=tiny-deepseek parallel.ep=2 parallel.pp=2 train.seq_len=1024 train.global_batch=8"),
         (4, "model=tiny-gpt-oss parallel.ep=2 train.seq_len=512 train.global_batch=8 parallel.offload=optimizer"),
+        (2, "model=tiny parallel.pp=2 model.tie_embeddings=true train.seq_len=512 train.global_batch=8"),
     ],
 )
 def test_memory_is_that_of_a_dry_run(world: int, words: str) -> None:

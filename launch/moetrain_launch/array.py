@@ -78,7 +78,7 @@ def executor_of(folder: Path, job: Job, local: bool = False) -> Any:
         raise LaunchError("launch -m needs submitit, which is not installed here: pip install submitit") from None
     if s.nodes > 1 or s.container:
         raise LaunchError("launch -m starts runs of one node each, without a container; launch others one by one")
-    limit = int(slurm.minutes(str(s.slurm.time)))
+    limit = int(slurm.minutes(s.slurm.time))
     setup = [*(f"export {name}={shlex.quote(value)}" for name, value in sorted(s.env.items())), *s.setup]
     if local:
         executor: Any = submitit.LocalExecutor(folder=folder / "submitit", python=shlex.quote(job.python))

@@ -15,6 +15,7 @@ from moetrain_launch.job import CANNOT_RUN, REQUEUE, Job, LaunchError, Note, ask
 
 # States that are left only by a new start. A preempted job shows PREEMPTED until it is back in the queue.
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
+WEEK = 7 * 24 * 60  # minutes
 ABSENT = "run this on a login node of the cluster, write the file with --print and submit it there, or use launch=local"
 
 BODY = """\
@@ -52,7 +53,7 @@ exit $code
 def script(job: Job) -> str:
     """The batch file. Raises LaunchError for settings that Slurm would misread."""
     s = job.settings
-    if s.slurm.signal_s >= minutes(str(s.slurm.time)) * 60:
+    if s.slurm.signal_s >= minutes(s.slurm.time) * 60:
         raise LaunchError(
             f"launch.slurm.signal_s={s.slurm.signal_s} is not before the limit launch.slurm.time={s.slurm.time}; "
             f"ask for more time, or for a later signal"
@@ -107,8 +108,18 @@ def script(job: Job) -> str:
     return head + "".join(f"#SBATCH {shlex.quote(option)}\n" for option in options) + body
 
 
-def minutes(time: str) -> float:
-    """Slurm's time limit in minutes: "30", "30:00", "12:00:00", "2-00", "2-00:00", "2-00:00:00". Raises LaunchError."""
+def minutes(time: int | str) -> float:
+    """Slurm's time limit in minutes: 30, "30", "30:00", "12:00:00", "2-00", "2-00:00", "2-00:00:00".
+
+    Raises LaunchError, for a number of over a week, too: YAML makes 43200 of 12:00:00 without quotes.
+    """
+    if isinstance(time, int):
+        if time > WEEK:
+            raise LaunchError(
+                f"launch.slurm.time={time} is {time / 1440:.4g} days in minutes; in a file put a time like 12:00:00 in "
+                f"quotes, or YAML makes a number of it; for more than a week write days as 8-00:00:00"
+            )
+        return float(time)
     found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
     if time.lower() in ("infinite", "unlimited"):
         return float("inf")

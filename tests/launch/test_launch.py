@@ -97,11 +97,22 @@ def test_containers() -> None:
 
 @pytest.mark.parametrize(
     ("time", "minutes"),
-    [("30", 30), ("30:30", 30.5), ("12:00:00", 720), ("2-0", 2880), ("2-12", 3600), ("1-02:30", 1590),
+    [(30, 30), ("30", 30), ("30:30", 30.5), ("12:00:00", 720), ("2-0", 2880), ("2-12", 3600), ("1-02:30", 1590),
      ("1-02:30:30", 1590.5), ("UNLIMITED", float("inf"))],
 )  # fmt: skip
-def test_time_limits_are_read_as_in_sbatchs_manual(time: str, minutes: float) -> None:
+def test_time_limits_are_read_as_in_sbatchs_manual(time: int | str, minutes: float) -> None:
     assert slurm.minutes(time) == minutes
+
+
+@pytest.mark.parametrize(("text", "code"), [("12:00:00", 2), ("'12:00:00'", 0), ("1-12:00:00", 0), ("720", 0)])
+def test_a_time_that_yaml_takes_for_a_number_is_refused(
+    text: str, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "mine.yaml").write_text(f"kind: slurm\nslurm: {{time: {text}}}\n")
+    assert cli.main(["launch", "--print", "--config-dir", str(tmp_path), "launch=mine"]) == code
+    if code:
+        assert "launch.slurm.time=43200 is 30 days in minutes; in a file put" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,9 @@ WEEK = 7 * 24 * 60  # minutes
 ABSENT = "run this on a login node of the cluster, write the file with --print and submit it there, or use launch=local"
 
 BODY = """\
-set -u
 # A job that is being preempted or cancelled sends SIGTERM to this shell as well; it stays until the ranks have saved.
 trap : TERM USR1
-{environment}{setup}
+{environment}{setup}set -u
 # Ranks meet at the first node. Its address as Slurm knows it: a node's name need not resolve.
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR=$(scontrol show node --oneliner "$first" | sed 's/.* NodeAddr=\\([^ ]*\\).*/\\1/')
@@ -38,12 +37,14 @@ code=$?
 
 # Still RUNNING: nobody has cancelled the job, and Slurm is not already putting it back. {requeue}: the ranks were told
 # to stop, have saved, and ask to go on. {cannot_run}: the config or the data cannot run; to try again is no use.
-state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
+# A controller that has much to do gives no answer at times, so it is asked again.
+ask() {{ "$@" || {{ sleep 10; "$@"; }} || {{ sleep 30; "$@"; }}; }}
+state=$(ask squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
 if [ "$state" = RUNNING ]; then
   if [ $code -eq {requeue} ] ||
     {{ [ $code -ne 0 ] && [ $code -ne {cannot_run} ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {restarts} ]; }}; then
     echo "exit code $code: back to the queue"
-    scontrol requeue "$SLURM_JOB_ID"
+    ask scontrol requeue "$SLURM_JOB_ID"
   fi
 fi
 exit $code

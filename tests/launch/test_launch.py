@@ -116,6 +116,28 @@ def test_a_time_that_yaml_takes_for_a_number_is_refused(
 
 
 @pytest.mark.parametrize(
+    ("code", "deaf", "requeued"), [(85, 0, True), (85, 2, True), (85, 9, False), (2, 0, False), (0, 0, False)]
+)
+def test_the_batch_file_puts_the_job_back(code: int, deaf: int, requeued: bool, tmp_path: Path) -> None:
+    """Run by bash. Slurm's programs are stood in for: srun ends with ``code``, squeue gives no answer ``deaf`` times.
+    A line of the setup may use what is not set, as activating an environment does."""
+    for name, body in {
+        "srun": f"exit {code}",
+        "squeue": f"echo >> asked; [ $(wc -l < asked) -gt {deaf} ] || exit 1; echo RUNNING",
+        "scontrol": 'case "$*" in *hostnames*) echo n1;; *node*) echo "x NodeAddr=127.0.0.1 y";; '
+        "requeue*) echo $* >> requeued;; esac",
+        "sleep": "",
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    script = slurm.script(job(setup=['echo "at $NOT_SET_ANYWHERE"']))
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]"}
+    done = subprocess.run(["bash"], input=script, text=True, cwd=tmp_path, env=env, capture_output=True)
+    assert done.returncode == code and "at \n" in done.stdout, done
+    assert (tmp_path / "requeued").exists() == requeued
+
+
+@pytest.mark.parametrize(
     ("words", "says"),
     [
         ("launch=slurm launch.slurm.time=2h", "launch.slurm.time=2h is not a time limit"),

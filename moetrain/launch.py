@@ -110,12 +110,12 @@ def start_sweep(overrides: Sequence[str], config_dirs: Sequence[str]) -> str:
                           "train -m sweep.launcher=slurm' on a login node")  # fmt: skip
     slurm.refuse_partition(cfg.launch.slurm.partition)
     folder = sweep.folder = sweep.folder.resolve()
+    configs = [sweep.config(name) for name in sweep.runs]
+    jobs = [job_of(cfg) for cfg in configs]
+    array.executor_of(folder, jobs[0])  # raises for what cannot be submitted, before anything is written
     note_sweep(sweep)
-    jobs = []
-    for name in sweep.runs:
-        cfg = sweep.config(name)
-        jobs.append(job_of(cfg))
-        keep_config(jobs[-1].run_dir, cfg)
+    for cfg, job in zip(configs, jobs, strict=True):
+        keep_config(job.run_dir, cfg)
     return f"array {array.submit(folder, jobs)} of {len(jobs)} runs; see 'moetrain launch status {folder}'"
 
 

@@ -12,6 +12,7 @@ import shlex
 from pathlib import Path
 
 from moetrain_launch.job import CANNOT_RUN, REQUEUE, Job, LaunchError, Note, ask, write_note
+from moetrain_launch.settings import SlurmConfig
 
 # States that are left only by a new start. A preempted job shows PREEMPTED until it is back in the queue.
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
@@ -54,11 +55,7 @@ exit $code
 def script(job: Job) -> str:
     """The batch file. Raises LaunchError for settings that Slurm would misread."""
     s = job.settings
-    if s.slurm.signal_s >= minutes(s.slurm.time) * 60:
-        raise LaunchError(
-            f"launch.slurm.signal_s={s.slurm.signal_s} is not before the limit launch.slurm.time={s.slurm.time}; "
-            f"ask for more time, or for a later signal"
-        )
+    limit(s.slurm)
     gpus = f"--gpus-per-node={s.gpus}" if s.gpus else None
     cpus = f"--cpus-per-task={s.cpus}" if s.cpus else None
     asked = {
@@ -107,6 +104,16 @@ def script(job: Job) -> str:
     )
     head = f"#!/bin/bash\n# {job.run_dir.name}: {s.nodes} nodes x {s.ranks} ranks. Written by 'moetrain launch'.\n"
     return head + "".join(f"#SBATCH {shlex.quote(option)}\n" for option in options) + body
+
+
+def limit(s: SlurmConfig) -> float:
+    """The time limit in minutes. Raises LaunchError: it cannot be read, or the signal would not come before it."""
+    if s.signal_s >= minutes(s.time) * 60:
+        raise LaunchError(
+            f"launch.slurm.signal_s={s.signal_s} is not before the limit launch.slurm.time={s.time}; "
+            f"ask for more time, or for a later signal"
+        )
+    return minutes(s.time)
 
 
 def minutes(time: int | str) -> float:

@@ -116,7 +116,7 @@ class Launcher:
         if self.kind in ("slurm", "submitit_local"):
             try:
                 job = Job(sweep.folder.resolve(), (), cfg.launch)
-                self._executor = array.executor_of(job.run_dir, job, local=self.kind == "submitit_local")
+                self._executor, self._python = array.executor_of(job.run_dir, job, self.kind != "slurm"), job.python
             except LaunchError as error:
                 raise ConfigError(f"sweep.launcher={self.kind}: {error}") from error
 
@@ -130,7 +130,7 @@ class Launcher:
                 return Submitted(self._submit(run, sys.executable))
             number = at_work(run)
             if number is None:
-                job = self._submit(run, self._executor.python)
+                job = self._submit(run, self._python)
                 number = str(job.job_id)
                 write_note(run, "slurm", number, job.paths.stderr)
         except LaunchError as error:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from moetrain_launch import slurm, torchrun
+from moetrain_launch import array, slurm, torchrun
 from moetrain_launch.job import Job, LaunchError, notes, write_note
 from moetrain_launch.settings import LaunchConfig, SlurmConfig
 
@@ -135,6 +135,49 @@ def test_the_batch_file_puts_the_job_back(code: int, deaf: int, requeued: bool, 
     done = subprocess.run(["bash"], input=script, text=True, cwd=tmp_path, env=env, capture_output=True)
     assert done.returncode == code and "at \n" in done.stdout, done
     assert (tmp_path / "requeued").exists() == requeued
+
+
+@pytest.fixture
+def login_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm's programs as far as an array is made ready: sinfo names a partition, srun is there."""
+    for name in ("sinfo", "srun"):
+        (tmp_path / name).write_text("#!/bin/sh\necho main\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+
+
+@pytest.mark.usefixtures("login_node")
+def test_a_sweeps_array_asks_for_what_a_single_job_would(tmp_path: Path) -> None:
+    pytest.importorskip("submitit")
+    own = SlurmConfig(reservation="night", time="2-00:00:00", extra=["--exclusive", "--gres=gpu:h100:8"])
+    executor = array.executor_of(tmp_path, job(ranks=2, cpus=12, python="/a b/python", slurm=own))
+    asked = executor._make_submission_file_text("/bin/true", "0")
+    single = options(slurm.script(job(ranks=2, cpus=12, slurm=own)))
+    both = {"--reservation=night", "--exclusive", "--gres=gpu:h100:8", "--requeue", "--nodes=1"}
+    assert both <= set(single) and both <= set(options(asked)), asked
+    assert "--time=2880" in options(asked) and "--cpus-per-task=24" in options(asked)
+    assert " --cpus-per-task=24 /bin/true" in asked
+    assert executor._submitit_command_str.startswith("'/a b/python' ")
+
+
+@pytest.mark.usefixtures("login_node")
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("launch.slurm.time=UNLIMITED", "launch -m needs a time limit"),
+        ("launch.slurm.time=3", "launch.slurm.signal_s=180 is not before the limit"),
+        ("launch.slurm.time=2h", "is not a time limit"),
+        ("launch.slurm.extra=[-x]", "launch -m takes options as --name or --name=value; got '-x'"),
+        ("launch.nodes=2", "runs of one node each"),
+    ],
+)
+def test_an_array_that_cannot_be_is_refused_before_anything_is_written(
+    word: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("submitit")
+    words = ["launch", "-m", "model=tiny", "seed=1,2", "launch=slurm", word, f"run_dir={tmp_path}/lr"]
+    assert cli.main(words) == 2
+    assert says in capsys.readouterr().err and not (tmp_path / "lr").exists()
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ OVER = ("ended", "look there", *slurm.ENDED)  # in what ``state`` says
 def check_nodes(cfg: Config) -> None:
     """Check the mapping on every number of nodes that the run may get. Raises ConfigError."""
     launch = cfg.launch
-    for nodes in range(launch.nodes, (launch.min_nodes or launch.nodes) - 1, -1):
+    for nodes in range(launch.nodes, min(launch.nodes, launch.min_nodes or launch.nodes) - 1, -1):
         try:
             check_mapping(cfg, nodes * launch.ranks)
         except ConfigError as error:

@@ -192,6 +192,7 @@ def test_an_array_that_cannot_be_is_refused_before_anything_is_written(
             "sinfo was not found on this machine; run this on a login node of the cluster, write the file",
         ),
         ("launch=slurm launch.nodes=3 parallel.ep=2", "must divide the world size 3"),
+        ("launch=slurm launch.nodes=3 launch.min_nodes=4 parallel.ep=2", "must divide the world size 3"),
         ("launch.nodes=2", "launch.nodes=2 needs launch.rendezvous=HOST:PORT"),
         ("launch.nodes=2 launch.min_nodes=1 parallel.ep=2 launch.rendezvous=a:1", "launch.min_nodes=1, on 1 nodes: "),
         ("launch=kubernetes", "lies on no claim"),

@@ -195,10 +195,10 @@ def logs(target: str, lines: int, follow: bool) -> None:
         raise LaunchError(f"{target} is a sweep: each run has its own log.txt, and Slurm's are in {note.log}")
     try:
         with open(note.log, errors="replace") as file:
-            sys.stdout.writelines(file.readlines()[-lines:])
+            sys.stdout.writelines(file.readlines()[-lines:] if lines > 0 else [])
             while follow:
                 sys.stdout.flush()
-                over = _is_over(note)
+                over = all(_is_over(one) for one in notes(Path(target)))  # of several machines, this one's may be any
                 sys.stdout.writelines(file)
                 if over:
                     return

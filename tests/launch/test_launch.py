@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -295,9 +296,28 @@ def test_status_of_what_is_half_written(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "log.txt").write_text("".join(f"{n}\n" for n in range(9)))
     assert cli.main(["launch", "logs", str(tmp_path), "-n", "2", "--follow"]) == 0
     assert capsys.readouterr().out == "7\n8\n"
+    assert cli.main(["launch", "logs", str(tmp_path), "-n", "0"]) == 0
+    assert capsys.readouterr().out == ""
     (tmp_path / "launch.json").write_text("{")
     with pytest.raises(LaunchError, match=r"launch.json cannot be read"):
         notes(tmp_path)
+
+
+def test_logs_are_followed_on_every_machine_of_a_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Whichever note comes first: that of a machine elsewhere says nothing about the run's end."""
+    (tmp_path / "log.txt").write_text("first\n")
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", str(tmp_path)]) as here:
+        write_note(tmp_path, "local", str(here.pid), tmp_path / "log.txt")
+        note = json.loads((tmp_path / f"launch-{socket.gethostname()}.json").read_text())
+        (tmp_path / "launch-0.json").write_text(json.dumps(note | {"host": "0"}))
+        follow = threading.Thread(target=cli.main, args=(["launch", "logs", str(tmp_path), "--follow"],))
+        follow.start()
+        time.sleep(1.5)
+        assert follow.is_alive()
+        here.kill()
+    follow.join(timeout=30)
+    assert not follow.is_alive()
+    assert capfd.readouterr().out == "first\n"
 
 
 def start(folder: Path, *words: str) -> subprocess.Popen[bytes]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from moetrain.cli import main
-from moetrain.config import Config, load
+from moetrain.config import Config, load, save
 from moetrain.config.check import check_mapping
 from moetrain.config.errors import ConfigError
 from moetrain.model.count import count_parameters, flops_per_token
@@ -21,6 +21,7 @@ from moetrain.planner.dry_run import dry_run
 from moetrain.planner.footprint import footprint
 from moetrain.planner.legal import legal_mappings
 from moetrain.planner.loads import probability, read_trace, zipf
+from moetrain.planner.plan_check import compare
 from moetrain.planner.plan_command import explain
 from moetrain.planner.plan_words import read_mapping
 from moetrain.planner.search import Problem, evaluate, priced, search
@@ -196,6 +197,19 @@ def test_emitted_preset_is_what_train_accepts(tmp_path: Path, capsys: pytest.Cap
     assert main(["train", "--config-dir", str(tmp_path), "experiment=mine", "dry_run=true", "device=cuda"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["world"] == 4
     assert main([*words, "--config-dir", str(tmp_path), "--emit", "experiment=mine"]) == 2  # not over what exists
+
+
+def test_a_run_of_several_machines_is_checked_against_all_its_ranks(tmp_path: Path) -> None:
+    """Two machines of two ranks are as fast as one of four."""
+    lines = [json.dumps({"step": n, "tokens_per_s": 1000.0}) for n in range(1, 6)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    found = []
+    for nodes in (1, 2):
+        mapping = ["parallel.ep=4", "train.micro_batch=1", f"launch.nodes={nodes}", f"launch.ranks={4 // nodes}"]
+        cfg = load(["model=tiny", *mapping], kinds=False)
+        save(cfg, tmp_path / "config.yaml")
+        found.append(compare(tmp_path, "h100"))
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(

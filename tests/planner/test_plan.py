@@ -232,6 +232,7 @@ def test_a_run_of_several_machines_is_checked_against_all_its_ranks(tmp_path: Pa
         ("cluster=h100 gpus=8 --plot x.txt", "ends in .png"),
         ("cluster=h100 gpus=8 --emit name", "experiment=NAME"),
         ("cluster=h100 gpus=8 moe.experts=8", "not a setting"),
+        ("cluster=h100 gpus=8 ~balance.aux_loss --emit experiment=new", "a preset takes nothing out"),
     ],
 )
 def test_wrong_words_are_one_line(words: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,7 +33,7 @@ OVER = ("ended", "look there", *slurm.ENDED)  # in what ``state`` says
 def check_nodes(cfg: Config) -> None:
     """Check the mapping on every number of nodes that the run may get. Raises ConfigError."""
     launch = cfg.launch
-    for nodes in range(launch.nodes, (launch.min_nodes or launch.nodes) - 1, -1):
+    for nodes in range(launch.nodes, min(launch.nodes, launch.min_nodes or launch.nodes) - 1, -1):
         try:
             check_mapping(cfg, nodes * launch.ranks)
         except ConfigError as error:
@@ -110,12 +110,12 @@ def start_sweep(overrides: Sequence[str], config_dirs: Sequence[str]) -> str:
                           "train -m sweep.launcher=slurm' on a login node")  # fmt: skip
     slurm.refuse_partition(cfg.launch.slurm.partition)
     folder = sweep.folder = sweep.folder.resolve()
+    configs = [sweep.config(name) for name in sweep.runs]
+    jobs = [job_of(cfg) for cfg in configs]
+    array.executor_of(folder, jobs[0])  # raises for what cannot be submitted, before anything is written
     note_sweep(sweep)
-    jobs = []
-    for name in sweep.runs:
-        cfg = sweep.config(name)
-        jobs.append(job_of(cfg))
-        keep_config(jobs[-1].run_dir, cfg)
+    for cfg, job in zip(configs, jobs, strict=True):
+        keep_config(job.run_dir, cfg)
     return f"array {array.submit(folder, jobs)} of {len(jobs)} runs; see 'moetrain launch status {folder}'"
 
 
@@ -195,10 +195,10 @@ def logs(target: str, lines: int, follow: bool) -> None:
         raise LaunchError(f"{target} is a sweep: each run has its own log.txt, and Slurm's are in {note.log}")
     try:
         with open(note.log, errors="replace") as file:
-            sys.stdout.writelines(file.readlines()[-lines:])
+            sys.stdout.writelines(file.readlines()[-lines:] if lines > 0 else [])
             while follow:
                 sys.stdout.flush()
-                over = _is_over(note)
+                over = all(_is_over(one) for one in notes(Path(target)))  # of several machines, this one's may be any
                 sys.stdout.writelines(file)
                 if over:
                     return

@@ -5,6 +5,7 @@ A run whose time is nearly up is told to save, and its task goes back to the que
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
@@ -17,6 +18,7 @@ from typing import Any
 
 from moetrain_launch import slurm
 from moetrain_launch.job import Job, LaunchError, Note, ask, write_note
+from moetrain_launch.settings import SlurmConfig
 
 
 def ignore_warning() -> None:
@@ -78,14 +80,18 @@ def executor_of(folder: Path, job: Job, local: bool = False) -> Any:
         raise LaunchError("launch -m needs submitit, which is not installed here: pip install submitit") from None
     if s.nodes > 1 or s.container:
         raise LaunchError("launch -m starts runs of one node each, without a container; launch others one by one")
-    limit = int(slurm.minutes(str(s.slurm.time)))
+    limit = slurm.limit(s.slurm)
+    if limit == math.inf:
+        raise LaunchError(
+            f"launch -m needs a time limit, not launch.slurm.time={s.slurm.time}; write one, as 2-00:00:00"
+        )
     setup = [*(f"export {name}={shlex.quote(value)}" for name, value in sorted(s.env.items())), *s.setup]
     if local:
         executor: Any = submitit.LocalExecutor(folder=folder / "submitit", python=shlex.quote(job.python))
-        executor.update_parameters(timeout_min=limit, signal_delay_s=s.slurm.signal_s, setup=setup)
+        executor.update_parameters(timeout_min=math.ceil(limit), signal_delay_s=s.slurm.signal_s, setup=setup)
         return executor
     slurm.refuse_partition(s.slurm.partition)
-    executor = submitit.SlurmExecutor(folder=folder / "submitit", python=job.python, max_num_timeout=10**6)
+    executor = submitit.SlurmExecutor(folder=folder / "submitit", python=shlex.quote(job.python), max_num_timeout=10**6)
     asked = {
         "partition": s.slurm.partition, "account": s.slurm.account, "qos": s.slurm.qos, "mem": s.slurm.mem,
         "constraint": s.slurm.constraint, "cpus_per_task": s.cpus * s.ranks or None, "gpus_per_node": s.gpus or None,
@@ -94,13 +100,26 @@ def executor_of(folder: Path, job: Job, local: bool = False) -> Any:
         job_name=folder.name,
         nodes=1,
         ntasks_per_node=1,
-        time=limit,
+        time=math.ceil(limit),
         signal_delay_s=s.slurm.signal_s,
         array_parallelism=s.at_once,
         setup=setup,
+        additional_parameters=further(s.slurm),
+        srun_args=[f"--cpus-per-task={s.cpus * s.ranks}"] if s.cpus else [],  # since 22.05 srun does not take sbatch's
         **{name: value for name, value in asked.items() if value is not None},
     )
     return executor
+
+
+def further(s: SlurmConfig) -> dict[str, Any]:
+    """Options of sbatch that submitit knows nothing of. Raises LaunchError for one that it cannot write."""
+    found: dict[str, Any] = {"requeue": True} | ({"reservation": s.reservation} if s.reservation else {})
+    for option in s.extra:
+        name, equals, value = option.partition("=")
+        if not re.fullmatch(r"--[a-z][a-z-]*", name):
+            raise LaunchError(f"launch.slurm.extra: launch -m takes options as --name or --name=value; got '{option}'")
+        found[name[2:]] = value if equals else True
+    return found
 
 
 @contextmanager

@@ -12,16 +12,17 @@ import shlex
 from pathlib import Path
 
 from moetrain_launch.job import CANNOT_RUN, REQUEUE, Job, LaunchError, Note, ask, write_note
+from moetrain_launch.settings import SlurmConfig
 
 # States that are left only by a new start. A preempted job shows PREEMPTED until it is back in the queue.
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
+WEEK = 7 * 24 * 60  # minutes
 ABSENT = "run this on a login node of the cluster, write the file with --print and submit it there, or use launch=local"
 
 BODY = """\
-set -u
 # A job that is being preempted or cancelled sends SIGTERM to this shell as well; it stays until the ranks have saved.
 trap : TERM USR1
-{environment}{setup}
+{environment}{setup}set -u
 # Ranks meet at the first node. Its address as Slurm knows it: a node's name need not resolve.
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR=$(scontrol show node --oneliner "$first" | sed 's/.* NodeAddr=\\([^ ]*\\).*/\\1/')
@@ -37,12 +38,14 @@ code=$?
 
 # Still RUNNING: nobody has cancelled the job, and Slurm is not already putting it back. {requeue}: the ranks were told
 # to stop, have saved, and ask to go on. {cannot_run}: the config or the data cannot run; to try again is no use.
-state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
+# A controller that has much to do gives no answer at times, so it is asked again.
+ask() {{ "$@" || {{ sleep 10; "$@"; }} || {{ sleep 30; "$@"; }}; }}
+state=$(ask squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
 if [ "$state" = RUNNING ]; then
   if [ $code -eq {requeue} ] ||
     {{ [ $code -ne 0 ] && [ $code -ne {cannot_run} ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {restarts} ]; }}; then
     echo "exit code $code: back to the queue"
-    scontrol requeue "$SLURM_JOB_ID"
+    ask scontrol requeue "$SLURM_JOB_ID"
   fi
 fi
 exit $code
@@ -52,11 +55,7 @@ exit $code
 def script(job: Job) -> str:
     """The batch file. Raises LaunchError for settings that Slurm would misread."""
     s = job.settings
-    if s.slurm.signal_s >= minutes(str(s.slurm.time)) * 60:
-        raise LaunchError(
-            f"launch.slurm.signal_s={s.slurm.signal_s} is not before the limit launch.slurm.time={s.slurm.time}; "
-            f"ask for more time, or for a later signal"
-        )
+    limit(s.slurm)
     gpus = f"--gpus-per-node={s.gpus}" if s.gpus else None
     cpus = f"--cpus-per-task={s.cpus}" if s.cpus else None
     asked = {
@@ -107,8 +106,28 @@ def script(job: Job) -> str:
     return head + "".join(f"#SBATCH {shlex.quote(option)}\n" for option in options) + body
 
 
-def minutes(time: str) -> float:
-    """Slurm's time limit in minutes: "30", "30:00", "12:00:00", "2-00", "2-00:00", "2-00:00:00". Raises LaunchError."""
+def limit(s: SlurmConfig) -> float:
+    """The time limit in minutes. Raises LaunchError: it cannot be read, or the signal would not come before it."""
+    if s.signal_s >= minutes(s.time) * 60:
+        raise LaunchError(
+            f"launch.slurm.signal_s={s.signal_s} is not before the limit launch.slurm.time={s.time}; "
+            f"ask for more time, or for a later signal"
+        )
+    return minutes(s.time)
+
+
+def minutes(time: int | str) -> float:
+    """Slurm's time limit in minutes: 30, "30", "30:00", "12:00:00", "2-00", "2-00:00", "2-00:00:00".
+
+    Raises LaunchError, for a number of over a week, too: YAML makes 43200 of 12:00:00 without quotes.
+    """
+    if isinstance(time, int):
+        if time > WEEK:
+            raise LaunchError(
+                f"launch.slurm.time={time} is {time / 1440:.4g} days in minutes; in a file put a time like 12:00:00 in "
+                f"quotes, or YAML makes a number of it; for more than a week write days as 8-00:00:00"
+            )
+        return float(time)
     found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
     if time.lower() in ("infinite", "unlimited"):
         return float("inf")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,16 @@ def load(
 def as_text(cfg: Config) -> str:
     """``cfg``, resolved, as YAML that ``read`` takes."""
     text = f"# Resolved config of a moetrain run, written by moetrain {__version__}.\n"
-    return text + yaml.safe_dump({"config_version": VERSION, **to_dict(cfg)}, sort_keys=False, width=110)
+    return text + yaml.safe_dump({"config_version": VERSION, **_literal(to_dict(cfg))}, sort_keys=False, width=110)
+
+
+def _literal(value: Any) -> Any:
+    """``value`` with each ``${`` in its texts escaped: what is resolved must not be taken for an interpolation."""
+    if isinstance(value, dict):
+        return {key: _literal(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_literal(item) for item in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def save(cfg: Config, path: Path | str) -> None:

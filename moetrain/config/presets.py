@@ -235,10 +235,12 @@ def _check_preset(override: Override, groups: dict[str, list[str]]) -> None:
 
 def _compose(chosen: list[str], presets: Presets) -> DictConfig:
     from hydra import compose, initialize_config_dir
+    from hydra.core.override_parser.types import Quote, QuotedString
     from hydra.errors import HydraException
 
     root, *extra = presets.folders
-    search = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in extra)}]"] if extra else []
+    quoted = [QuotedString(f"file://{folder}", Quote.single).with_quotes() for folder in extra]
+    search = [f"hydra.searchpath=[{','.join(quoted)}]"] if extra else []
     try:
         with initialize_config_dir(str(root), version_base="1.3"):
             tree = compose(PRIMARY, [*search, *chosen])

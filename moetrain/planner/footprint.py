@@ -101,6 +101,8 @@ class _Pieces:
         table = Matrix(shape.vocab, shape.dim, 0)
         self.embed = _adam(memory.matrices((table,), m))
         self.head = _adam(memory.matrices((Matrix(shape.dim, 0), *(() if shape.tied else (table,))), m))
+        # A last stage that is not the first has a tied table, too, of which the optimizer knows nothing.
+        self.copy = self.embed if shape.tied and int(m.pp[0]) > 1 else None
         self.ends = memory.ends_bytes(shape, m, run)
         self.n = m.micro_batches(run.global_batch)
 
@@ -117,6 +119,11 @@ class _Pieces:
                 for name, size in zip(PARTS[:3], memory.state_bytes(run, shards), strict=True):
                     found[name] += count * size
                 whole = whole + count * shards.gathered
+            if stage.last and self.copy is not None:
+                ends = [*ends, self.copy]
+                found["weights"] += run.wide * self.copy.own
+                found["gradients"] += run.wide * self.copy.own
+                whole = whole + self.copy.gathered
             root = root + sum((e.gathered for e in ends), np.zeros(len(m)))
             for k, count in enumerate(stage.counts):
                 if stage.last:  # the product that is added to the head's gradient, and the logits of a chunk of tokens

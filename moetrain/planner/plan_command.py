@@ -106,7 +106,7 @@ def run(
 ) -> None:  # fmt: skip
     """Plan what ``words`` ask and print it."""
     asked = parse(words)
-    file = None if emitted is None else check_emit(emitted, config_dirs)
+    file = None if emitted is None else check_emit(emitted, config_dirs, asked.others)
     if plot is not None:
         check_picture(plot)
     p = problem(asked, load, config_dirs)

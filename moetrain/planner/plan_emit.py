@@ -15,14 +15,18 @@ from moetrain.planner.placed import fssdp_options
 from moetrain.planner.search import Plan, Problem, description
 
 
-def check_emit(word: str, config_dirs: Sequence[str]) -> Path:
-    """The file of ``--emit experiment=NAME``. Raises ConfigError for another word, and where the preset exists."""
+def check_emit(word: str, config_dirs: Sequence[str], words: Sequence[str]) -> Path:
+    """The file of ``--emit experiment=NAME``. words: the settings and presets of the plan. Raises ConfigError for
+    another word, where the preset exists, and for ``~key``."""
     found = re.fullmatch(r"experiment=([A-Za-z0-9][A-Za-z0-9._-]*)", word)
     if found is None:
         raise ConfigError(f"--emit takes experiment=NAME, of letters, digits, dots and dashes; got '{word}'")
     file = (Path(config_dirs[0]) if config_dirs else config_root()) / "experiment" / f"{found[1]}.yaml"
     if file.exists():
         raise ConfigError(f"--emit {word}: {file} exists; choose another name, or remove it")
+    for given in words:
+        if given.startswith("~"):
+            raise ConfigError(f"--emit {word}: a preset takes nothing out; leave {given} to 'moetrain train'")
     return file
 
 

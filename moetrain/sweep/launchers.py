@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 from moetrain_launch import array, local, slurm
 from moetrain_launch.job import Job, LaunchError, Note, notes, write_note
 
+from moetrain.config import read
 from moetrain.config.errors import ConfigError
 from moetrain.config.schema import Config
 from moetrain.sweep.chooser import FULL
@@ -43,10 +45,12 @@ class Process:
 
     outlives = False
 
-    def __init__(self, command: list[str], output: Path | None) -> None:
+    def __init__(self, command: list[str], output: Path | None, env: dict[str, str]) -> None:
         log = None if output is None else output.open("ab")
         try:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+            self._process = subprocess.Popen(
+                command, stdout=log, stderr=log, start_new_session=True, env={**os.environ, **env}
+            )
         finally:
             if log is not None:
                 log.close()
@@ -111,12 +115,14 @@ class Launcher:
         self.sweep, self.kind = sweep, sweep.settings.launcher
         self._executor: Any = None
         self._submitting = threading.Lock()
+        self._places, self._thread = itertools.count(), threading.local()
+        self._gpus = [] if self.kind != "joblib" or cfg.device == "cpu" else gpus_here()
         if os.getpid() != 1:  # the parent of lost processes would look lost itself
             os.environ[local.ENDS_WITH_PARENT] = "1"
         if self.kind in ("slurm", "submitit_local"):
             try:
                 job = Job(sweep.folder.resolve(), (), cfg.launch)
-                self._executor = array.executor_of(job.run_dir, job, local=self.kind == "submitit_local")
+                self._executor, self._python = array.executor_of(job.run_dir, job, self.kind != "slurm"), job.python
             except LaunchError as error:
                 raise ConfigError(f"sweep.launcher={self.kind}: {error}") from error
 
@@ -124,24 +130,45 @@ class Launcher:
         """Start the run in ``run``, or go on with it, or find the Slurm job of it that is still at work."""
         if self._executor is None:
             output = run / "output.txt" if self.sweep.settings.jobs > 1 else None
-            return Process([sys.executable, *PROGRAM, str(run)], output)
+            return Process([sys.executable, *PROGRAM, str(run)], output, self._share(run))
         try:
             if self.kind == "submitit_local":
                 return Submitted(self._submit(run, sys.executable))
             number = at_work(run)
             if number is None:
-                job = self._submit(run, self._executor.python)
+                job = self._submit(run, self._python)
                 number = str(job.job_id)
                 write_note(run, "slurm", number, job.paths.stderr)
         except LaunchError as error:
             raise ConfigError(str(error)) from error
         return SlurmJob(run, number)
 
+    def _share(self, run: Path) -> dict[str, str]:
+        """The environment in which ``run`` sees only its share of the GPUs, or else all would take the first: those of
+        its place, of which each thread that starts runs has one."""
+        ranks = read(run / "config.yaml").launch.ranks if self._gpus else 1
+        if self.sweep.settings.jobs == 1 or len(self._gpus) < ranks:
+            return {}
+        if not hasattr(self._thread, "place"):
+            self._thread.place = next(self._places)
+        first = self._thread.place * ranks
+        mine = [self._gpus[(first + i) % len(self._gpus)] for i in range(ranks)]
+        return {"CUDA_VISIBLE_DEVICES": ",".join(mine)}
+
     def _submit(self, run: Path, python: str) -> Any:
         with self._submitting, array.refusals():
             if self.kind == "slurm":
                 self._executor.update_parameters(job_name=f"{self.sweep.folder.resolve().name}-{run.name}")
             return self._executor.submit(array.Run([python, *PROGRAM, str(run.resolve())]))
+
+
+def gpus_here() -> list[str]:
+    """The GPUs of this machine that a run may use, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[:count]
+    return named if named != [""] and len(named) == count else [str(i) for i in range(count)]
 
 
 def at_work(run: Path) -> str | None:

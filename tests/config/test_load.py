@@ -187,6 +187,18 @@ def test_a_file_that_is_no_saved_config_is_refused(tmp_path: Path, text: str | N
         read(tmp_path / "config.yaml")
 
 
+@pytest.mark.parametrize("text", ["${SLURM_TMPDIR}/a", "a${x}b$y", "\\${x}", "\\\\${x}\\"])
+def test_text_that_looks_like_an_interpolation_comes_back_from_a_saved_config(tmp_path: Path, text: str) -> None:
+    """Lines of a shell have braces; in a word they are escaped, and the run starts from the saved config."""
+    cfg = load([])
+    cfg.launch.setup = [text]
+    cfg.launch.env = {"A": text}
+    save(cfg, tmp_path / "config.yaml")
+    assert read(tmp_path / "config.yaml") == cfg
+    word = "launch.setup=['\\${SLURM_TMPDIR}/a']"
+    assert load([word], base=tmp_path / "config.yaml").launch.setup == ["${SLURM_TMPDIR}/a"]
+
+
 def test_presets_cannot_be_chosen_over_a_saved_config(tmp_path: Path) -> None:
     save(load([]), tmp_path / "config.yaml")
     with pytest.raises(ConfigError, match="chooses a preset"):
@@ -194,10 +206,11 @@ def test_presets_cannot_be_chosen_over_a_saved_config(tmp_path: Path) -> None:
 
 
 def test_presets_of_the_user(tmp_path: Path) -> None:
-    """A folder given with --config-dir holds more presets, laid out like configs/."""
-    (tmp_path / "experiment").mkdir()
-    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\ntrain:\n  steps: 77\n")
-    assert load(["experiment=mine"], config_dirs=[tmp_path]).train.steps == 77
+    """A folder given with --config-dir holds more presets, laid out like configs/; its name may be any."""
+    for name in (".", "it's über, (a)=[b]"):
+        (tmp_path / name / "experiment").mkdir(parents=True)
+        (tmp_path / name / "experiment" / "mine.yaml").write_text("# @package _global_\ntrain:\n  steps: 77\n")
+        assert load(["experiment=mine"], config_dirs=[tmp_path / name]).train.steps == 77
     with pytest.raises(ConfigError, match="no preset of experiment is called 'mine'"):
         load(["experiment=mine"])
     with pytest.raises(ConfigError, match="is not a folder"):

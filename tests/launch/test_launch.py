@@ -12,13 +12,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from moetrain_launch import slurm, torchrun
+from moetrain_launch import array, slurm, torchrun
 from moetrain_launch.job import Job, LaunchError, notes, write_note
 from moetrain_launch.settings import LaunchConfig, SlurmConfig
 
@@ -97,11 +98,87 @@ def test_containers() -> None:
 
 @pytest.mark.parametrize(
     ("time", "minutes"),
-    [("30", 30), ("30:30", 30.5), ("12:00:00", 720), ("2-0", 2880), ("2-12", 3600), ("1-02:30", 1590),
+    [(30, 30), ("30", 30), ("30:30", 30.5), ("12:00:00", 720), ("2-0", 2880), ("2-12", 3600), ("1-02:30", 1590),
      ("1-02:30:30", 1590.5), ("UNLIMITED", float("inf"))],
 )  # fmt: skip
-def test_time_limits_are_read_as_in_sbatchs_manual(time: str, minutes: float) -> None:
+def test_time_limits_are_read_as_in_sbatchs_manual(time: int | str, minutes: float) -> None:
     assert slurm.minutes(time) == minutes
+
+
+@pytest.mark.parametrize(("text", "code"), [("12:00:00", 2), ("'12:00:00'", 0), ("1-12:00:00", 0), ("720", 0)])
+def test_a_time_that_yaml_takes_for_a_number_is_refused(
+    text: str, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "mine.yaml").write_text(f"kind: slurm\nslurm: {{time: {text}}}\n")
+    assert cli.main(["launch", "--print", "--config-dir", str(tmp_path), "launch=mine"]) == code
+    if code:
+        assert "launch.slurm.time=43200 is 30 days in minutes; in a file put" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("code", "deaf", "requeued"), [(85, 0, True), (85, 2, True), (85, 9, False), (2, 0, False), (0, 0, False)]
+)
+def test_the_batch_file_puts_the_job_back(code: int, deaf: int, requeued: bool, tmp_path: Path) -> None:
+    """Run by bash. Slurm's programs are stood in for: srun ends with ``code``, squeue gives no answer ``deaf`` times.
+    A line of the setup may use what is not set, as activating an environment does."""
+    for name, body in {
+        "srun": f"exit {code}",
+        "squeue": f"echo >> asked; [ $(wc -l < asked) -gt {deaf} ] || exit 1; echo RUNNING",
+        "scontrol": 'case "$*" in *hostnames*) echo n1;; *node*) echo "x NodeAddr=127.0.0.1 y";; '
+        "requeue*) echo $* >> requeued;; esac",
+        "sleep": "",
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    script = slurm.script(job(setup=['echo "at $NOT_SET_ANYWHERE"']))
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]"}
+    done = subprocess.run(["bash"], input=script, text=True, cwd=tmp_path, env=env, capture_output=True)
+    assert done.returncode == code and "at \n" in done.stdout, done
+    assert (tmp_path / "requeued").exists() == requeued
+
+
+@pytest.fixture
+def login_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm's programs as far as an array is made ready: sinfo names a partition, srun is there."""
+    for name in ("sinfo", "srun"):
+        (tmp_path / name).write_text("#!/bin/sh\necho main\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+
+
+@pytest.mark.usefixtures("login_node")
+def test_a_sweeps_array_asks_for_what_a_single_job_would(tmp_path: Path) -> None:
+    pytest.importorskip("submitit")
+    own = SlurmConfig(reservation="night", time="2-00:00:00", extra=["--exclusive", "--gres=gpu:h100:8"])
+    executor = array.executor_of(tmp_path, job(ranks=2, cpus=12, python="/a b/python", slurm=own))
+    asked = executor._make_submission_file_text("/bin/true", "0")
+    single = options(slurm.script(job(ranks=2, cpus=12, slurm=own)))
+    both = {"--reservation=night", "--exclusive", "--gres=gpu:h100:8", "--requeue", "--nodes=1"}
+    assert both <= set(single) and both <= set(options(asked)), asked
+    assert "--time=2880" in options(asked) and "--cpus-per-task=24" in options(asked)
+    assert " --cpus-per-task=24 /bin/true" in asked
+    assert executor._submitit_command_str.startswith("'/a b/python' ")
+
+
+@pytest.mark.usefixtures("login_node")
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("launch.slurm.time=UNLIMITED", "launch -m needs a time limit"),
+        ("launch.slurm.time=3", "launch.slurm.signal_s=180 is not before the limit"),
+        ("launch.slurm.time=2h", "is not a time limit"),
+        ("launch.slurm.extra=[-x]", "launch -m takes options as --name or --name=value; got '-x'"),
+        ("launch.nodes=2", "runs of one node each"),
+    ],
+)
+def test_an_array_that_cannot_be_is_refused_before_anything_is_written(
+    word: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("submitit")
+    words = ["launch", "-m", "model=tiny", "seed=1,2", "launch=slurm", word, f"run_dir={tmp_path}/lr"]
+    assert cli.main(words) == 2
+    assert says in capsys.readouterr().err and not (tmp_path / "lr").exists()
 
 
 @pytest.mark.parametrize(
@@ -116,6 +193,7 @@ def test_time_limits_are_read_as_in_sbatchs_manual(time: str, minutes: float) ->
             "sinfo was not found on this machine; run this on a login node of the cluster, write the file",
         ),
         ("launch=slurm launch.nodes=3 parallel.ep=2", "must divide the world size 3"),
+        ("launch=slurm launch.nodes=3 launch.min_nodes=4 parallel.ep=2", "must divide the world size 3"),
         ("launch.nodes=2", "launch.nodes=2 needs launch.rendezvous=HOST:PORT"),
         ("launch.nodes=2 launch.min_nodes=1 parallel.ep=2 launch.rendezvous=a:1", "launch.min_nodes=1, on 1 nodes: "),
         ("launch=kubernetes", "lies on no claim"),
@@ -218,9 +296,28 @@ def test_status_of_what_is_half_written(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "log.txt").write_text("".join(f"{n}\n" for n in range(9)))
     assert cli.main(["launch", "logs", str(tmp_path), "-n", "2", "--follow"]) == 0
     assert capsys.readouterr().out == "7\n8\n"
+    assert cli.main(["launch", "logs", str(tmp_path), "-n", "0"]) == 0
+    assert capsys.readouterr().out == ""
     (tmp_path / "launch.json").write_text("{")
     with pytest.raises(LaunchError, match=r"launch.json cannot be read"):
         notes(tmp_path)
+
+
+def test_logs_are_followed_on_every_machine_of_a_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Whichever note comes first: that of a machine elsewhere says nothing about the run's end."""
+    (tmp_path / "log.txt").write_text("first\n")
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", str(tmp_path)]) as here:
+        write_note(tmp_path, "local", str(here.pid), tmp_path / "log.txt")
+        note = json.loads((tmp_path / f"launch-{socket.gethostname()}.json").read_text())
+        (tmp_path / "launch-0.json").write_text(json.dumps(note | {"host": "0"}))
+        follow = threading.Thread(target=cli.main, args=(["launch", "logs", str(tmp_path), "--follow"],))
+        follow.start()
+        time.sleep(1.5)
+        assert follow.is_alive()
+        here.kill()
+    follow.join(timeout=30)
+    assert not follow.is_alive()
+    assert capfd.readouterr().out == "first\n"
 
 
 def start(folder: Path, *words: str) -> subprocess.Popen[bytes]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from moetrain.cli import main
-from moetrain.config import Config, load
+from moetrain.config import Config, load, save
 from moetrain.config.check import check_mapping
 from moetrain.config.errors import ConfigError
 from moetrain.model.count import count_parameters, flops_per_token
@@ -21,6 +21,7 @@ from moetrain.planner.dry_run import dry_run
 from moetrain.planner.footprint import footprint
 from moetrain.planner.legal import legal_mappings
 from moetrain.planner.loads import probability, read_trace, zipf
+from moetrain.planner.plan_check import compare
 from moetrain.planner.plan_command import explain
 from moetrain.planner.plan_words import read_mapping
 from moetrain.planner.search import Problem, evaluate, priced, search
@@ -47,6 +48,7 @@ def config(*words: str) -> Config:
         (4, "model=qwen3-30b-a3b model.n_layers=2 parallel.ep=4 dispatch=lsh train.global_batch=8"),
         (4, "model=tiny-deepseek parallel.ep=2 parallel.pp=2 train.seq_len=1024 train.global_batch=8"),
         (4, "model=tiny-gpt-oss parallel.ep=2 train.seq_len=512 train.global_batch=8 parallel.offload=optimizer"),
+        (2, "model=tiny parallel.pp=2 model.tie_embeddings=true train.seq_len=512 train.global_batch=8"),
     ],
 )
 def test_memory_is_that_of_a_dry_run(world: int, words: str) -> None:
@@ -197,6 +199,19 @@ def test_emitted_preset_is_what_train_accepts(tmp_path: Path, capsys: pytest.Cap
     assert main([*words, "--config-dir", str(tmp_path), "--emit", "experiment=mine"]) == 2  # not over what exists
 
 
+def test_a_run_of_several_machines_is_checked_against_all_its_ranks(tmp_path: Path) -> None:
+    """Two machines of two ranks are as fast as one of four."""
+    lines = [json.dumps({"step": n, "tokens_per_s": 1000.0}) for n in range(1, 6)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    found = []
+    for nodes in (1, 2):
+        mapping = ["parallel.ep=4", "train.micro_batch=1", f"launch.nodes={nodes}", f"launch.ranks={4 // nodes}"]
+        cfg = load(["model=tiny", *mapping], kinds=False)
+        save(cfg, tmp_path / "config.yaml")
+        found.append(compare(tmp_path, "h100"))
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -217,6 +232,7 @@ def test_emitted_preset_is_what_train_accepts(tmp_path: Path, capsys: pytest.Cap
         ("cluster=h100 gpus=8 --plot x.txt", "ends in .png"),
         ("cluster=h100 gpus=8 --emit name", "experiment=NAME"),
         ("cluster=h100 gpus=8 moe.experts=8", "not a setting"),
+        ("cluster=h100 gpus=8 ~balance.aux_loss --emit experiment=new", "a preset takes nothing out"),
     ],
 )
 def test_wrong_words_are_one_line(words: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,7 @@ lr, steps, seed = cfg["optim"]["lr"], cfg["train"]["steps"], cfg["seed"]
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(85))
 with open(run.parent / "started", "a") as file:
     file.write(f"{run.name}\\n")
+(run / "gpus").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
 if lr > 1:
     sys.exit(1)
 if os.environ.get("MEET"):  # each waits for the next one

@@ -75,6 +75,24 @@ def test_several_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Path("s/000/output.txt").exists()
 
 
+@pytest.mark.parametrize(
+    ("count", "visible", "shares"), [(4, None, ["0,1", "2,3"]), (4, "3,5,6,7", ["3,5", "6,7"]), (2, None, ["0,1"] * 2)]
+)
+def test_each_of_several_runs_has_its_share_of_the_gpus(
+    count: int, visible: str | None, shares: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two ranks each, on a machine that is said to have ``count`` GPUs. In turn, where there are too few."""
+    pytest.importorskip("joblib")
+    monkeypatch.setenv("MEET", "1")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    sweep = ["sweep.launcher=joblib", "sweep.jobs=2", "launch.ranks=2"]
+    assert cli.main(["train", "-m", "seed=1,2", "train.steps=2", "run_dir=s", *sweep]) == 0
+    assert sorted(Path(f"s/00{n}/gpus").read_text() for n in range(2)) == shares
+
+
 def test_jobs_of_submitit_on_this_machine() -> None:
     pytest.importorskip("submitit")
     sweep = ["sweep.launcher=submitit_local", "launch.slurm.time=10"]

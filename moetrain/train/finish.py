@@ -36,7 +36,7 @@ def finish(trainer: Trainer, evaluation: Evaluation) -> dict[str, Any]:
         text = generate(trainer.engine, trainer.data, prompt, g.max_tokens, g.temperature, cfg.seed + i)
         log.info("sample     %r", text)
     summary = {
-        **so_far(trainer, "finished" if trainer.step == cfg.train.steps else "the data has run out"),
+        **so_far(trainer, "finished" if trainer.step >= cfg.train.steps else "the data has run out"),
         **evaluation.metrics(),
         "val_tokens": evaluation.tokens,
         "unigram_nats": known.unigram,

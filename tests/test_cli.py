@@ -82,6 +82,10 @@ def test_a_default_run_directory_is_numbered_on_and_an_asked_one_is_kept() -> No
         save(cfg, Path("runs") / name / "config.yaml")
     assert cli.pick_run_dir(cfg, asked=False) == Path("runs/x-3")
     assert cli.pick_run_dir(cfg, asked=True) == Path("runs/x")
+    save(load(["run_dir=runs/x-2"]), Path("runs/x-2/config.yaml"))
+    Path("runs/x-2/stopped").touch()  # by a signal: the same command goes on
+    assert cli.pick_run_dir(cfg, asked=False) == Path("runs/x-2")
+    assert cli.pick_run_dir(load(["run_dir=runs/x", "seed=7"]), asked=False) == Path("runs/x-3")
 
 
 def test_help_shows_every_setting_with_type_default_and_description(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,8 +18,10 @@ from moetrain_launch.fork import run_ranks
 from moetrain import config
 from moetrain.config.check import resolve_sizes
 from moetrain.data.prepare import prepare
+from moetrain.sweep.plan import exit_reason
 from moetrain.train.exit_codes import REQUEUE
 from moetrain.train.lock import locked
+from moetrain.train.rundir import claim, write_summary
 from moetrain.train.trainer import Trainer
 from tests.distributed.test_rank_death import rank_of
 from tests.distributed.toy_run import BASE, load
@@ -86,6 +88,19 @@ def test_a_folder_in_use_is_refused_until_its_run_has_ended_however(tmp_path: Pa
     holder.kill()
     holder.wait()
     run_ranks(1, take)
+
+
+def test_a_run_that_goes_on_after_its_end_has_not_ended(folder: Path) -> None:
+    """It would be shown as finished by a report, the launcher's status and a sweep, and not at all by watch."""
+    cfg = load(folder, [f"run_dir={folder / 'longer'}"])
+
+    def claimed_again() -> bool:
+        run_dir = claim(cfg, resume=False)
+        write_summary(run_dir, {"exit_reason": "finished"})
+        claim(cfg, resume=True)
+        return exit_reason(run_dir) is None
+
+    assert run_ranks(1, claimed_again) == [True]
 
 
 def test_stopped_killed_and_gone_on(folder: Path) -> None:

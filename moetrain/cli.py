@@ -70,6 +70,7 @@ def train(argv: Sequence[str]) -> int:
     if not started:
         if not args.resume:
             cfg.run_dir = str(pick_run_dir(cfg, asked=asks("run_dir", args.overrides)))
+            args.resume = Path(cfg.run_dir) if goes_on(cfg) else None
         get_ready(cfg, bool(args.resume))
         if cfg.launch.ranks > 1:
             return start_ranks(cfg, args.resume, args.traceback)

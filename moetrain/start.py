@@ -7,6 +7,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,15 @@ def goes_on(cfg: Config) -> bool:
 
 
 def pick_run_dir(cfg: Config, asked: bool) -> Path:
-    """``cfg.run_dir``; where it is taken and was not asked for, the first of NAME-2, NAME-3 ... that is free."""
+    """``cfg.run_dir``; where it is taken and was not asked for, the first of NAME-2, NAME-3 ... that is free, or holds
+    this run, stopped by a signal."""
     wanted = Path(cfg.run_dir)
     if asked:
         return wanted
     number, folder = 1, wanted
     while (folder / "config.yaml").exists() or (folder / "sweep.yaml").exists():
+        if goes_on(replace(cfg, run_dir=str(folder))):
+            break
         number += 1
         folder = wanted.with_name(f"{wanted.name}-{number}")
     return folder

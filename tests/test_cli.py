@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 
 from moetrain import cli
 from moetrain.config import Config, load, save
+from moetrain.config.check import check_mapping
 from moetrain.config.typed import paths_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,6 +84,10 @@ def test_a_default_run_directory_is_numbered_on_and_an_asked_one_is_kept() -> No
         save(cfg, Path("runs") / name / "config.yaml")
     assert cli.pick_run_dir(cfg, asked=False) == Path("runs/x-3")
     assert cli.pick_run_dir(cfg, asked=True) == Path("runs/x")
+    save(load(["run_dir=runs/x-2"]), Path("runs/x-2/config.yaml"))
+    Path("runs/x-2/stopped").touch()  # by a signal: the same command goes on
+    assert cli.pick_run_dir(cfg, asked=False) == Path("runs/x-2")
+    assert cli.pick_run_dir(load(["run_dir=runs/x", "seed=7"]), asked=False) == Path("runs/x-3")
 
 
 def test_help_shows_every_setting_with_type_default_and_description(capsys: pytest.CaptureFixture[str]) -> None:
@@ -235,3 +241,15 @@ def test_ranks_end_when_their_parent_is_stopped(how: signal.Signals) -> None:
     wait_for(lambda: not any(is_running(int(Path(f"pid-{rank}").read_text())) for rank in range(2)))
     if how is not signal.SIGKILL:
         assert json.loads(out) == {"code": 128 + how, "message": f"stopped by {how.name}"}
+
+
+def test_the_commands_of_the_first_run_can_be_given() -> None:
+    text = (ROOT / "docs/first-run.md").read_text()
+    lines = [shlex.split(line, comments=True) for line in text.splitlines() if line.startswith("moetrain train ")]
+    runs = [words[2:] for words in lines if words[2].startswith("experiment=")]
+    assert len(runs) >= 3
+    for words in runs:
+        cfg = load(words)
+        check_mapping(cfg, cfg.launch.ranks)
+    [more] = [words[-1] for words in lines if "--resume" in words]
+    assert load(["experiment=demo", more]).train.steps > load(["experiment=demo"]).train.steps

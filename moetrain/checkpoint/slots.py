@@ -172,6 +172,12 @@ class Folder:
                     _remove_free(path)
 
 
+def clear(key: str, root: Path = SHARED) -> None:
+    """Remove what an ended run has left here; one that lives keeps what it has."""
+    with suppress(OSError):
+        _remove_free(root / f"moetrain-{key}")
+
+
 def _remove_free(path: Path) -> None:
     lock = os.open(path / "lock", os.O_RDWR)
     try:

@@ -49,18 +49,15 @@ def _run(cfg: Config, resume: bool, signals: Signals) -> None:
         locked(Path(cfg.run_dir)),
     ):
         sizes = resolve_sizes(cfg.parallel, dist.get_world_size())
-        if resume:  # what is refused leaves the run's config as it is
-            prepare_once(cfg.data)
-            preflight(cfg, resume)
-        run_dir = claim(cfg, resume)
+        run_dir = Path(cfg.run_dir) if resume else claim(cfg, resume)
         runtime.set_up_log(run_dir, dist.get_rank())
-        if not resume:
-            prepare_once(cfg.data)
-            preflight(cfg)
+        prepare_once(cfg.data)
+        preflight(cfg, resume)
         trainer = Trainer(cfg, sizes, run_dir)
         watch.step, watch.last_good = lambda: trainer.step, trainer.checkpointer.last_good
         if resume:
             trainer.resume()
+            claim(cfg, resume)  # not before: what is refused leaves the run's config as it is
         else:
             trainer.start()
         announce(trainer)

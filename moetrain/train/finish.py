@@ -33,10 +33,10 @@ def finish(trainer: Trainer, evaluation: Evaluation) -> dict[str, Any]:
     report(trainer, evaluation, known)
     for i, prompt in enumerate(cfg.generate.prompts):
         g = cfg.generate
-        text = generate(trainer.engine, trainer.data.tokenizer(), prompt, g.max_tokens, g.temperature, cfg.seed + i)
+        text = generate(trainer.engine, trainer.data, prompt, g.max_tokens, g.temperature, cfg.seed + i)
         log.info("sample     %r", text)
     summary = {
-        **so_far(trainer, "finished" if trainer.step == cfg.train.steps else "the data has run out"),
+        **so_far(trainer, "finished" if trainer.step >= cfg.train.steps else "the data has run out"),
         **evaluation.metrics(),
         "val_tokens": evaluation.tokens,
         "unigram_nats": known.unigram,

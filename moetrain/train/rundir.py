@@ -50,6 +50,7 @@ def _claim(run_dir: Path, cfg: Config, resume: bool) -> Path:
         (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         keep_config(run_dir, cfg)
         (run_dir / STOPPED).unlink(missing_ok=True)
+        (run_dir / "summary.json").unlink(missing_ok=True)  # of an earlier end: who looks must not take it for this one
     except OSError as error:
         raise ConfigError(f"run_dir {run_dir} cannot be written: {error.strerror}; choose another run_dir") from error
     return run_dir

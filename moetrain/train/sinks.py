@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import logging
+import math
 import os
 from collections import Counter
 from pathlib import Path
@@ -28,13 +29,14 @@ class Sink(Protocol):
 
 
 class Jsonl:
-    """``metrics.jsonl``: one object per log step. On resume, lines of steps that will be run again are cut off.
+    """``metrics.jsonl``: one object per log step. On resume, lines of steps that will be run again are cut off, and
+    those that a machine's crash has damaged.
 
     Lines that cannot be written (disk full) are kept and written with the next one; no line is ever there in part.
     """
 
     def __init__(self, path: Path, resumed_step: int) -> None:
-        kept = [line for line in self._whole_lines(path) if json.loads(line)["step"] <= resumed_step]
+        kept = [line for line in self._whole_lines(path) if self._step(line) <= resumed_step]
         path.with_suffix(".tmp").write_text("".join(kept))
         path.with_suffix(".tmp").replace(path)
         self._file = path.open("ab", buffering=0)
@@ -45,7 +47,16 @@ class Jsonl:
     def _whole_lines(path: Path) -> list[str]:
         if not path.exists():
             return []
-        return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+        lines = path.read_text(errors="replace").splitlines(keepends=True)
+        return [line for line in lines if line.endswith("}\n")]
+
+    @staticmethod
+    def _step(line: str) -> float:
+        """Of a line; past all others where it cannot be read."""
+        try:
+            return float(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError):
+            return math.inf
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         self._waiting.append(json.dumps(metrics) + "\n")

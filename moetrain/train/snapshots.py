@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from moetrain.checkpoint import Snapshots
-from moetrain.checkpoint.slots import SHARED, Folder, node_of, room
+from moetrain.checkpoint.slots import SHARED, Folder, clear, node_of, room
 from moetrain.checkpoint.snapshot import local
 from moetrain.comm.ranks import Ranks
 from moetrain.config.errors import ConfigError
@@ -95,9 +95,10 @@ def run_key(run_dir: Path) -> str:
 
 
 def forget(run_dir: Path) -> None:
-    """Remove this node's snapshots of a run that nobody goes on with."""
-    if (run_dir / ID).exists() and SHARED.is_dir():
-        Folder(run_key(run_dir)).leave(remove=True)
+    """Remove this node's snapshots of a run that nobody goes on with, unless it lives: then another command was refused
+    its folder."""
+    if (run_dir / ID).exists():
+        clear(run_key(run_dir))
 
 
 def state_bytes(engine: Engine) -> int:

@@ -163,9 +163,10 @@ class Trainer:
         seconds = time.perf_counter() - began
         self.seconds += seconds
         self.waited_s += waited
+        aux = {name: number(value) for name, value in figures.aux.items()}
         padding = {} if cfg.data.packing == "cut" else {"padding_share": 1 - figures.targets / figures.tokens}
         return {"step": self.step, "tokens": self.tokens, "loss": number(figures.loss),
-                "grad_norm": number(figures.grad_norm), "lr": self.peak_lr * factor, **figures.aux,
+                "grad_norm": number(figures.grad_norm), "lr": self.peak_lr * factor, **aux,
                 "step_s": seconds, "data_wait_s": waited,
                 "step_tokens": figures.tokens, **padding, **mixed}  # fmt: skip
 

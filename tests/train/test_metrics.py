@@ -30,9 +30,10 @@ def test_load_metrics_of_known_loads() -> None:
 
 
 def test_jsonl_keeps_each_step_once_over_a_kill(tmp_path: Path) -> None:
-    """A run killed in the middle of a line, after the checkpoint of step 2."""
+    """A run killed in the middle of a line, after the checkpoint of step 2, on a machine that crashed before: its disk
+    has zeros, or anything, in place of the end of one line and the beginning of another."""
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    path.write_bytes(b'{"step": 1}\n{"step\0\0\xff: 3}\n{"step": 2}\n{"step": 3}\n{"ste')
     sink = Jsonl(path, resumed_step=2)
     sink.write(3, {"step": 3, "again": True})
     sink.close()

@@ -145,6 +145,10 @@ def test_what_must_not_be_loaded(folder: Path) -> None:
     assert run_ranks(1, begin, cfg) == [4]
     kept = slots.SHARED / f"moetrain-{run_key(run_dir)}"
     assert [path.name for path in kept.iterdir()] == ["lock"], "it can never be loaded again, so it is gone"
+    lives = slots.Folder(run_key(run_dir))
+    forget(run_dir)
+    assert kept.exists(), "a second command on a run that lives was refused, and gives up"
+    lives.leave(remove=False)
     forget(run_dir)
     assert not kept.exists()
 

@@ -18,8 +18,10 @@ from moetrain_launch.fork import run_ranks
 from moetrain import config
 from moetrain.config.check import resolve_sizes
 from moetrain.data.prepare import prepare
+from moetrain.sweep.plan import exit_reason
 from moetrain.train.exit_codes import REQUEUE
 from moetrain.train.lock import locked
+from moetrain.train.rundir import claim, write_summary
 from moetrain.train.trainer import Trainer
 from tests.distributed.test_rank_death import rank_of
 from tests.distributed.toy_run import BASE, load
@@ -40,9 +42,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(folder: Path, *words: str) -> subprocess.Popen[str]:
     sources = [f"data.sources.{name}={{paths:['{folder / name}.txt']}}" for name in ("letters", "digits")]
+    return train(folder, *WORDS, *sources, *words)
+
+
+def train(folder: Path, *words: str) -> subprocess.Popen[str]:
     path = os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "launch"))
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"PYTHONPATH": path}
-    command = [sys.executable, "-m", "moetrain.cli", "train", *WORDS, *sources, *words]
+    command = [sys.executable, "-m", "moetrain.cli", "train", *words]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True)
 
@@ -84,6 +90,19 @@ def test_a_folder_in_use_is_refused_until_its_run_has_ended_however(tmp_path: Pa
     run_ranks(1, take)
 
 
+def test_a_run_that_goes_on_after_its_end_has_not_ended(folder: Path) -> None:
+    """It would be shown as finished by a report, the launcher's status and a sweep, and not at all by watch."""
+    cfg = load(folder, [f"run_dir={folder / 'longer'}"])
+
+    def claimed_again() -> bool:
+        run_dir = claim(cfg, resume=False)
+        write_summary(run_dir, {"exit_reason": "finished"})
+        claim(cfg, resume=True)
+        return exit_reason(run_dir) is None
+
+    assert run_ranks(1, claimed_again) == [True]
+
+
 def test_stopped_killed_and_gone_on(folder: Path) -> None:
     """Told to stop by SIGUSR1, it saves and asks for more time by its exit code; the same command goes on. Then a rank
     is killed: the command starts the ranks again by itself. Losses are those of a run that was left alone."""
@@ -109,3 +128,19 @@ def test_stopped_killed_and_gone_on(folder: Path) -> None:
     assert [row["loss"] for row in rows] == [row["loss"] for row in lines(folder / "alone")]
     # The first "resumed" is gone where no save came after it: the kill takes back what followed the last save.
     assert 1 <= sum(event["event"] == "resumed" for row in rows for event in row.get("events", [])) <= 2
+
+
+def test_a_resume_that_is_refused_leaves_the_run_as_it_was(folder: Path) -> None:
+    """By its checkpoint, which only ranks can tell. Then --resume needs nothing else, as before; also where fewer steps
+    are asked for than the run has."""
+    words = ("run_dir=short", "launch.ranks=1", "parallel.ep=1", "checkpoint.every=2", "train.steps=4")
+    assert start(folder, *words).wait() == 0
+    (folder / "short/stopped").touch()
+    before = (folder / "short/config.yaml").read_text()
+    refused = train(folder, "--resume", "short", "model.n_layers=5")
+    _, err = refused.communicate()
+    assert refused.returncode == 2 and "is of another model or optimizer" in err, err
+    assert (folder / "short/config.yaml").read_text() == before and (folder / "short/stopped").exists()
+    assert train(folder, "--resume", "short", "train.steps=2").wait() == 0
+    assert json.loads((folder / "short/summary.json").read_text())["exit_reason"] == "finished"
+    assert len(list((folder / "short").glob("config-before-resume-*"))) == 1

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from moetrain_launch.fork import run_ranks
+from tokenizers.processors import TemplateProcessing
 
 from moetrain import config
 from moetrain.config.check import resolve_sizes
@@ -95,8 +96,25 @@ def test_capacity_drops_are_counted(folder: Path) -> None:
 def test_generation_is_the_same_on_every_rank(folder: Path) -> None:
     def text(cfg: config.Config) -> str:
         trainer = build(cfg)
-        return generate(trainer.engine, trainer.data.tokenizer(), "It was", 6, 0.8, seed=3)
+        return generate(trainer.engine, trainer.data, "It was", 6, 0.8, seed=3)
 
     two = run_ranks(2, text, load(folder, "parallel.ep=2", "train.micro_batch=4"))
     assert two[0] == two[1] and two[0].startswith("It was") and len(two[0]) > len("It was")
     assert run_ranks(1, text, load(folder))[0] == two[0]
+
+
+def test_a_sample_is_read_as_the_text_of_the_data_is(folder: Path) -> None:
+    """What a tokenizer would put around a prompt never stood in the data; no prompt is the start of a document."""
+
+    def texts(cfg: config.Config) -> list[str]:
+        trainer = build(cfg)
+        told = [generate(trainer.engine, trainer.data, prompt, 6, 0, seed=3) for prompt in ("It was", "")]
+        tokenizer = trainer.data.tokenizer()
+        eos = tokenizer.id_to_token(trainer.data.eos_id)
+        around = TemplateProcessing(single=f"{eos} $A {eos}", special_tokens=[(eos, trainer.data.eos_id)])
+        tokenizer.post_processor = around
+        trainer.data.tokenizer = lambda: tokenizer  # type: ignore[method-assign]
+        return [*told, *(generate(trainer.engine, trainer.data, prompt, 6, 0, seed=3) for prompt in ("It was", ""))]
+
+    prompted, alone, *around = run_ranks(1, texts, load(folder))[0]
+    assert around == [prompted, alone] and prompted.startswith("It was")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,12 +11,15 @@ import torch
 import torch.distributed as dist
 from moetrain_launch.fork import run_ranks
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 from moetrain import config
 from moetrain.config.check import check_mapping
 from moetrain.model.decoder import Decoder
 from moetrain.moe.dispatch.lsh import LshDispatcher, LshOptions
 from moetrain.moe.layer import MoELayer
+from moetrain.optim.offload import _moved
 from moetrain.parallel.apply import build_parallel
 from moetrain.parallel.mesh import ParallelDims
 from moetrain.train.metrics import compression_metrics
@@ -64,3 +68,16 @@ def test_what_is_counted_stays_on_the_device() -> None:
     assert counts == [[1] * 8] * 3
     assert watched == "cpu"
     assert compression["lsh_sent_share"] == 0.5 and compression["lsh_error_by_layer"] == [0.5] * 3
+
+
+def moved() -> tuple[str, tuple[Any, ...], list[float]]:
+    host = DTensor.from_local(torch.arange(4.0), DeviceMesh("cpu", [0]), [Shard(0)], run_check=False)
+    gpu = dataclasses.replace(host._spec, mesh=DeviceMesh("cuda", [0], _init_backend=False))
+    state = _moved(DTensor(host.to_local(), gpu, requires_grad=False), torch.device("cpu"))
+    assert isinstance(state, DTensor)
+    return state.device_mesh.device_type, state.placements, state.to_local().tolist()
+
+
+def test_optimizer_state_stays_in_host_memory_also_on_a_mesh_of_gpus() -> None:
+    """Where there is no GPU, a way through it is an error."""
+    assert run_ranks(1, moved) == [("cuda", (Shard(0),), [0.0, 1.0, 2.0, 3.0])]

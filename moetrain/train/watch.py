@@ -239,7 +239,8 @@ class Watch:
             seconds = max(silence[rank] for rank in lost)
             self._propose(self._line(", ".join(states + more), f"no sign of life for {seconds:.0f} s"))
         elif self._now() > since_s + NOBODY_S:
-            self._propose(self._line("a collective failed or took too long", behind(beats)))
+            met = f"; rank {self._rank} met: {one_line(self._stacks.error)}" if self._stacks.error else ""
+            self._propose(self._line("a collective failed or took too long", behind(beats) + met))
 
     def _stay(self) -> None:
         """On the store's host: return when all other ranks have read the verdict or are lost themselves."""

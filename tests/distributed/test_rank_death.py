@@ -306,6 +306,25 @@ def test_a_rank_that_dies_is_missed_also_where_no_collective_fails(tmp_path: Pat
             process.kill()
 
 
+def test_what_a_collective_says_is_in_the_line_where_nobody_is_lost(tmp_path: Path) -> None:
+    """As NCCL's errors at a first step: of the network, or of two ranks on one GPU."""
+
+    def work(rank: int) -> None:
+        if rank == 0:
+            raise dist.DistBackendError("NCCL error: invalid usage\nDuplicate GPU detected : rank 1 and rank 0")
+        time.sleep(600)
+
+    ranks = start_two(tmp_path, work)
+    try:
+        ranks[0].join(20 + MARGIN_S)
+        assert ranks[0].exitcode == LOST
+        line = (tmp_path / "lost-0").read_text()
+        assert "a collective failed" in line and "rank 0 met: NCCL error: invalid usage Duplicate GPU" in line
+    finally:
+        for process in ranks:
+            process.kill()
+
+
 def rank_of(parent: int, rank: int) -> int:
     """Id of the child of ``parent`` that is rank ``rank``."""
     for entry in Path("/proc").iterdir():

@@ -1,8 +1,11 @@
 # An image for a cluster with NVIDIA GPUs. Build: docker build -t moetrain .
-FROM nvidia/cuda:12.8.1-cudnn-devel-ubuntu24.04
+# CUDA as torch's wheel below has it: extensions are built with this compiler, and a driver too old for torch is refused
+# at the start of the container, where torch would see no GPU and train on the CPU.
+FROM nvidia/cuda:13.0.3-cudnn-devel-ubuntu24.04
 
+# libibverbs1, ibverbs-providers: without them NCCL takes plain TCP between nodes, in silence.
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends python3 python3-venv python3-dev g++ git \
+    && apt-get install -y --no-install-recommends python3 python3-venv python3-dev g++ git libibverbs1 ibverbs-providers \
     && rm -rf /var/lib/apt/lists/*
 
 RUN python3 -m venv /opt/moetrain

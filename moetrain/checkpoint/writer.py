@@ -27,8 +27,9 @@ class HashingWriter(FileSystemWriter):
     """
 
     def __init__(self, path: Path) -> None:
-        # More writing threads than one would lose the exceptions of all but the first.
-        super().__init__(path, single_file_per_rank=True, sync_files=True, thread_count=1)
+        # More writing threads than one would lose the exceptions of all but the first. All that is written is in host
+        # memory: copying ahead would only wait for the GPU that a thread starts on, the first, and take memory of it.
+        super().__init__(path, single_file_per_rank=True, sync_files=True, thread_count=1, per_thread_copy_ahead=0)
         self.files = _HashingFiles()
         self.fs = self.files
 

@@ -168,7 +168,7 @@ class _Exchange:
                     if source == rank:
                         rows, part = r.kept[0], _take(x, r.kept[1])
                     if rows:
-                        home[i].index_add_(0, _index(rows, x.device), part)
+                        home[i].index_add_(0, _index(tuple(rows), x.device), part)
             return tuple(home)
 
         return landing
@@ -234,14 +234,15 @@ class _Wait(torch.autograd.Function):
         return grads[0].new_empty(0), None, None
 
 
-def _index(rows: list[int], device: torch.device) -> Tensor:
+@functools.lru_cache(maxsize=4096)  # a copy to a GPU waits for it, and a layer would do so many times
+def _index(rows: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(rows, device=device)
 
 
 def _take(x: Tensor, rows: list[int]) -> Tensor:
-    return x[:0] if not rows else x.index_select(0, _index(rows, x.device))
+    return x[:0] if not rows else x.index_select(0, _index(tuple(rows), x.device))
 
 
 def _put(x: Tensor, rows: list[int], part: Tensor) -> None:
     if rows:
-        x.index_copy_(0, _index(rows, x.device), part)
+        x.index_copy_(0, _index(tuple(rows), x.device), part)

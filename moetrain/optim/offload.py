@@ -67,9 +67,8 @@ def _moved(value: Tensor, device: torch.device) -> Tensor:
     local = local.pin_memory() if device.type == "cpu" and torch.cuda.is_available() else local
     if not isinstance(value, DTensor):
         return local
-    return DTensor.from_local(
-        local, value.device_mesh, value.placements, run_check=False, shape=value.shape, stride=value.stride()
-    )
+    # Not by DTensor.from_local, which takes every part to the device of its mesh
+    return DTensor(local, value._spec, requires_grad=False)
 
 
 def _local(t: Tensor) -> Tensor:

@@ -96,7 +96,8 @@ def _gather(x: Tensor, like: DTensor, whole: list[Placement], compute: Callable[
     """The general way, for matrices split more than once: every rank gathers and computes all that it has a part of."""
     sharded = _from_local(x, like, like.placements)
     done = compute(sharded.redistribute(placements=whole).to_local())
-    return _from_local(done, like, whole).redistribute(placements=like.placements).to_local()
+    # Offloaded shards are not on the mesh's device, where DTensor.from_local takes them
+    return _from_local(done, like, whole).redistribute(placements=like.placements).to_local().to(x.device)
 
 
 def _chunks(size: int, n: int) -> list[int]:

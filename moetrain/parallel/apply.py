@@ -45,12 +45,20 @@ def build_parallel(cfg: Config, dims: ParallelDims, device: torch.device) -> Run
     """
     parts = build_parts(cfg, dims)
     for part in parts:
-        part.to_empty(device=device)
+        _allocate(part, device, cfg.parallel.offload == "all")
         initialize(part, cfg.model, cfg.seed)
     if dims.sizes.pp == 1:
         return OneStage(parts[0], device)
     mine = stages_here(cfg, dims)
     return Pipeline(parts, mine, cfg, dims, device)  # type: ignore[arg-type]
+
+
+def _allocate(part: Decoder, device: torch.device, offload: bool) -> None:
+    """Give ``part`` memory. Offloaded parameters must be in host memory, or FSDP refuses them; buffers never are."""
+    part.to_empty(device="cpu" if offload else device)
+    for module in part.modules() if offload else ():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
 
 
 def stages_here(cfg: Config, dims: ParallelDims) -> list[Stage]:

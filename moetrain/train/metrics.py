@@ -65,15 +65,15 @@ def compression_metrics(model: nn.Module, cfg: Config) -> dict[str, Any]:
     layers = cfg.model.moe_layers()
     if not isinstance(cfg.dispatch, LshOptions) or not layers:
         return {}
-    totals_L4 = torch.zeros(len(layers), 4, dtype=torch.float64, device=next(model.parameters()).device)
+    totals_L4 = torch.zeros(len(layers), 4, dtype=torch.float64)
     dispatchers = {id(m.dispatcher): m.dispatcher for m in model.modules() if isinstance(m, MoELayer)}
     for dispatcher in dispatchers.values():
         assert isinstance(dispatcher, LshDispatcher)
         for layer, sums in dispatcher.tally.items():
-            totals_L4[layers.index(layer)] += sums
+            totals_L4[layers.index(layer)] += sums.cpu()
         dispatcher.tally.clear()
     dist.all_reduce(totals_L4)
-    rows, sent, error2, norm2 = totals_L4.cpu().clamp(min=0).unbind(1)
+    rows, sent, error2, norm2 = totals_L4.clamp(min=0).unbind(1)
     return {
         "lsh_sent_share": float(sent.sum() / rows.sum().clamp(min=1)),
         "lsh_sent_share_by_layer": (sent / rows.clamp(min=1)).tolist(),

@@ -23,12 +23,22 @@ log = logging.getLogger("moetrain")
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of this rank for ``device: auto|cpu|cuda``. Raises ConfigError when cuda is asked for and absent."""
+    """The device of this rank for ``device: auto|cpu|cuda``. Raises ConfigError when cuda is asked for and absent, or
+    has not a GPU for every rank of this machine."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError("device=cuda, but torch sees no CUDA device; use device=auto or device=cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    rank, seen = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    ranks = max(rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if seen == 1 and "SLURM_LOCALID" in os.environ:  # Slurm may show each task its own GPU alone
+        rank = 0
+    elif ranks > seen:
+        raise ConfigError(
+            f"{ranks} ranks on a machine where torch sees {seen} GPU{'s' if seen > 1 else ''}; each rank takes one: "
+            f"use launch.ranks={seen}, or device=cpu"
+        )
+    device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     return device
 

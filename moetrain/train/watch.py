@@ -4,7 +4,7 @@ A launcher such as srun may leave the other ranks alone, and all that they meet 
 neighbour that ended for the same reason, or nothing at all. So a thread of each rank writes a sign of life every second
 into the store through which the ranks found each other, and looks there for a verdict: one line that says which rank is
 lost. Who meets a failed collective asks for one; who fails by itself leaves its own reason there. Ranks also look at
-the sign of life of one neighbour each, for one that is lost while nobody's collective can notice.
+the signs of life of their two neighbours, for one that is lost while nobody's collective can notice.
 
 It costs each rank two or three operations on the store a second, none of which waits. One rank alone is not watched.
 """
@@ -104,7 +104,7 @@ class Watch:
         self._verdict = ""
         self._asked_s: float | None = None  # since when a verdict is wanted
         self._inspects: bool | None = None  # whether finding one is up to this rank
-        self._looked_s = 0.0
+        self._looked_s, self._side = 0.0, -1
         self._turned_s, self._turns = 0.0, 0
         self._trust_s = 0.0  # from when on other ranks' silence means something
         self._wake = threading.Event()
@@ -192,9 +192,12 @@ class Watch:
             pass
         elif self._asked_s is not None:
             self._inspect(self._asked_s)
-        elif now_s > self._looked_s + self._patience_s / 4:
-            self._looked_s = now_s
-            if self._silence((self._rank + 1) % self._world) > self._patience_s:
+        elif now_s > self._looked_s + SILENT_S:
+            self._looked_s, self._side = now_s, -self._side
+            beat = self._beat_of((self._rank + self._side) % self._world)
+            silent_s = self._now() - beat.at_s
+            # NCCL tells nobody that a process is gone; on the same machine, it can be seen.
+            if silent_s > self._patience_s or (silent_s > SILENT_S and _state(beat) == "has died"):
                 self._asked_s = now_s
                 self._wake.set()
         self._turns += 1
@@ -236,7 +239,8 @@ class Watch:
             seconds = max(silence[rank] for rank in lost)
             self._propose(self._line(", ".join(states + more), f"no sign of life for {seconds:.0f} s"))
         elif self._now() > since_s + NOBODY_S:
-            self._propose(self._line("a collective failed or took too long", behind(beats)))
+            met = f"; rank {self._rank} met: {one_line(self._stacks.error)}" if self._stacks.error else ""
+            self._propose(self._line("a collective failed or took too long", behind(beats) + met))
 
     def _stay(self) -> None:
         """On the store's host: return when all other ranks have read the verdict or are lost themselves."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from moetrain_launch.fork import run_ranks
 
@@ -160,3 +161,17 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="cannot be written: Not a directory"):
         Checkpointer(tmp_path / "file" / "checkpoints", 1, True)
+
+
+def test_a_save_in_the_background_leaves_gpus_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread is on the first GPU until it says otherwise: all ranks of a node would make themselves at home there."""
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("the thread that writes asked for a stream")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", refuse)
+    checkpointer = Checkpointer(tmp_path, 2, True)
+    checkpointer.save(1, state(1))
+    checkpointer.wait()
+    assert checkpointer.failed == []

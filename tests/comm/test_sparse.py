@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -119,3 +120,21 @@ def test_wrong_rows_and_mixed_dtypes_are_refused_before_anything_is_sent() -> No
     for rows_message, dtype_message in run_ranks(2, _refusals):
         assert rows_message == "tensor 0 has 2 rows, but this rank has 1 of its experts"
         assert dtype_message.startswith("one exchange moves one dtype, but tensor 1 is torch.float64")
+
+
+def _made_by_a_second_exchange() -> int:
+    """Tensors made of numbers of this process, each of which would go to a GPU and wait for it."""
+    x = torch.randn(4 // dist.get_world_size(), 3, requires_grad=True)
+    atoms = [Atoms(x, (0, 0, 1, 1), ((0, 1), (0,), (1,), (0, 1)))]
+
+    def exchange() -> None:
+        sparse_all_gather(atoms, dist.group.WORLD)[0].sum().backward()
+
+    exchange()
+    with patch("torch.tensor", wraps=torch.tensor) as made:
+        exchange()
+    return made.call_count
+
+
+def test_an_exchange_that_was_made_before_waits_for_no_gpu() -> None:
+    assert run_ranks(2, _made_by_a_second_exchange) == [0, 0]

@@ -11,6 +11,7 @@ The mapping has a pipeline, so that not every rank talks to the lost one.
 from __future__ import annotations
 
 import json
+import multiprocessing.context
 import os
 import random
 import shutil
@@ -19,6 +20,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -33,6 +35,7 @@ from moetrain.checkpoint import layout, newest
 from moetrain.checkpoint.layout import DamagedError
 from moetrain.train.exit_codes import LOST
 from moetrain.train.runtime import timeout_of_new_groups
+from moetrain.train.watch import LostRank, watched
 from tests.distributed.toy_run import BASE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -260,6 +263,66 @@ def test_groups_that_others_make_give_up_as_soon_as_the_default_one() -> None:
             store.wait(["given up"])
 
     run_ranks(2, wait_for_one_that_does_not_send)
+
+
+def as_ranks(port: int, folder: Path, rank: int, work: Callable[[int], None]) -> None:
+    """``work`` on ``rank`` of two, watched; a LostRank's text goes to a file in ``folder``."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo")
+    try:
+        with watched(600, str(folder)):
+            work(rank)
+    except LostRank as error:
+        (folder / f"lost-{rank}").write_text(str(error))
+        os._exit(LOST)
+
+
+def start_two(folder: Path, work: Callable[[int], None]) -> list[multiprocessing.context.ForkProcess]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=as_ranks, args=(port, folder, rank, work), daemon=True) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    return ranks
+
+
+def test_a_rank_that_dies_is_missed_also_where_no_collective_fails(tmp_path: Path) -> None:
+    """With NCCL the others wait for their GPUs, and hear of nothing."""
+
+    def work(rank: int) -> None:
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(600)
+
+    ranks = start_two(tmp_path, work)
+    try:
+        ranks[0].join(20 + MARGIN_S)
+        assert ranks[0].exitcode == LOST
+        assert "rank 1 (process" in (tmp_path / "stacks" / "rank-0.txt").read_text()
+    finally:
+        for process in ranks:
+            process.kill()
+
+
+def test_what_a_collective_says_is_in_the_line_where_nobody_is_lost(tmp_path: Path) -> None:
+    """As NCCL's errors at a first step: of the network, or of two ranks on one GPU."""
+
+    def work(rank: int) -> None:
+        if rank == 0:
+            raise dist.DistBackendError("NCCL error: invalid usage\nDuplicate GPU detected : rank 1 and rank 0")
+        time.sleep(600)
+
+    ranks = start_two(tmp_path, work)
+    try:
+        ranks[0].join(20 + MARGIN_S)
+        assert ranks[0].exitcode == LOST
+        line = (tmp_path / "lost-0").read_text()
+        assert "a collective failed" in line and "rank 0 met: NCCL error: invalid usage Duplicate GPU" in line
+    finally:
+        for process in ranks:
+            process.kill()
 
 
 def rank_of(parent: int, rank: int) -> int:

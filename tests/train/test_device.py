@@ -1,0 +1,39 @@
+"""Which GPU a rank takes, on machines that have other numbers of them than there are ranks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moetrain.config.errors import ConfigError
+from moetrain.train.runtime import pick_device
+
+TORCHRUN = {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+SRUN = {**TORCHRUN, "SLURM_LOCALID": "1"}
+
+
+def pick(monkeypatch: pytest.MonkeyPatch, gpus: int, environment: dict[str, str]) -> torch.device:
+    for name in SRUN:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    taken: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    device = pick_device("auto")
+    assert taken == [device]
+    return device
+
+
+def test_a_rank_takes_the_gpu_of_its_number_or_the_one_that_slurm_shows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """srun --gpus-per-task=1: every task sees one GPU, its own."""
+    assert pick(monkeypatch, 4, {}) == torch.device("cuda", 0)
+    assert pick(monkeypatch, 2, TORCHRUN) == pick(monkeypatch, 8, SRUN) == torch.device("cuda", 1)
+    assert pick(monkeypatch, 1, SRUN) == torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_more_ranks_than_gpus_are_refused_on_every_rank(rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"^2 ranks on a machine where torch sees 1 GPU.*launch\.ranks=1.*device=cpu"):
+        pick(monkeypatch, 1, {**TORCHRUN, "LOCAL_RANK": rank})

@@ -70,7 +70,7 @@ def compression_metrics(model: nn.Module, cfg: Config) -> dict[str, Any]:
     for dispatcher in dispatchers.values():
         assert isinstance(dispatcher, LshDispatcher)
         for layer, sums in dispatcher.tally.items():
-            totals_L4[layers.index(layer)] += sums
+            totals_L4[layers.index(layer)] += sums.to(totals_L4.device)  # parameters may be in host memory
         dispatcher.tally.clear()
     dist.all_reduce(totals_L4)
     rows, sent, error2, norm2 = totals_L4.cpu().clamp(min=0).unbind(1)

@@ -42,7 +42,7 @@ class RoutingWatch:
         self.routers: dict[int, Any] = {
             int(name.split(".")[1]): m.router for name, m in model.named_modules() if isinstance(m, MoELayer)
         }
-        device = next(model.parameters()).device
+        device = torch.device(dims.dense.device_type)  # parameters may be in host memory
         L, G, E = len(self.layers), len(data.domains), max(self.experts, default=0)
         self.counts_LGE = torch.zeros(L, G, E, dtype=torch.int64, device=device)
         self.entropy_L = torch.zeros(L, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)

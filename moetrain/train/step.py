@@ -126,7 +126,7 @@ def all_loads(model: nn.Module, cfg: ModelConfig, dims: ParallelDims, step: int)
     if dims.sizes.pp == 1:
         return mine
     sizes = {f"layers.{i}.moe": cfg.layer_value("num_experts", i) for i in cfg.moe_layers()}
-    device = next(model.parameters()).device
+    device = torch.device(dims.dense.device_type)  # parameters may be in host memory
     parts = []
     for name, n in sizes.items():
         none = torch.zeros(max(n, POSITIONS), dtype=torch.int64, device=device)  # of other stages' layers

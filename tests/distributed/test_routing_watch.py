@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ from moetrain_launch.fork import run_ranks
 
 from moetrain import config
 from moetrain.config.check import resolve_sizes
+from moetrain.config.schema import ModelConfig, MoEConfig
 from moetrain.moe.layer import MoELayer
 from moetrain.report.read import Run, read_run
+from moetrain.train import step
 from moetrain.train.metrics import load_metrics
 from moetrain.train.routing import RoutingWatch
 from moetrain.train.trainer import Trainer
@@ -71,6 +74,19 @@ def test_it_counts_every_held_out_token_and_keeps_a_sample(alone: Run) -> None:
     for n in range(3):
         assert (np.bincount(routing.ids_LTK[n].ravel(), minlength=8) == routing.counts_LGE[n].sum(0)).all()
     assert sum(sum(row["counts"]["layers.1.moe"]) for row in alone.loads) == 2 * 2 * 8 * 16
+
+
+def test_what_is_counted_on_the_accelerator_stays_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With parallel.offload=all parameters are in host memory and loads are not. The meta device is the accelerator."""
+    model, dims = torch.nn.Linear(2, 2), MagicMock()
+    dims.dense.device_type, dims.sizes.pp = "meta", 2
+    data = MagicMock(domains=["a"], sources=["a"])
+    watch = RoutingWatch(model, ModelConfig(n_layers=1), data, dims, 8)
+    assert watch.counts_LGE.is_meta and watch.entropy_L.is_meta and watch.tokens_L.is_meta
+    summed: list[torch.Tensor] = []
+    monkeypatch.setattr(step.dist, "all_reduce", lambda total, group: summed.append(total))
+    step.all_loads(model, ModelConfig(n_layers=2, moe=MoEConfig(num_experts=0)), dims, 0)
+    assert [total.is_meta for total in summed] == [True]
 
 
 def test_entropy_is_that_of_the_probabilities(prepared: Path) -> None:

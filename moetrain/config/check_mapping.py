@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from moetrain.config.advice import Broken, Rule, enforce
 from moetrain.config.check_deepspeed import check_deepspeed
 from moetrain.config.check_placement import placement
-from moetrain.config.schema import Config
+from moetrain.config.schema import PLAIN, Config
 from moetrain.config.sizes import STAGES_PER_RANK, ZERO_BUBBLE, Sizes, divisors, resolve_sizes
 
 
@@ -227,9 +227,9 @@ def expert_shards(cfg: Config, sizes: Sizes) -> Iterator[Broken]:
     """FSDP splits each expert's parameters over edp, along a dimension that divides as far as etp leaves it."""
     edp, etp, dim = sizes.edp, sizes.etp, cfg.model.dim
     for width in _layer_values(cfg, "expert_dim"):
-        # Of the weights (F, D) and (D, F), etp splits F; of the biases (2, F) and (D), F and D.
-        choices = [[dim, width // etp]]
-        choices += [[2, width // etp], [dim // etp]] if cfg.model.moe.bias else []
+        # Of the weights (F, D) and (D, F), etp splits F; of the biases (2, F), (1, F) if plain, and (D), F and D.
+        choices, matrices = [[dim, width // etp]], 1 if cfg.model.moe.activation in PLAIN else 2
+        choices += [[matrices, width // etp], [dim // etp]] if cfg.model.moe.bias else []
         if all(any(size % edp == 0 for size in sizes_of_one) for sizes_of_one in choices):
             continue
         split = f" / parallel.etp={etp}" if etp > 1 else ""

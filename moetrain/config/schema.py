@@ -18,8 +18,9 @@ from moetrain.config.schema_data import DataConfig
 from moetrain.config.schema_faults import FaultsConfig, SnapshotConfig
 from moetrain.config.schema_sweep import SweepConfig
 
-# Those of ``moe_kernels``. The first five are gated, with two input matrices; gelu and relu2 are plain, with one.
+# Those of ``moe_kernels``. The first five are gated, with two input matrices; the others are plain, with one.
 Activation: TypeAlias = Literal["swiglu", "geglu", "reglu", "gpt_oss", "swiglu_clamped", "gelu", "relu2"]
+PLAIN = ("gelu", "relu2")
 ExpertBackend: TypeAlias = Literal[
     "auto",
     "fastest",

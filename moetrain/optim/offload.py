@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-# Parameters that are updated at a time, in bytes of their local shards: bounds the state that is on the device.
+from moetrain.optim.orthogonal import even_share
+
+# Parameters that are updated at a time, in bytes of even shards: bounds the state that is on the device.
 CHUNK_BYTES = 2**28
 
 
@@ -44,7 +46,7 @@ def _chunks(parameters: list[Tensor]) -> list[list[Tensor]]:
     chunks: list[list[Tensor]] = [[]]
     size = 0
     for p in parameters:
-        own = _local(p).numel() * p.element_size()
+        own = even_share(p) * p.element_size()
         if chunks[-1] and size + own > CHUNK_BYTES:
             chunks.append([])
             size = 0

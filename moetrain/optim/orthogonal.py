@@ -44,7 +44,15 @@ def at_once(p: Tensor) -> int:
     if not isinstance(p, DTensor):
         return max(1, BATCH_ELEMENTS // max(1, p.numel()))
     ways = math.prod(p.device_mesh.size(i) for i in _split_matrices(p))
-    return ways * max(1, BATCH_ELEMENTS // max(1, p.to_local().numel() * ways))
+    return ways * max(1, BATCH_ELEMENTS // max(1, even_share(p) * ways))
+
+
+def even_share(p: Tensor) -> int:
+    """Elements of ``p`` that a rank would hold if all held equally many: the same number on all ranks, which must take
+    as many parameters at a time as the others, also where shards are uneven or ranks own unequal numbers of experts."""
+    if not isinstance(p, DTensor):
+        return p.numel()
+    return -(-p.numel() // math.prod(p.device_mesh.size(i) for i, s in enumerate(p.placements) if not s.is_replicate()))
 
 
 def orthogonalize(xs: Sequence[Tensor], like: Tensor, compute: Callable[[Tensor], Tensor]) -> list[Tensor]:

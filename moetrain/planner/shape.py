@@ -8,9 +8,8 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, field, replace
 
-from moetrain.config.schema import ModelConfig
+from moetrain.config.schema import PLAIN, ModelConfig
 
-PLAIN = ("gelu", "relu2")  # activations with one input matrix
 # Widths of the inner activations that autograd keeps of an expert, in units of its inner width, where torch's own
 # operators compute them: what its input matrices give, each factor, and the product.
 KEPT = {"gpt_oss": 7, "swiglu_clamped": 7, "relu2": 3, "gelu": 2}

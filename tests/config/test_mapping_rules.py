@@ -34,10 +34,11 @@ def mappings(draw: st.DrawFn) -> tuple[Config, int]:
     moe = MoEConfig(
         num_experts=per_layer(8, 4, 12),
         top_k=2,
-        expert_dim=per_layer(32, 64, 24),
+        expert_dim=per_layer(32, 64, 24, 27),
         shared_dim=per_layer(0, 32, 6),
         first_dense=pick(0, 1),
         bias=pick(False, False, True),
+        activation=pick("swiglu", "swiglu", "gelu"),
     )
     attention = AttentionConfig(kind=pick("gqa", "mla"), n_heads=kv_heads * group, n_kv_heads=kv_heads,
                                 kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
@@ -108,7 +109,7 @@ def holds(cfg: Config, world: int) -> bool:
     for width in widths if edp > 1 else []:
         inner = width // p.etp  # as etp leaves it
         legal.append(m.dim % edp == 0 or inner % edp == 0)
-        legal.append(not m.moe.bias or inner % edp == 0 or edp == 2)
+        legal.append(not m.moe.bias or inner % edp == 0 or (edp == 2 and m.moe.activation == "swiglu"))
         legal.append(not m.moe.bias or m.dim // p.etp % edp == 0)
     per_rank = p.stages_per_rank or (2 if p.pp > 1 and p.schedule not in ("1f1b", "gpipe") else 1)
     stages = p.pp * per_rank
@@ -203,6 +204,9 @@ def test_refusals_name_the_rule_the_sizes_and_the_nearest_legal_choices() -> Non
     refused(4, "needs at least as many micro-batches as stages, 4, but train.global_batch=3 / (train.micro_batch=1 x "
             "1 data-parallel ranks) = 3; nearest legal: train.global_batch=4", parallel__pp=4,
             train__global_batch=3)  # fmt: skip
+    refused(2, "experts are sharded over edp=2 ranks (world / pp / ep / etp), which must divide model.dim=128 and "
+            "model.moe.expert_dim=27, since the experts have biases; nearest legal: parallel.ep=2",
+            model__moe__bias=True, model__moe__activation="gelu", model__moe__expert_dim=27)  # fmt: skip
 
 
 @pytest.mark.parametrize("schedule", STAGES_PER_RANK)

@@ -19,6 +19,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from moetrain_launch.fork import run_ranks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 from moetrain.checkpoint import layout
 from moetrain.config import Config
@@ -30,6 +32,7 @@ from moetrain.moe.layer import MoELayer
 from moetrain.moe.placement.copies import Copies
 from moetrain.moe.placement.plan import Placement, Topology, at_home, ep_homes, held, routes
 from moetrain.moe.routing import Memo, Routing
+from moetrain.optim import offload, orthogonal
 from moetrain.train import parity
 from moetrain.train.engine import TorchEngine, whole_weights
 from moetrain.train.trainer import Trainer
@@ -132,6 +135,22 @@ def test_fssdp_equals_one_process(prepared: Path, world: int, hot: bool, variant
 def test_fssdp_on_eight_ranks_of_which_some_own_no_expert_of_a_layer(prepared: Path) -> None:
     model = ["optim=muon", "model.moe.bias=true"]
     check(prepared, 8, True, [(MOVING, {"copies", "moved", "bare"})], model)
+
+
+def updated_at_a_time() -> tuple[list[int], int]:
+    """Numbers of parameters in the chunks of eight layers' experts, and of a batch; this rank owns one or three of
+    each four experts."""
+    mesh, numel = init_device_mesh("cpu", (2,)), 8 * 8
+    offload.CHUNK_BYTES, orthogonal.BATCH_ELEMENTS = 4 * 4 * numel, 4 * numel
+    local = torch.zeros(1 + 2 * dist.get_rank(), 8, 8)
+    shape, stride = torch.Size([4, 8, 8]), (numel, 8, 1)
+    p = DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+    return [len(chunk) for chunk in offload._chunks([p] * 8)], orthogonal.at_once(p)
+
+
+def test_ranks_with_unequal_experts_update_the_same_parameters_at_a_time() -> None:
+    """Muon trades shards of dense matrices, so ranks must come to them together."""
+    assert run_ranks(2, updated_at_a_time) == [([2, 2, 2, 2], 2)] * 2
 
 
 def test_related_policies_equal_one_process(prepared: Path) -> None:

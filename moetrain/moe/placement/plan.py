@@ -7,8 +7,9 @@ so that both plan the same; all ranks give it the same numbers and get the same 
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 # Of each expert of a layer: its home rank.
@@ -157,6 +158,7 @@ def shadow(homes: Homes, loads: Loads, slots: int, cost: float, topology: Topolo
     return tuple(everywhere if e in chosen else (home,) for e, home in enumerate(homes))
 
 
+@functools.lru_cache(maxsize=1024)  # asked for every layer after every step, with the same answer
 def static(homes: Homes, copies: int, topology: Topology) -> Placement:
     """Every expert on ``copies`` ranks, its home one of them, whatever the loads: on as many nodes as there are.
 
@@ -180,9 +182,9 @@ def migrate(homes: Homes, loads: Loads, topology: Topology) -> Homes:
     for _ in range(len(homes)):
         top = max(range(topology.ranks), key=lambda rank: (rows[rank], -rank))
         best = (rows[top], -1, -1)
-        for mine, other in itertools.product(range(len(new)), range(len(new))):
+        for mine, other in itertools.product([e for e, home in enumerate(new) if home == top], range(len(new))):
             gain = loads[mine] - loads[other]
-            if new[mine] == top != new[other] and gain > 0:
+            if new[other] != top and gain > 0:
                 best = min(best, (max(rows[top] - gain, rows[new[other]] + gain), mine, other))
         if best[1] < 0:
             break
@@ -246,18 +248,28 @@ def routes(counts_RE: Sequence[Sequence[int]], placement: Placement, topology: T
     """Rows that each rank sends to each rank for each expert, [source][rank][expert], with the rows of each expert that
     each rank's tokens have, ``counts_RE``. What stays on its rank is counted too."""
     sent = [[[0] * len(placement) for _ in range(topology.ranks)] for _ in range(topology.ranks)]
-    for source, counts in enumerate(counts_RE):
-        for e, ranks in enumerate(serving(placement, source, topology)):
-            whole, rest = divmod(counts[e], len(ranks))
-            for i in range(len(ranks)):
-                sent[source][server(ranks, source, i)][e] += whole + (i < rest)
+    for source, rank, e, rows in _served(counts_RE, placement, topology):
+        sent[source][rank][e] += rows
     return sent
 
 
 def rows_of(counts_RE: Sequence[Sequence[int]], placement: Placement, topology: Topology) -> list[int]:
     """Rows that each rank computes, by ``routes``."""
-    sent = routes(counts_RE, placement, topology)
-    return [sum(sum(of_source[rank]) for of_source in sent) for rank in range(topology.ranks)]
+    computed = [0] * topology.ranks
+    for _, rank, _, rows in _served(counts_RE, placement, topology):
+        computed[rank] += rows
+    return computed
+
+
+def _served(
+    counts_RE: Sequence[Sequence[int]], placement: Placement, topology: Topology
+) -> Iterator[tuple[int, int, int, int]]:
+    """(source, rank, expert, rows) of all that ``routes`` sends."""
+    for source, counts in enumerate(counts_RE):
+        for e, ranks in enumerate(serving(placement, source, topology)):
+            whole, rest = divmod(counts[e], len(ranks))
+            for i in range(len(ranks)):
+                yield source, server(ranks, source, i), e, whole + (i < rest)
 
 
 def _by_load(loads: Loads) -> list[int]:

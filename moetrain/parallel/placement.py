@@ -116,37 +116,32 @@ class ExpertPlacement:
 
     @torch.no_grad()
     def move(self, homes: Mapping[str, Homes], optimizer: torch.optim.Optimizer) -> None:
-        """Move weights and optimizer state to ``homes`` of each layer, in one exchange of each dtype. Collective."""
-        tensors: list[tuple[DTensor, str]] = []
+        """Move weights and optimizer state to ``homes`` of each layer. Collective. Tensor by tensor: all at once would
+        need room for what is sent, what arrives and what comes of it, each as large as all experts with their state."""
         for name, new in homes.items():
-            if new == self.copies[name].homes:
+            copies = self.copies[name]
+            if new == copies.homes:
                 continue
             for p in self.layers[name].experts.parameters():
                 assert isinstance(p, DTensor)
-                tensors.append((p, name))
-                tensors += [(v, name) for v in optimizer.state.get(p, {}).values() if isinstance(v, DTensor)]
-        moved = self._exchange([(t.to_local(), self.copies[name].homes, homes[name]) for t, name in tensors])
-        for (tensor, _), local in zip(tensors, moved, strict=True):
-            tensor._local_tensor = local
-        for name, new in homes.items():
-            self.copies[name].homes = new
+                for tensor in (p, *(v for v in optimizer.state.get(p, {}).values() if isinstance(v, DTensor))):
+                    tensor._local_tensor = self._moved(tensor.to_local(), copies.homes, new)
+            copies.homes = new
 
     def as_ep(self, values: dict[str, Any]) -> dict[str, Any]:
         """``values`` of a state (their names contain a parameter's) with rows where plain expert parallelism
         has them: copies, where that is elsewhere. Collective."""
-        found, parts = dict(values), []
+        found = dict(values)
         for key, value in values.items():
             name = next((name for name in self.layers if f"{name}.experts." in key), None)
             if name is not None and isinstance(value, DTensor):
                 homes = self.copies[name].homes
                 ep = ep_homes(len(homes), self.ranks)
                 if homes != ep:
-                    parts.append((key, (value.to_local(), homes, ep)))
-        for (key, _), local in zip(parts, self._exchange([part for _, part in parts]), strict=True):
-            old = values[key]
-            found[key] = DTensor.from_local(
-                local, old.device_mesh, old.placements, run_check=False, shape=old.shape, stride=old.stride()
-            )
+                    found[key] = DTensor.from_local(
+                        self._moved(value.to_local(), homes, ep), value.device_mesh, value.placements,
+                        run_check=False, shape=value.shape, stride=value.stride(),
+                    )  # fmt: skip
         return found
 
     def to_ep(self, optimizer: torch.optim.Optimizer) -> None:
@@ -167,14 +162,8 @@ class ExpertPlacement:
                 self.move({name: tuple(homes) for name, homes in state["homes"].items()}, optimizer)
         self.plan()
 
-    def _exchange(self, parts: list[tuple[Tensor, Homes, Homes]]) -> list[Tensor]:
-        """Rows of each tensor, of experts at the first homes, brought to the second."""
-        found: list[Tensor] = [x for x, _, _ in parts]
-        for dtype in dict.fromkeys(x.dtype for x in found):
-            chosen = [i for i, (x, _, _) in enumerate(parts) if x.dtype == dtype]
-            atoms = [Atoms(found[i].detach().to(self.device), parts[i][1], at_home(parts[i][2])) for i in chosen]
-            for i, x in zip(chosen, sparse_all_gather(atoms, self.group), strict=True):
-                pinned = found[i].is_pinned()  # optimizer state that lives in host memory
-                found[i] = x.to(found[i].device)
-                found[i] = found[i].pin_memory() if pinned else found[i]
-        return found
+    def _moved(self, x: Tensor, homes: Homes, new: Homes) -> Tensor:
+        """Rows of ``x``, of experts at ``homes``, brought to ``new`` ones."""
+        (moved,) = sparse_all_gather([Atoms(x.detach().to(self.device), homes, at_home(new))], self.group)
+        moved = moved.to(x.device)
+        return moved.pin_memory() if x.is_pinned() else moved  # optimizer state that lives in host memory

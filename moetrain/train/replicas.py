@@ -57,9 +57,12 @@ class Checks:
         ranks = Ranks()
         told = ranks.gather((time.time(), jump_s, checksums(model) if self._weights else {}))
         _compare_clocks([clock for clock, _, _ in told], [jump for _, jump, _ in told], ranks)
+        holders: dict[tuple[Any, ...], dict[int, int]] = defaultdict(dict)  # part of a weight -> rank -> checksum
+        for rank, (_, _, sums) in enumerate(told):
+            for key, value in sums.items():
+                holders[key][rank] = value
         odd: dict[int, list[str]] = defaultdict(list)  # rank -> names
-        for key in dict.fromkeys(key for _, _, sums in told for key in sums):
-            held = {rank: sums[key] for rank, (_, _, sums) in enumerate(told) if key in sums}
+        for key, held in holders.items():
             usual, votes = Counter(held.values()).most_common(1)[0]
             if votes < len(held):
                 # Of two that differ nobody knows which one is right

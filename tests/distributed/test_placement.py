@@ -33,6 +33,7 @@ from moetrain.moe.placement.copies import Copies
 from moetrain.moe.placement.plan import Placement, Topology, at_home, ep_homes, held, routes
 from moetrain.moe.routing import Memo, Routing
 from moetrain.optim import offload, orthogonal
+from moetrain.planner.stage_run import Live
 from moetrain.train import parity
 from moetrain.train.engine import TorchEngine, whole_weights
 from moetrain.train.trainer import Trainer
@@ -135,6 +136,27 @@ def test_fssdp_equals_one_process(prepared: Path, world: int, hot: bool, variant
 def test_fssdp_on_eight_ranks_of_which_some_own_no_expert_of_a_layer(prepared: Path) -> None:
     model = ["optim=muon", "model.moe.bias=true"]
     check(prepared, 8, True, [(MOVING, {"copies", "moved", "bare"})], model)
+
+
+def room_for_a_move(cfg: Config) -> tuple[int, int]:
+    """(bytes of experts and their state here, of all tensors at the worst moment of a move of every expert)."""
+    trainer = build(cfg, False)
+    one_step(trainer)
+    assert isinstance(trainer.engine, TorchEngine) and trainer.engine.placement is not None
+    placement, optimizer = trainer.engine.placement, trainer.engine.optimizer
+    parameters = [p for layer in placement.layers.values() for p in layer.experts.parameters()]
+    states = [v for p in parameters for v in optimizer.state[p].values() if isinstance(v, DTensor)]
+    taken = sum(x.to_local().nbytes for x in (*parameters, *states))  # type: ignore[attr-defined]
+    del parameters, states
+    with Live(trainer.engine.model) as live:
+        placement.move({name: copies.homes[::-1] for name, copies in placement.copies.items()}, optimizer)
+    return taken, live.most
+
+
+def test_experts_move_in_little_more_room_than_they_take(prepared: Path) -> None:
+    cfg = load(prepared, [*SMALL, *MOVING, "model.n_layers=8", "parallel.ep=2"])
+    for taken, most in run_ranks(2, room_for_a_move, cfg):
+        assert most < 1.5 * taken
 
 
 def updated_at_a_time() -> tuple[list[int], int]:

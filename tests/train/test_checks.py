@@ -16,6 +16,7 @@ from moetrain_launch.fork import run_ranks
 from torch import nn
 
 from moetrain.checkpoint import Checkpointer
+from moetrain.comm.ranks import Ranks
 from moetrain.config.errors import TrainError
 from moetrain.train.replicas import Checks, checksum
 from moetrain.train.stacks import Stacks
@@ -47,6 +48,25 @@ def test_one_flipped_bit_names_its_rank(world: int, named: str) -> None:
 
     for line in run_ranks(world, compare):
         assert named in line and "after step 10: weight;" in line and line.endswith("step-5")
+
+
+def test_looks_at_each_checksum_but_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards that one rank alone has, as FSDP makes them: asking every rank for every shard took minutes on a
+    thousand ranks."""
+    looks = 0
+
+    class Counted(dict[Any, int]):
+        def __contains__(self, key: object) -> bool:
+            nonlocal looks
+            looks += 1
+            return super().__contains__(key)
+
+    def gather(self: Ranks, value: Any) -> list[Any]:
+        return [(*value[:2], Counted({("weight", (rank,), (1,)): 1})) for rank in range(100)]
+
+    monkeypatch.setattr(Ranks, "gather", gather)
+    Checks().run(nn.Linear(1, 1), 1, "none")
+    assert looks <= 3 * 100
 
 
 def test_a_clock_that_jumps_is_one_warning() -> None:

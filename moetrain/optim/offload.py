@@ -40,6 +40,8 @@ def keep_state_on_host(optimizer: torch.optim.Optimizer) -> None:
         return loss
 
     optimizer.step = step_by_chunks  # type: ignore[method-assign, assignment]
+    # torch takes state that is loaded to the parameters' device, all of it.
+    optimizer.register_load_state_dict_post_hook(lambda o: _move(o, list(o.state), to_host=True))
 
 
 def _chunks(parameters: list[Tensor]) -> list[list[Tensor]]:

@@ -49,7 +49,7 @@ class LostRank(TrainError):
 @dataclass(frozen=True)
 class Beat:
     """A rank's sign of life. at_s: when, in seconds since the watch began; step: optimizer steps done; at: where in our
-    code the main thread is; waits: whether that may be a wait for other ranks."""
+    code the main thread is; waits: whether that may be a wait for other ranks; processes: see ``processes_here``."""
 
     at_s: float
     step: int
@@ -57,6 +57,7 @@ class Beat:
     pid: int
     at: str = ""
     waits: bool = False
+    processes: str = ""
 
 
 @contextmanager
@@ -96,6 +97,7 @@ class Watch:
         # A rank may stand still for a while (it swaps, say). This is well before collectives give up.
         self._patience_s = max(SILENT_S, timeout_s / 2)
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
+        self._processes = processes_here()
         self._stacks = Stacks(Path(run_dir) / "stacks", self._rank)
         agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         self._hosts_store = self._rank == 0 and not agent
@@ -203,7 +205,7 @@ class Watch:
         self._turns += 1
 
     def _beat(self) -> None:
-        beat = Beat(self._now(), self.step(), socket.gethostname(), os.getpid(), *_place())
+        beat = Beat(self._now(), self.step(), socket.gethostname(), os.getpid(), *_place(), self._processes)
         self._store.set(f"beat/{self._rank}", json.dumps(asdict(beat)))
 
     def _beat_of(self, rank: int) -> Beat:
@@ -282,9 +284,18 @@ def _name(rank: int, beat: Beat) -> str:
     return f"rank {rank} (process {beat.pid} on {beat.host})"
 
 
+def processes_here() -> str:
+    """A name of the processes whose numbers mean something to this one, "" where that cannot be told. Machines may
+    share a name, and containers of a machine number their own processes."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
 def _state(beat: Beat) -> str:
     """What has become of a silent rank, as far as this machine can tell."""
-    if beat.host != socket.gethostname() or not Path("/proc/self/stat").exists():
+    if not beat.processes or beat.processes != processes_here():
         return "has died or hangs"
     try:
         gone = Path(f"/proc/{beat.pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"

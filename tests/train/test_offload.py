@@ -19,7 +19,8 @@ from moetrain.config.check import check_mapping
 from moetrain.model.decoder import Decoder
 from moetrain.moe.dispatch.lsh import LshDispatcher, LshOptions
 from moetrain.moe.layer import MoELayer
-from moetrain.optim.offload import _moved
+from moetrain.optim import offload
+from moetrain.optim.offload import _moved, keep_state_on_host
 from moetrain.parallel.apply import build_parallel
 from moetrain.parallel.mesh import ParallelDims
 from moetrain.train.metrics import compression_metrics
@@ -28,17 +29,17 @@ from moetrain.train.step import all_loads
 from tests.distributed.toy_run import BASE
 
 
-def devices_of(offload: str) -> tuple[set[str], set[str]]:
-    cfg = config.load([*BASE, "run_dir=none", "balance=[aux_loss]", f"parallel.offload={offload}"])
+def devices_of(where: str) -> tuple[set[str], set[str]]:
+    cfg = config.load([*BASE, "run_dir=none", "balance=[aux_loss]", f"parallel.offload={where}"])
     dims = ParallelDims.build(check_mapping(cfg, 1), "cpu")
     model = build_parallel(cfg, dims, torch.device("meta")).model
     return {p.device.type for p in model.parameters()}, {b.device.type for b in model.buffers()}
 
 
-@pytest.mark.parametrize(("offload", "parameters"), [("all", "cpu"), ("none", "meta")])
-def test_parameters_begin_where_fsdp_looks_for_them(offload: str, parameters: str) -> None:
+@pytest.mark.parametrize(("where", "parameters"), [("all", "cpu"), ("none", "meta")])
+def test_parameters_begin_where_fsdp_looks_for_them(where: str, parameters: str) -> None:
     """FSDP refuses offloaded parameters that are on the device, at their first use."""
-    assert run_ranks(1, devices_of, offload) == [({parameters}, {"meta"})]
+    assert run_ranks(1, devices_of, where) == [({parameters}, {"meta"})]
 
 
 def figures() -> tuple[Any, ...]:
@@ -81,3 +82,16 @@ def moved() -> tuple[str, tuple[Any, ...], list[float]]:
 def test_optimizer_state_stays_in_host_memory_also_on_a_mesh_of_gpus() -> None:
     """Where there is no GPU, a way through it is an error."""
     assert run_ranks(1, moved) == [("cuda", (Shard(0),), [0.0, 1.0, 2.0, 3.0])]
+
+
+def test_state_that_is_loaded_goes_to_host_memory_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch takes it to the device of its parameter."""
+    p = nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.AdamW([p])
+    keep_state_on_host(optimizer)
+    p.grad = torch.ones(4)
+    optimizer.step()
+    moves: list[tuple[list[int], bool]] = []
+    monkeypatch.setattr(offload, "_move", lambda _, ps, to_host: moves.append(([id(p) for p in ps], to_host)))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert moves == [([id(p)], True)]

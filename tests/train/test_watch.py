@@ -3,7 +3,11 @@ the ranks that are not."""
 
 from __future__ import annotations
 
-from moetrain.train.watch import Beat, behind
+import os
+import socket
+import subprocess
+
+from moetrain.train.watch import Beat, _state, behind, processes_here
 
 
 def test_the_rank_that_waits_for_nobody_is_the_one_that_the_others_wait_for() -> None:
@@ -20,3 +24,16 @@ def test_else_the_one_with_the_fewest_steps() -> None:
         "behind: rank 1 (process 12 on node-2) at moetrain.parallel.pipeline:80"
     )
     assert behind({0: ahead, 1: ahead}) == "all ranks give signs of life"
+
+
+def test_a_process_is_dead_only_to_those_who_would_see_it_alive() -> None:
+    """Machines that share a name must not take each other's ranks for dead."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+
+    def state(pid: int, processes: str) -> str:
+        return _state(Beat(9.0, 7, socket.gethostname(), pid, processes=processes))
+
+    assert state(ended.pid, processes_here()) == "has died"
+    assert state(os.getpid(), processes_here()) == "hangs"
+    assert state(ended.pid, "another machine") == state(ended.pid, "") == "has died or hangs"

@@ -90,6 +90,15 @@ def test_without_it_experts_run_all_the_same(tmp_path: Path, environment: dict[s
     assert len(lines) == (1 if said else 0) and said in done.stderr, done.stderr
 
 
+@needs_compiler
+def test_a_user_without_a_home_runs_all_the_same(tmp_path: Path) -> None:
+    """As in containers, where a user may be a number alone."""
+    code = "import os, pwd\ndel os.environ['HOME']\nos.environ.pop('XDG_CACHE_HOME')\npwd.getpwuid = {}.__getitem__\n"
+    done = in_fresh_process(tmp_path, code + RUN)
+    assert done.returncode == 0 and done.stderr.count("\n") == 1, done.stderr
+    assert "there is no home folder to keep them in; set XDG_CACHE_HOME" in done.stderr
+
+
 def test_what_it_lacks_is_said() -> None:
     assert library.native_obstacle(torch.float64) == "it has no float64"
 

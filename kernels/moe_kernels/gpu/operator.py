@@ -22,8 +22,12 @@ class Operator:
         self.register_fake = self.op.register_fake
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or args[0].is_meta or is_in_torch_dispatch_mode():
+        first = args[0]
+        if torch.compiler.is_compiling() or first.is_meta or is_in_torch_dispatch_mode():
             return self.op(*args)
+        if first.is_cuda and first.get_device() != torch.cuda.current_device():  # to which triton launches
+            with torch.cuda.device(first.get_device()):
+                return self.fn(*args)
         return self.fn(*args)
 
 

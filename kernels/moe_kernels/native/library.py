@@ -125,7 +125,10 @@ def _built() -> Path:
     links = [str(libraries / "libtorch_cpu.so"), *map(str, threads)]
     texts = [path.read_text() for path in sorted(Path(__file__).parent.glob("*.[ch]*"))]
     key = "\n".join([*texts, compiler, *FLAGS, *links, torch.__version__, _processor()])
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe_kernels"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if cache.startswith("~"):  # a user without HOME and of a number that is no account's, as in containers
+        raise OSError("there is no home folder to keep them in; set XDG_CACHE_HOME")
+    folder = Path(cache) / "moe_kernels"
     target = folder / f"native-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)

@@ -138,6 +138,9 @@ def _plan(
     for fqn, _ in model.named_parameters():
         if fqn not in ours:
             raise ConvertError(f"our tensor '{fqn}' was not given, so it cannot be written")
+    for name, needed in family.hollow(cfg).items():
+        plan.specs[name] = Spec(needed, next(iter(plan.specs.values())).dtype)
+        plan.zeros.append(name)
     return plan
 
 

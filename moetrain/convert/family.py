@@ -128,6 +128,10 @@ class Family:
         """Their keys that need more than a setting's value."""
         return {}
 
+    def hollow(self, cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """Shapes, by name, of their tensors that the class has for a part of no width, which ``cfg`` lacks."""
+        return {}
+
     def refusals(self, cfg: ModelConfig) -> list[str]:
         """The features of ``cfg`` that this class lacks, as "model.path=value"; none if it computes the same.
 

@@ -78,7 +78,7 @@ class Imported:
         self.pieces: dict[str, list[Piece]] = {}
         family = family_of(cfg)
         ours = {name: spec for name, spec in ours.items() if not is_training_state(name)}
-        places = _places(family, ours)
+        places, hollow = _places(family, ours), family.hollow(cfg)
         ignored = []
         for name, spec in theirs.specs.items():
             if name in places:
@@ -88,7 +88,7 @@ class Imported:
                 for piece in places[name]:
                     _check_shape(piece, ours[piece.ours].shape, spec.shape)
                     self.pieces.setdefault(piece.ours, []).append(piece)
-            elif _is_ignored(family, cfg, name):
+            elif _is_ignored(family, cfg, name) or spec.shape == hollow.get(name):
                 ignored.append(name)
             elif not (name == TIED_HEAD and cfg.tie_embeddings):
                 _refuse_unknown(family, name, theirs)

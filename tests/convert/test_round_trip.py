@@ -66,6 +66,25 @@ MOE = [name for name in STOCK if not family_named(name).is_dense()]
 BIASED = [name for name in MOE if family_named(name).zeros]
 
 
+def test_a_shared_expert_of_no_width_is_there_and_comes_back(tmp_path: Path) -> None:
+    """As Qwen2-MoE has it where there is none: what Qwen2 is upcycled to."""
+    cfg = load(["model=tiny-qwen2", "model.moe.shared_dim=0", "model.vocab_size=61"]).model
+    ours = Decoder(cfg, {}, ExpertsConfig()).eval()
+    with torch.no_grad():
+        for p in ours.parameters():
+            p.normal_(0.0, 0.2, generator=torch.Generator().manual_seed(p.numel()))
+    assert export_hf(cfg, ours.state_dict(), tmp_path / "out") == "qwen2_moe"
+    theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
+    torch.testing.assert_close(theirs(tokens()).logits, ours(tokens())[0], rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        theirs.model.layers[-1].mlp.shared_expert_gate.weight.fill_(1.0)  # it weighs nothing
+    theirs.save_pretrained(tmp_path / "again")
+    for folder in ("out", "again"):
+        back = open_weights(tmp_path / folder)
+        assert all(torch.equal(back.source.read(key), t) for key, t in ours.state_dict().items())
+
+
 @pytest.mark.parametrize(("name", "has_bias"), [(name, False) for name in MOE] + [(name, True) for name in BIASED])
 def test_transformers_reads_the_other_layout_of_the_experts_too(name: str, has_bias: bool, tmp_path: Path) -> None:
     """Fused, as its models hold them in memory; a bias for choosing experts that we have none of is zero there."""

@@ -42,5 +42,11 @@ class Qwen2Moe(Family):
     def read(self, hf: Mapping[str, Any]) -> dict[str, Any]:
         return layers_from_qwen(hf)
 
+    def hollow(self, cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+        shapes = ((0, cfg.dim), (0, cfg.dim), (cfg.dim, 0), (1, cfg.dim))
+        none = not any(cfg.layer_value("shared_dim", layer) for layer in cfg.moe_layers())
+        pairs = list(zip(SHARED, shapes, strict=True)) if none else []
+        return {rule.theirs[0].format(l=layer): shape for layer in cfg.moe_layers() for rule, shape in pairs}
+
     def write(self, cfg: ModelConfig) -> dict[str, Any]:
         return layers_to_qwen(cfg)

@@ -92,12 +92,12 @@ def prepare(cfg: DataConfig, progress: bool = True) -> Manifest:
         ) from None
 
 
-def prepare_once(cfg: DataConfig) -> None:
+def prepare_once(cfg: DataConfig) -> Manifest:
     """``prepare`` for all ranks of the default process group: rank 0 does the work, the others wait. Collective.
 
     Every rank raises the DataError that rank 0 met.
     """
-    Ranks().first_for_long(lambda: prepare(cfg))
+    return Ranks().first_for_long(lambda: prepare(cfg))
 
 
 def _check(cfg: DataConfig) -> None:

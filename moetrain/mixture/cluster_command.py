@@ -134,7 +134,7 @@ def write_preset(partial: Path, folder: Path, cfg: Config, counts: dict[str, Cou
         "name": folder.name,
         "dir": str(folder / "prepared"),
         "val_fraction": cfg.data.val_fraction,
-        "max_line_mb": max(cfg.data.max_line_mb, 1 + longest // 2**20),
+        "max_line_mb": max(cfg.data.max_line_mb, 1 + longest // 1_000_000),
         "document_mask": cfg.data.document_mask,
         "tokenizer": {"path": str(folder / "tokenizer.json")},
         "sources": {

@@ -17,6 +17,7 @@ from moetrain.convert.open import check_init, has_optimizer, open_weights
 from moetrain.data.asked import Asked, ask, domains_of
 from moetrain.data.dataset import TokenData
 from moetrain.data.loader import Loader
+from moetrain.data.manifest import Manifest
 from moetrain.data.objectives import Objective, build_objective
 from moetrain.data.packing import pack
 from moetrain.data.position import refuse_other_order, saved_position
@@ -57,6 +58,16 @@ def preflight(cfg: Config, resume: bool = False) -> None:
 def open_data(cfg: Config) -> TokenData:
     """The run's prepared data. Raises DataError."""
     return TokenData.open(cfg.data.dir, vocab_size=cfg.model.vocab_size, domain_of=domains_of(cfg.data))
+
+
+def refuse_replaced(data: TokenData, prepared: Manifest) -> None:
+    """Raise DataError where ``data`` is not what was ``prepared`` for this run: a job with other settings may put its
+    own in the same folder before this one has opened it."""
+    if data.manifest.fingerprint != prepared.fingerprint:
+        raise DataError(
+            f"'{data.dir}' was replaced by another job, whose data settings differ, while this one started; give each "
+            f"a data.dir of its own"
+        )
 
 
 def open_sampler(cfg: Config, data: TokenData) -> tuple[Sampler, Asked]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from moetrain.cli import main
 from moetrain.config import load
 from moetrain.data.prepare import prepare
 from moetrain.mixture.cluster import merge_small
+from moetrain.mixture.cluster_command import write_preset
 
 TOPICS = {
     "sea": "wave ship sail harbour tide captain anchor storm",
@@ -63,6 +65,13 @@ def test_topics_become_domains(words: list[str], tmp_path: Path, capsys: pytest.
     assert main(["mixture", "cluster=other", "embed=topics", *words]) == 2
     assert "embed=topics: not a Hugging Face model" in capsys.readouterr().err
     assert not Path("other").exists()
+
+
+def test_the_preset_lets_the_longest_line_through(words: list[str], tmp_path: Path) -> None:
+    longest = 104_857_600
+    write_preset(tmp_path, tmp_path / "topics", load(words, kinds=False), {"c00": Counter(one=1)}, longest)
+    cfg = load(["data=topics"], config_dirs=[str(tmp_path / "presets")], kinds=False)
+    assert cfg.data.max_line_mb * 1_000_000 >= longest
 
 
 def test_small_clusters_join_the_nearest() -> None:

@@ -21,10 +21,12 @@ from moetrain.checkpoint.layout import steps
 from moetrain.cli import main
 from moetrain.config import save
 from moetrain.config.check import resolve_sizes
-from moetrain.config.schema_data import MixtureStepConfig
+from moetrain.config.schema_data import DataConfig, MixtureStepConfig
 from moetrain.data.loader import Batch, Loader
-from moetrain.data.prepare import prepare
+from moetrain.data.manifest import Manifest
+from moetrain.data.prepare import prepare, prepare_once
 from moetrain.data.toy import toy_data
+from moetrain.train import run as run_training
 from moetrain.train.preflight import open_data, open_sampler
 from moetrain.train.trainer import Trainer
 
@@ -133,3 +135,23 @@ def test_killed_at_random_and_resumed_on_other_ranks(tmp_path: Path, capsys: pyt
     assert ["40", "640", "10,240", "user", "digits", "75%,", "letters", "25%"] in rows
     got = {row[0]: int(row[-1]) for row in rows if row and row[0] in ("letters", "digits")}
     assert got["letters"] == sum(source == "letters" for source, *_ in [*before, *after])
+
+
+def test_data_that_another_job_replaces_meanwhile_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two jobs of a sweep with other data settings and the same folder: none trains on what the other has prepared."""
+    cfg, other = load(tmp_path, 8), load(tmp_path, 8)
+    other.data.val_fraction = 0.2
+
+    def prepare_twice(data: DataConfig) -> Manifest:
+        mine = prepare_once(data)
+        prepare(other.data, progress=False)
+        return mine
+
+    def body() -> None:
+        dist.destroy_process_group()  # a run makes its own
+        del os.environ["RANK"], os.environ["WORLD_SIZE"]
+        run_training(cfg)
+
+    monkeypatch.setattr("moetrain.train.prepare_once", prepare_twice)
+    with pytest.raises(RuntimeError, match=r"DataError: '.*' was replaced by another job"):
+        run_ranks(1, body)

@@ -235,3 +235,23 @@ def test_ranks_end_when_their_parent_is_stopped(how: signal.Signals) -> None:
     wait_for(lambda: not any(is_running(int(Path(f"pid-{rank}").read_text())) for rank in range(2)))
     if how is not signal.SIGKILL:
         assert json.loads(out) == {"code": 128 + how, "message": f"stopped by {how.name}"}
+
+
+@pytest.mark.parametrize("term", ["dumb", "xterm"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "mapping world=8 parallel.tp=2 parallel.ep=4",
+        "train model=tiny launch.ranks=2 parallel.pp=2 dry_run=true",
+        "simulate cluster=h100 ranks=4 model=tiny steps=2",
+    ],
+)
+def test_tables_of_numbers_are_whole_on_a_narrow_terminal(
+    words: str, term: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("TERM", term)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert cli.main(words.split()) == 0
+    out = capsys.readouterr().out
+    assert "\u2026" not in out and max(map(len, out.splitlines())) > 60

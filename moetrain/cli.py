@@ -189,7 +189,8 @@ def mapping(argv: Sequence[str]) -> int:
     if args.json:
         print(json.dumps(as_json(sizes, node, cfg.parallel.schedule, refused)))
         return 0
-    wide_console().print(as_tables(sizes, node, cfg.parallel.schedule))
+    tables = as_tables(sizes, node, cfg.parallel.schedule)
+    wide_console(tables).print(tables)
     if refused:
         print(f"'moetrain train' would refuse this mapping for model {cfg.model.name}: {refused}")
     return 0
@@ -347,7 +348,8 @@ def simulate(argv: Sequence[str]) -> int:
     if args.json:
         print(json.dumps(replay_report.as_json(found)))
     else:
-        wide_console().print(replay_report.heading(found), replay_report.as_table(found), sep="\n")
+        table = replay_report.as_table(found)
+        wide_console(table).print(replay_report.heading(found), table, sep="\n")
     return 0
 
 
@@ -475,7 +477,8 @@ def show_dry_run(cfg: Config) -> int:
 
     sizes = check_mapping(cfg, cfg.launch.ranks)
     figures = dry_run(cfg, sizes)
-    wide_console().print(as_tables(cfg, sizes, figures))
+    tables = as_tables(cfg, sizes, figures)
+    wide_console(tables).print(tables)
     print(as_json(cfg, sizes, figures))
     return 0
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 from moetrain.config.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,11 +32,17 @@ def command_parser(name: str, json: bool = False) -> Parser:
     return parser
 
 
-def wide_console() -> Console:
-    """The terminal. A pipe or a file gets wide lines, so that grep finds a name with its description."""
+def wide_console(*whole: RenderableType) -> Console:
+    """The terminal. A pipe or a file gets wide lines, so that grep finds a name with its description. whole: tables of
+    numbers, none of which is cut off; on a narrow terminal their lines go on in the next."""
     from rich.console import Console
+    from rich.measure import Measurement
 
-    return Console(width=None if sys.stdout.isatty() else 180, highlight=False)
+    endless = Console(width=10_000, height=25)
+    needed = max((Measurement.get(endless, endless.options, one).minimum for one in whole), default=0)
+    size = Console().size
+    width = max(size.width if sys.stdout.isatty() else 180, needed)
+    return Console(width=width, height=size.height, highlight=False)
 
 
 def show_help(parser: Parser, command: str, only: Sequence[str]) -> int:

@@ -253,3 +253,23 @@ def test_the_commands_of_the_first_run_can_be_given() -> None:
         check_mapping(cfg, cfg.launch.ranks)
     [more] = [words[-1] for words in lines if "--resume" in words]
     assert load(["experiment=demo", more]).train.steps > load(["experiment=demo"]).train.steps
+
+
+@pytest.mark.parametrize("term", ["dumb", "xterm"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "mapping world=8 parallel.tp=2 parallel.ep=4",
+        "train model=tiny launch.ranks=2 parallel.pp=2 dry_run=true",
+        "simulate cluster=h100 ranks=4 model=tiny steps=2",
+    ],
+)
+def test_tables_of_numbers_are_whole_on_a_narrow_terminal(
+    words: str, term: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("TERM", term)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert cli.main(words.split()) == 0
+    out = capsys.readouterr().out
+    assert "\u2026" not in out and max(map(len, out.splitlines())) > 60

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -16,6 +18,8 @@ from moetrain.config.errors import UserError
 log = logging.getLogger("moetrain")
 
 T = TypeVar("T")
+
+LONG = timedelta(days=7)
 
 
 class RankError(UserError):
@@ -52,6 +56,25 @@ class Ranks:
     def first(self, work: Callable[[], T]) -> T:
         """``work()`` on rank 0 alone; its result on every rank. What it raised is raised on all, as in ``each``."""
         return self._agree(lambda: work() if self.rank == 0 else None, name_rank=False)[0]  # type: ignore[return-value]
+
+    def first_for_long(self, work: Callable[[], T]) -> T:
+        """As ``first``, for work that may take longer than a collective waits: the others wait at the store through
+        which the default group's ranks found each other. Who is lost meanwhile is for ``train.watch`` to see."""
+        if self.size == 1:
+            return self.first(work)
+        store: Any = dist.distributed_c10d._get_default_store()
+        done = f"moetrain/done/{self.gather(uuid4().hex)[0]}"
+
+        def work_or_wait() -> T:
+            if self.rank != 0:
+                store.wait([done], LONG)
+                return None  # type: ignore[return-value]
+            try:
+                return work()
+            finally:
+                store.set(done, "")
+
+        return self._agree(work_or_wait, name_rank=False)[0]
 
     def _agree(self, work: Callable[[], T], name_rank: bool) -> list[T]:
         try:

@@ -94,7 +94,7 @@ def prepare_once(cfg: DataConfig) -> None:
 
     Every rank raises the DataError that rank 0 met.
     """
-    Ranks().first(lambda: prepare(cfg))
+    Ranks().first_for_long(lambda: prepare(cfg))
 
 
 def _check(cfg: DataConfig) -> None:

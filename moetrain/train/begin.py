@@ -48,7 +48,7 @@ def resume(trainer: Trainer) -> None:
     trainer.step, trainer.tokens, trainer.seconds = progress["step"], progress["tokens"], progress["seconds"]
     trainer.waited_s = progress.get("data_wait_s", 0.0)
     if "guard" in progress:
-        trainer.guard.load_state(progress["guard"])
+        trainer.guard.load_state(progress["guard"], trainer.cfg.train.global_batch)
     if "data" in progress:
         samples = progress["data"]["samples"]
         trainer.loader.begin(trainer.step, samples)

@@ -162,11 +162,15 @@ class Guard:
         own = ("losses", "phase", "in_a_row", "low_until")
         return {**{name: getattr(self, name) for name in own}, "waiting": [asdict(batch) for batch in self.waiting]}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take up what ``state`` gave."""
+    def load_state(self, state: dict[str, Any], global_batch: int) -> None:
+        """Take up what ``state`` gave. A batch that waits is forgotten where steps have another number of samples."""
         self.losses, self.phase = list(state["losses"]), state["phase"]
         self.in_a_row, self.low_until = state["in_a_row"], state["low_until"]
-        self.waiting = [Skipped(**batch) for batch in state["waiting"]]
+        waiting = [Skipped(**batch) for batch in state["waiting"]]
+        self.waiting = [batch for batch in waiting if len(batch.samples) == global_batch]
+        for batch in waiting:
+            if batch not in self.waiting:
+                log.warning("the batch of step %d is not tried again: train.global_batch was changed", batch.step + 1)
 
     def _good(self, figures: StepFigures) -> StepFigures:
         self.in_a_row = 0

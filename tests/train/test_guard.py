@@ -136,6 +136,17 @@ def test_a_batch_that_stays_bad_is_skipped_tried_again_and_given_up(
     assert curve(run(folder, "poison-stopped", bad)) == losses
 
 
+def test_a_batch_that_waits_is_forgotten_where_batches_have_another_size(folder: Path) -> None:
+    """Its samples are not a step's any more: of four ranks two would have none of them."""
+
+    def bad(step: int, attempt: int, samples: list[int]) -> float:
+        return math.nan if set(samples) & set(range(40, 48)) else 0.0
+
+    assert events(run(folder, "resized", bad, stop_at=7)) == [("skipped", 6), ("stopped", 7)]
+    rows = run(folder, "resized", bad, "train.global_batch=16", "train.steps=10", world=4)
+    assert rows[-1]["step"] == 10 and events(rows)[2:] == [("resumed", 7)]
+
+
 def test_a_spike_is_taken_at_a_lower_rate_the_second_time(folder: Path, straight: list[float]) -> None:
     words = ("faults.window=6", "faults.spike=20")
 

@@ -115,7 +115,7 @@ def verify(trainer: Trainer, evaluation: Evaluation) -> dict[str, Any]:
     """Load ``export/`` with transformers on rank 0 and compare its loss on the same held-out text. Collective."""
     if trainer.cfg.data.document_mask:  # transformers sees windows whole
         evaluation = trainer.evaluate(document_mask=False)
-    loss = Ranks().first(lambda: transformers_loss(trainer))
+    loss = Ranks().first_for_long(lambda: transformers_loss(trainer))
     log.info("verified   transformers on the export: %.6f nats/token, here %.6f (difference %.1e)",
              loss, evaluation.loss, abs(loss - evaluation.loss))  # fmt: skip
     return {"export_val_loss": loss}

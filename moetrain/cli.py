@@ -12,23 +12,13 @@ from pathlib import Path
 from typing import NoReturn
 
 from moetrain_launch import local
-from moetrain_launch.job import LaunchError
+from moetrain_launch.job import CANNOT_RUN, LaunchError
 
 from moetrain import __version__
 from moetrain.config import Config
 from moetrain.config.check import check_mapping, resolve_sizes
 from moetrain.config.errors import ConfigError, UserError
-from moetrain.start import (
-    asks,
-    get_ready,
-    goes_on,
-    load_run,
-    pick_run_dir,
-    refuse_no_run,
-    refuse_sweep,
-    start_ranks,
-    sweep,
-)
+from moetrain.start import asks, load_run, refuse_no_run, refuse_sweep, start_run, sweep, under_launcher
 from moetrain.terminal import Parser, command_parser, show_help, wide_console
 
 USAGE = "moetrain COMMAND [options] [key=value ...]"
@@ -47,7 +37,6 @@ def train(argv: Sequence[str]) -> int:
         if args.config:
             raise ConfigError("-m composes its runs from presets; it does not go with --config")
         return sweep(args.overrides, args.config_dir, args.resume)
-    started = "WORLD_SIZE" in os.environ and "RANK" in os.environ
     base = args.config
     if args.resume:
         refuse_no_run(args.resume)
@@ -56,28 +45,11 @@ def train(argv: Sequence[str]) -> int:
         args.overrides,
         base=base,
         config_dirs=args.config_dir,
-        check=lambda cfg: check_mapping(cfg, int(os.environ["WORLD_SIZE"]) if started else cfg.launch.ranks),
+        check=lambda cfg: check_mapping(cfg, int(os.environ["WORLD_SIZE"]) if under_launcher() else cfg.launch.ranks),
     )
     if cfg.dry_run:
         return show_dry_run(cfg)
-    refuse_sweep(cfg)
-    if args.resume:
-        cfg.run_dir = str(args.resume)
-    elif goes_on(cfg):
-        args.resume = Path(cfg.run_dir)
-    if local.reports_for_me() or local.ENDS_WITH_PARENT in os.environ:
-        local.end_with_parent()
-    if not started:
-        if not args.resume:
-            cfg.run_dir = str(pick_run_dir(cfg, asked=asks("run_dir", args.overrides)))
-            args.resume = Path(cfg.run_dir) if goes_on(cfg) else None
-        get_ready(cfg, bool(args.resume))
-        if cfg.launch.ranks > 1:
-            return start_ranks(cfg, args.resume, args.traceback)
-    from moetrain.train import run
-
-    run(cfg, resume=bool(args.resume))
-    return 0
+    return start_run(cfg, args.resume, asks("run_dir", args.overrides), args.traceback)
 
 
 def launch(argv: Sequence[str]) -> int:
@@ -96,10 +68,7 @@ def launch(argv: Sequence[str]) -> int:
     from moetrain import launch as launching
 
     if args.multirun:
-        try:
-            print(f"started: {launching.start_sweep(args.overrides, args.config_dir)}")
-        except LaunchError as error:
-            raise ConfigError(str(error)) from error
+        print(f"started: {launching.start_sweep(args.overrides, args.config_dir)}")
         return 0
     if args.resume:
         refuse_no_run(args.resume)
@@ -108,14 +77,11 @@ def launch(argv: Sequence[str]) -> int:
     refuse_sweep(cfg)
     if args.resume:
         cfg.run_dir = str(args.resume)
-    try:
-        if args.print:
-            print(launching.show(cfg), end="")
-        else:
-            started = launching.start(cfg, bool(args.resume))
-            print(f"started: {started}; see 'moetrain launch status {launching.target(cfg)}'")
-    except LaunchError as error:
-        raise ConfigError(str(error)) from error
+    if args.print:
+        print(launching.show(cfg), end="")
+    else:
+        started = launching.start(cfg, bool(args.resume))
+        print(f"started: {started}; see 'moetrain launch status {launching.target(cfg)}'")
     return 0
 
 
@@ -130,13 +96,10 @@ def launched(what: str, argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     from moetrain import launch as launching
 
-    try:
-        if what == "logs":
-            launching.logs(args.run, args.lines, args.follow)
-        else:
-            print({"status": launching.status, "cancel": launching.cancel}[what](args.run))
-    except LaunchError as error:
-        raise ConfigError(str(error)) from error
+    if what == "logs":
+        launching.logs(args.run, args.lines, args.follow)
+    else:
+        print({"status": launching.status, "cancel": launching.cancel}[what](args.run))
     return 0
 
 
@@ -208,19 +171,11 @@ def parity(argv: Sequence[str]) -> int:
     numbers, overrides = take_numbers(args.overrides, ("world", "steps"))
     ranks = lambda cfg: numbers.get("world", cfg.launch.ranks)  # noqa: E731
     cfg = load_run(overrides, config_dirs=args.config_dir, check=lambda cfg: check_mapping(cfg, ranks(cfg)))
-    world = ranks(cfg)
-    from moetrain.config.shrink import shrink, shrunken
     from moetrain.train import parity
 
-    small = shrink(cfg, resolve_sizes(cfg.parallel, world))
-    small.train.steps = numbers.get("steps", 20)
-    if not asks("train.precision", overrides):
-        small.train.precision = "float32" if cfg.parallel.engine == "deepspeed" else "float64"
-    logging.getLogger("moetrain").setLevel(logging.WARNING)
-    print(f"a small copy of {cfg.model.name} on {world} ranks: {shrunken(cfg, small)}", flush=True)
-    mapped, alone = parity.prove(small, world)
-    wide_console().print(parity.as_table(mapped[0], alone))
-    result = parity.summary(parity.differences(mapped, alone), small, world)
+    result = parity.of_small_copy(
+        cfg, ranks(cfg), numbers.get("steps", 20), asks("train.precision", overrides), wide_console()
+    )
     print(json.dumps(result))
     return 0 if result["within"] else 1
 
@@ -454,7 +409,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (UserError, OSError) as error:
+    except (UserError, LaunchError, OSError) as error:
         if "--traceback" in words:
             raise
         return report(error)
@@ -463,7 +418,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def report(error: Exception) -> int:
     """Show ``error`` as one line, or leave it for the process that started this rank; return the exit code."""
     line = " ".join(str(error).split())
-    code = error.exit_code if isinstance(error, UserError) else 1
+    code = error.exit_code if isinstance(error, UserError) else CANNOT_RUN if isinstance(error, LaunchError) else 1
     local.show_error(line, code)
     return code
 

@@ -49,6 +49,34 @@ def asks(key: str, overrides: Sequence[str]) -> bool:
     return any(word.lstrip("+").startswith(f"{key}=") for word in overrides)
 
 
+def start_run(cfg: Config, resume: Path | None, asked: bool, show_traceback: bool) -> int:
+    """Train ``cfg``, or go on with the run in ``resume``; its exit code. asked: the user gave ``run_dir``. Under a
+    launcher this process is one rank of it; else it is the run, or starts the ranks of it."""
+    refuse_sweep(cfg)
+    if resume:
+        cfg.run_dir = str(resume)
+    elif goes_on(cfg):
+        resume = Path(cfg.run_dir)
+    if local.reports_for_me() or local.ENDS_WITH_PARENT in os.environ:
+        local.end_with_parent()
+    if not under_launcher():
+        if not resume:
+            cfg.run_dir = str(pick_run_dir(cfg, asked))
+            resume = Path(cfg.run_dir) if goes_on(cfg) else None
+        get_ready(cfg, bool(resume))
+        if cfg.launch.ranks > 1:
+            return start_ranks(cfg, resume, show_traceback)
+    from moetrain.train import run
+
+    run(cfg, resume=bool(resume))
+    return 0
+
+
+def under_launcher() -> bool:
+    """Whether torchrun, srun or the like has started this process."""
+    return "WORLD_SIZE" in os.environ and "RANK" in os.environ
+
+
 def goes_on(cfg: Config) -> bool:
     """Whether a command without --resume means the run in ``cfg.run_dir``, which a signal stopped, or which torchrun or
     Slurm has started again. Only a run of the same config."""

@@ -21,6 +21,7 @@ from moetrain import cli
 from moetrain.config import Config, load, save
 from moetrain.config.check import check_mapping
 from moetrain.config.typed import paths_of
+from moetrain.start import pick_run_dir
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONPATH = os.pathsep.join(str(ROOT / folder) for folder in ("", "kernels", "launch"))
@@ -79,15 +80,15 @@ def test_a_taken_run_directory_is_refused(capsys: pytest.CaptureFixture[str]) ->
 def test_a_default_run_directory_is_numbered_on_and_an_asked_one_is_kept() -> None:
     cfg = load(["run_dir=runs/x"])
     for name in ("x", "x-2"):
-        assert cli.pick_run_dir(cfg, asked=False) == Path("runs") / name
+        assert pick_run_dir(cfg, asked=False) == Path("runs") / name
         (Path("runs") / name).mkdir(parents=True)
         save(cfg, Path("runs") / name / "config.yaml")
-    assert cli.pick_run_dir(cfg, asked=False) == Path("runs/x-3")
-    assert cli.pick_run_dir(cfg, asked=True) == Path("runs/x")
+    assert pick_run_dir(cfg, asked=False) == Path("runs/x-3")
+    assert pick_run_dir(cfg, asked=True) == Path("runs/x")
     save(load(["run_dir=runs/x-2"]), Path("runs/x-2/config.yaml"))
     Path("runs/x-2/stopped").touch()  # by a signal: the same command goes on
-    assert cli.pick_run_dir(cfg, asked=False) == Path("runs/x-2")
-    assert cli.pick_run_dir(load(["run_dir=runs/x", "seed=7"]), asked=False) == Path("runs/x-3")
+    assert pick_run_dir(cfg, asked=False) == Path("runs/x-2")
+    assert pick_run_dir(load(["run_dir=runs/x", "seed=7"]), asked=False) == Path("runs/x-3")
 
 
 def test_help_shows_every_setting_with_type_default_and_description(capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,7 +139,7 @@ def test_resume_takes_the_saved_config_and_further_settings(monkeypatch: pytest.
     """Everything comes from the run directory, which may have moved; single settings may be changed."""
     seen: list[tuple[Config, bool]] = []
     monkeypatch.setattr("moetrain.train.run", lambda cfg, resume: seen.append((cfg, resume)))
-    monkeypatch.setattr(cli, "get_ready", lambda cfg, resume: None)
+    monkeypatch.setattr("moetrain.start.get_ready", lambda cfg, resume: None)
     Path("moved").mkdir()
     save(load(["run_dir=before", "seed=5", "model.n_layers=2"]), "moved/config.yaml")
     assert cli.main(["train", "--resume", "moved", "train.steps=7"]) == 0

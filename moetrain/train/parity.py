@@ -6,6 +6,7 @@ The one process computes with the oracles: experts in a loop, attention written 
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from moetrain_launch.fork import run_ranks
+from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -23,6 +25,7 @@ from moetrain.config.check import check_config, check_mapping, resolve_sizes
 from moetrain.config.errors import ConfigError, TrainError
 from moetrain.config.registry import DISPATCHERS, PLACEMENTS
 from moetrain.config.schema import Config, ParallelConfig
+from moetrain.config.shrink import shrink, shrunken
 from moetrain.data.prepare import prepare
 from moetrain.data.toy import toy_data
 from moetrain.moe.dispatch.lsh import LshOptions
@@ -62,6 +65,22 @@ class Differences:
         """Whether nothing differs by more than ``tolerance`` (weights: 100 times that). exact: loads are equal."""
         figures = (self.loss_rel, self.aux_rel, self.grad_norm_rel, self.val_loss_rel, self.weights_rel / 100)
         return max(figures) <= tolerance and (self.loads_equal or not exact)
+
+
+def of_small_copy(cfg: Config, world: int, steps: int, own_precision: bool, console: Console) -> dict[str, Any]:
+    """Prove ``cfg`` on ``world`` ranks by ``steps`` steps of a small copy, and show both curves; ``summary``'s figures.
+
+    own_precision: in that of ``cfg``; else in the most exact one that the engine has. Raises TrainError, ConfigError.
+    """
+    small = shrink(cfg, resolve_sizes(cfg.parallel, world))
+    small.train.steps = steps
+    if not own_precision:
+        small.train.precision = "float32" if cfg.parallel.engine == "deepspeed" else "float64"
+    logging.getLogger("moetrain").setLevel(logging.WARNING)
+    print(f"a small copy of {cfg.model.name} on {world} ranks: {shrunken(cfg, small)}", flush=True)
+    mapped, alone = prove(small, world)
+    console.print(as_table(mapped[0], alone))
+    return summary(differences(mapped, alone), small, world)
 
 
 def prove(small: Config, world: int, timeout: float = 900) -> tuple[list[Curve], Curve]:

@@ -45,7 +45,7 @@ def a_model(preset: str, folder: str) -> Config:
 def test_the_model_the_tokenizer_and_the_balance_are_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Config] = []
     monkeypatch.setattr("moetrain.train.run", lambda cfg, resume: seen.append(cfg))
-    monkeypatch.setattr(cli, "get_ready", lambda cfg, resume: None)
+    monkeypatch.setattr("moetrain.start.get_ready", lambda cfg, resume: None)
     cfg = a_model("tiny-deepseek", "hf")
     assert cli.main(["convert", "to=moetrain", "from=hf", "out=mine"]) == 0
     for init in ("hf", "mine"):

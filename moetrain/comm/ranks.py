@@ -38,6 +38,11 @@ class Ranks:
         self.rank = 0 if self.alone else dist.get_rank(group)
         self.size = 1 if self.alone else dist.get_world_size(group)
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this is their rank 0."""
+        return self.rank == 0
+
     def gather(self, value: T) -> list[T]:
         """Every rank's ``value`` (it must pickle), in rank order, on every rank."""
         if self.alone:

@@ -12,12 +12,14 @@ import torch
 import torch.distributed as dist
 from moetrain_launch.fork import run_ranks
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from moetrain import cli, config
 from moetrain.config.check import resolve_sizes
 from moetrain.convert.family import family_named
 from moetrain.convert.open import brings, open_weights
 from moetrain.data.toy import toy_data
+from moetrain.train import engine
 from moetrain.train.engine import whole_weights
 from moetrain.train.trainer import Trainer
 from tests.convert.test_round_trip import STOCK, tensors_in
@@ -25,6 +27,7 @@ from tests.distributed.test_resume_elsewhere import ALL, HSDP, PIPELINE
 from tests.distributed.toy_run import BASE, SIGMOID, SOFTMAX, load, one_step
 from tests.model import hf_models
 
+SPLIT = (4, ["parallel.etp=2", "parallel.dp_shard=2", "parallel.tp=2", "train.micro_batch=2"])
 ZERO3 = (2, ["parallel.engine=deepspeed", "parallel.zero=3", "parallel.ep=2", "train.micro_batch=2"])
 ZERO1 = (2, ["parallel.engine=deepspeed", "parallel.zero=1", "train.micro_batch=2"])
 
@@ -45,13 +48,25 @@ def train_and_save(cfg: config.Config) -> dict[str, Tensor]:
         (ALL, [*SIGMOID, "model.tie_embeddings=true"]),
         (PIPELINE, SOFTMAX),
         (HSDP, SIGMOID),
+        (SPLIT, SIGMOID),
         (ZERO1, SOFTMAX),
         (ZERO3, SIGMOID),
     ],
-    ids=["pp, tp, ep, etp, tied", "zero-bubble pipeline", "hsdp, ep 4", "zero 1", "zero 3, ep 2"],
+    ids=["pp, tp, ep, etp, tied", "zero-bubble pipeline", "hsdp, ep 4", "edp, ep, etp", "zero 1", "zero 3, ep 2"],
 )
-def test_the_weights_of_a_sharded_checkpoint(prepared: Path, mapping: tuple[int, list[str]], choice: list[str]) -> None:
+def test_the_weights_of_a_sharded_checkpoint(
+    prepared: Path, mapping: tuple[int, list[str]], choice: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are those that are gathered, in stretches: on no device is there a whole tensor that is large."""
     world, settings = mapping
+    limit, full_tensor = 4096, DTensor.full_tensor
+
+    def small(value: DTensor) -> Tensor:
+        assert value.nbytes <= limit
+        return full_tensor(value)
+
+    monkeypatch.setattr(engine, "STRETCH", limit)
+    monkeypatch.setattr(DTensor, "full_tensor", small)
     cfg = load(prepared, [*choice, *settings, "train.precision=float32"])
     held = run_ranks(world, train_and_save, cfg, timeout=300)[0]
     config.save(cfg, Path(cfg.run_dir) / "config.yaml")

@@ -105,8 +105,8 @@ def build_engine(cfg: Config, dims: ParallelDims, device: torch.device) -> Engin
 
 
 def whole_weights(engine: Engine, dims: ParallelDims) -> InOrder:
-    """``engine.weights()`` of all stages, gathered on the CPU of rank 0 one at a time; the other ranks take
-    part. Collective, and so is every step through what it gives."""
+    """``engine.weights()`` of all stages, gathered on the CPU of rank 0 one at a time; the other ranks take part, at
+    rank 0's pace. Collective, and so is every step through what it gives."""
     pipeline = Ranks(dims.group("pp"))
     mine = engine.weights()
     stages = pipeline.gather({name: Spec.of(value) for name, value in mine.items()})
@@ -115,6 +115,8 @@ def whole_weights(engine: Engine, dims: ParallelDims) -> InOrder:
     def gathered() -> Iterator[tuple[str, Tensor]]:
         for stage, names in enumerate(stages):
             for name in names:
+                # Nobody runs ahead: what then waits for rank 0, which may write for hours, would give up.
+                dist.all_reduce(torch.zeros(()))
                 whole = gather_whole(mine[name], keeps) if pipeline.rank == stage else None
                 yield name, pipeline.bring(whole, stage) if keeps else torch.empty(0)
 
@@ -129,7 +131,7 @@ def gather_whole(value: Tensor, keeps: bool) -> Tensor:
     """
     if not isinstance(value, DTensor):
         return value.detach().cpu() if keeps else torch.empty(0)
-    local, shape = value.detach().to_local(), list(value.shape)
+    local, shape = value.to_local(), list(value.shape)
     parts = [prod(value.device_mesh.size(i) for i, p in enumerate(value.placements) if getattr(p, "dim", None) == dim)
              for dim in range(value.ndim)]  # fmt: skip
     # Each rank has as many rows of it as the others, so that a stretch of theirs is a smaller tensor, split alike.

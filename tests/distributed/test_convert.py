@@ -4,6 +4,8 @@ kind of mapping starts from the same weights, each rank reading its slices; ever
 from __future__ import annotations
 
 import shutil
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from moetrain.convert.open import brings, open_weights
 from moetrain.data.toy import toy_data
 from moetrain.train import engine
 from moetrain.train.engine import whole_weights
+from moetrain.train.runtime import timeout_of_new_groups
 from moetrain.train.trainer import Trainer
 from tests.convert.test_round_trip import STOCK, tensors_in
 from tests.distributed.test_resume_elsewhere import ALL, HSDP, PIPELINE
@@ -78,6 +81,22 @@ def test_the_weights_of_a_sharded_checkpoint(
         box = tuple(slice(n // 3, n // 3 + max(1, n // 2)) for n in whole.shape)
         assert torch.equal(opened.source.read(name, box), whole[box]), name
     shutil.rmtree(prepared / "run")
+
+
+def written_slowly(cfg: config.Config) -> int:
+    """How many weights come one by one to a first rank that takes longer over all of them than ranks wait."""
+    with timeout_of_new_groups(timedelta(seconds=2)):
+        trainer = Trainer(cfg, resolve_sizes(cfg.parallel, dist.get_world_size()), Path(cfg.run_dir))
+    count = 0
+    for _ in whole_weights(trainer.engine, trainer.dims):
+        count += 1
+        time.sleep(0.1 if dist.get_rank() == 0 else 0)
+    return count
+
+
+def test_an_export_may_take_longer_than_ranks_wait_for_each_other(prepared: Path) -> None:
+    counts = run_ranks(4, written_slowly, load(prepared, [*SIGMOID, "parallel.pp=2", "train.micro_batch=1"]))
+    assert counts == [counts[0]] * 4 and counts[0] > 40
 
 
 # The toy run without its model, which is that of the weights.

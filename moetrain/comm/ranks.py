@@ -51,6 +51,14 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
+    def gather_first(self, value: T) -> list[T]:
+        """``gather`` to rank 0 alone, for what is large; an empty list on the other ranks."""
+        if self.alone:
+            return [value]
+        values: list[Any] = [None] * self.size if self.rank == 0 else []
+        dist.gather_object(value, values or None, group=self.group, group_dst=0)
+        return values
+
     def each(self, work: Callable[[], T]) -> list[T]:
         """``work()`` on every rank; all results. What it raised on any rank is raised on all: a UserError as it is, all
         else as a RankError."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from moetrain.config.errors import ConfigError
+from moetrain.parallel.zero import import_deepspeed
 from moetrain.train.runtime import ALLOCATOR, pick_device
 
 TORCHRUN = {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
@@ -39,6 +41,18 @@ def test_a_rank_takes_the_gpu_of_its_number_or_the_one_that_slurm_shows_it(monke
     assert pick(monkeypatch, 4, {}) == torch.device("cuda", 0)
     assert pick(monkeypatch, 2, TORCHRUN) == pick(monkeypatch, 8, SRUN) == torch.device("cuda", 1)
     assert pick(monkeypatch, 1, SRUN) == torch.device("cuda", 0)
+
+
+def test_deepspeed_takes_that_gpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes by LOCAL_RANK."""
+    for name, value in {**SRUN, "DS_ACCELERATOR": "cpu"}.items():
+        monkeypatch.setenv(name, value)
+    package = SimpleNamespace(ops=SimpleNamespace(__compatible_ops__={}), init_distributed=lambda **_: None)
+    monkeypatch.setitem(sys.modules, "deepspeed", package)
+    import_deepspeed(torch.device("cpu"))
+    assert os.environ["LOCAL_RANK"] == "1"
+    import_deepspeed(pick(monkeypatch, 1, SRUN))
+    assert os.environ["LOCAL_RANK"] == "0"
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])

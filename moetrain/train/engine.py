@@ -248,7 +248,7 @@ class TorchEngine:
         state = gather_state(self.model, self.optimizer, self.progress(progress))
         if self.placement is None:
             return state
-        return {**state, **{part: self.placement.as_ep(state[part]) for part in ("model", "optim")}}
+        return {**state, **{part: self.placement.as_ep(state[part], on_host=True) for part in ("model", "optim")}}
 
     def load_state(self, state: dict[str, Any]) -> dict[str, Any]:
         if self.placement is not None:

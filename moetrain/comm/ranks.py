@@ -38,12 +38,25 @@ class Ranks:
         self.rank = 0 if self.alone else dist.get_rank(group)
         self.size = 1 if self.alone else dist.get_world_size(group)
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this is their rank 0."""
+        return self.rank == 0
+
     def gather(self, value: T) -> list[T]:
         """Every rank's ``value`` (it must pickle), in rank order, on every rank."""
         if self.alone:
             return [value]
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def gather_first(self, value: T) -> list[T]:
+        """``gather`` to rank 0 alone, for what is large; an empty list on the other ranks."""
+        if self.alone:
+            return [value]
+        values: list[Any] = [None] * self.size if self.rank == 0 else []
+        dist.gather_object(value, values or None, group=self.group, group_dst=0)
         return values
 
     def each(self, work: Callable[[], T]) -> list[T]:

@@ -128,9 +128,10 @@ class ExpertPlacement:
                     tensor._local_tensor = self._moved(tensor.to_local(), copies.homes, new)
             copies.homes = new
 
-    def as_ep(self, values: dict[str, Any]) -> dict[str, Any]:
+    def as_ep(self, values: dict[str, Any], on_host: bool = False) -> dict[str, Any]:
         """``values`` of a state (their names contain a parameter's) with rows where plain expert parallelism
-        has them: copies, where that is elsewhere. Collective."""
+        has them: copies, where that is elsewhere. on_host: these copies are in host memory, since a GPU has no room for
+        its experts and their optimizer state twice. Collective."""
         found = dict(values)
         for key, value in values.items():
             name = next((name for name in self.layers if f"{name}.experts." in key), None)
@@ -138,10 +139,9 @@ class ExpertPlacement:
                 homes = self.copies[name].homes
                 ep = ep_homes(len(homes), self.ranks)
                 if homes != ep:
-                    found[key] = DTensor.from_local(
-                        self._moved(value.to_local(), homes, ep), value.device_mesh, value.placements,
-                        run_check=False, shape=value.shape, stride=value.stride(),
-                    )  # fmt: skip
+                    moved = self._moved(value.to_local(), homes, ep)
+                    # Not by DTensor.from_local, which takes every part to the device of its mesh
+                    found[key] = DTensor(moved.cpu() if on_host else moved, value._spec, requires_grad=False)
         return found
 
     def to_ep(self, optimizer: torch.optim.Optimizer) -> None:

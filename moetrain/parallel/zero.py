@@ -28,6 +28,8 @@ from moetrain.parallel.mesh import ParallelDims
 def import_deepspeed(device: torch.device) -> Any:
     """The package ``deepspeed``, set up for ``device`` and on top of the process group that there is."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)  # read at import
+    if device.type == "cuda":  # it takes the one for the other; where Slurm shows a task its GPU alone, they differ
+        os.environ["LOCAL_RANK"] = str(device.index)
     import deepspeed
     from deepspeed import ops
 

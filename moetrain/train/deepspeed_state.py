@@ -36,27 +36,28 @@ class ZeroState:
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
     @torch.no_grad()
-    def weights(self) -> dict[str, Tensor]:
-        """Parameters, as DTensors, and persistent buffers by name."""
+    def weights(self, on_host: bool = False) -> dict[str, Tensor]:
+        """Parameters, as DTensors, and persistent buffers by name. on_host: parameters in host memory."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         model: dict[str, Tensor] = dict(self.model.state_dict())
         for name, p in self.model.named_parameters():
-            model[name] = self._spread(safe_get_full_fp32_param(p), is_expert(p))
+            model[name] = self._spread(safe_get_full_fp32_param(p), is_expert(p), on_host)
         return model
 
     @torch.no_grad()
     def gather(self, train: dict[str, Any]) -> dict[str, Any]:
-        """What ``checkpoint.gather_state`` gives, under the same names; parameters as DTensors."""
+        """What ``checkpoint.gather_state`` gives, under the same names; parameters as DTensors, in host memory: a GPU
+        has no room for all of its state twice, and none at all for one that is offloaded."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         optim: dict[str, Any] = {}
         steps = self._steps()
         for name, p in self.model.named_parameters():
             for key in QUANTITIES:
-                optim[f"state.{name}.{key}"] = self._spread(safe_get_full_optimizer_state(p, key), is_expert(p))
+                optim[f"state.{name}.{key}"] = self._spread(safe_get_full_optimizer_state(p, key), is_expert(p), True)
             optim[f"state.{name}.step"] = steps[0].detach().cpu().clone()
-        return {"model": self.weights(), "optim": optim, "train": train}
+        return {"model": self.weights(on_host=True), "optim": optim, "train": train}
 
     @torch.no_grad()
     def apply(self, state: dict[str, Any]) -> dict[str, Any]:
@@ -111,7 +112,7 @@ class ZeroState:
     def _steps(self) -> list[Tensor]:
         return [state["step"] for state in self.optimizer.optimizer.state.values()]
 
-    def _spread(self, whole: Tensor, expert: bool) -> DTensor:
+    def _spread(self, whole: Tensor, expert: bool, on_host: bool) -> DTensor:
         """The DTensor of which every rank keeps a share of ``whole``: its (e, ...) experts, or all of a parameter.
 
         The others' parts are freed, so a checkpoint takes no more memory than the sharded state does.
@@ -128,11 +129,21 @@ class ZeroState:
         mine = mesh.get_local_rank(0)
         local = chunks[mine].clone() if mine < len(chunks) else whole.narrow(split.dim, 0, 0).clone()
         stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+        spread = DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+        return DTensor(local.cpu(), spread._spec, requires_grad=False) if on_host else spread
 
     def _whole(self, value: Tensor) -> Tensor:
         """What ``_spread`` was given; plain tensors as they are."""
         if not isinstance(value, DTensor):
             return value
+        # To the device of its mesh, if it is in host memory
+        value = DTensor.from_local(
+            value.to_local(),
+            value.device_mesh,
+            value.placements,
+            run_check=False,
+            shape=value.shape,
+            stride=value.stride(),
+        )
         placements = [Replicate(), Shard(0)] if value.device_mesh.ndim == 2 else [Replicate()]
         return value.redistribute(placements=placements).to_local()

@@ -97,9 +97,14 @@ class RoutingWatch:
         for total in (self.counts_LGE, self.entropy_L, self.tokens_L):
             dist.all_reduce(total)
         merged: dict[int, dict[int, tuple[int, np.ndarray]]] = {i: {} for i in self.layers}
-        for part in Ranks().gather(self.sample):
-            for layer, rows in part.items():
-                merged[layer].update(rows)
+        packed = {}  # some large arrays, not a small one for each token and layer
+        for layer, rows in self.sample.items():
+            if rows:
+                tokens, ids = zip(*rows.values(), strict=True)
+                packed[layer] = np.array(list(rows)), np.array(tokens), np.stack(ids)
+        for part in Ranks().gather_first(packed):
+            for layer, (keys_N, token_N, ids_NK) in part.items():
+                merged[layer].update(zip(keys_N.tolist(), zip(token_N.tolist(), ids_NK, strict=True), strict=True))
         counts_LGE = self.counts_LGE.cpu().numpy()
 
         def write() -> None:

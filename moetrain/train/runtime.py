@@ -21,6 +21,14 @@ from moetrain.config.schema import Config
 
 log = logging.getLogger("moetrain")
 
+# Where a user may have chosen how memory of the GPU is given out. NCCL cannot register memory of segments that grow.
+ALLOCATOR = (
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "PYTORCH_HIP_ALLOC_CONF",
+    "TORCH_NCCL_USE_TENSOR_REGISTER_ALLOCATOR_HOOK",
+)
+
 
 def pick_device(name: str) -> torch.device:
     """The device of this rank for ``device: auto|cpu|cuda``. Raises ConfigError when cuda is asked for and absent, or
@@ -39,6 +47,10 @@ def pick_device(name: str) -> torch.device:
             f"use launch.ranks={seen}, or device=cpu"
         )
     device = torch.device("cuda", rank)
+    # Experts get another number of rows in every step. From segments of fixed sizes that leaves gaps, until memory runs
+    # out though a good part of it is free. torch reads this when CUDA begins.
+    if not any(name in os.environ for name in ALLOCATOR):
+        os.environ[ALLOCATOR[0]] = "expandable_segments:True"
     torch.cuda.set_device(device)
     return device
 

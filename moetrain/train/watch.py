@@ -4,7 +4,8 @@ A launcher such as srun may leave the other ranks alone, and all that they meet 
 neighbour that ended for the same reason, or nothing at all. So a thread of each rank writes a sign of life every second
 into the store through which the ranks found each other, and looks there for a verdict: one line that says which rank is
 lost. Who meets a failed collective asks for one; who fails by itself leaves its own reason there. Ranks also look at
-the signs of life of their two neighbours, for one that is lost while nobody's collective can notice.
+the signs of life of their two neighbours, for one that is lost while nobody's collective can notice, and at what NCCL
+knows of collectives on their GPU, whose failure reaches no Python code.
 
 It costs each rank two or three operations on the store a second, none of which waits. One rank alone is not watched.
 """
@@ -23,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from moetrain_launch import local
 
@@ -105,6 +107,7 @@ class Watch:
         self._own_error = ""
         self._verdict = ""
         self._asked_s: float | None = None  # since when a verdict is wanted
+        self._gpu_gave_up = False
         self._inspects: bool | None = None  # whether finding one is up to this rank
         self._looked_s, self._side = 0.0, -1
         self._turned_s, self._turns = 0.0, 0
@@ -183,6 +186,9 @@ class Watch:
         if now_s > self._turned_s + SILENT_S:  # this rank stood still itself, maybe all did: Slurm suspends whole jobs
             self._trust_s = now_s + SILENT_S
         self._turned_s = now_s
+        if not self._gpu_gave_up and gpu_gave_up():
+            self._gpu_gave_up = True
+            self._asked_s = self._asked_s or now_s
         self._beat()
         if self._own_error:
             me = Beat(0, 0, socket.gethostname(), os.getpid())
@@ -205,7 +211,9 @@ class Watch:
         self._turns += 1
 
     def _beat(self) -> None:
-        beat = Beat(self._now(), self.step(), socket.gethostname(), os.getpid(), *_place(), self._processes)
+        at, waits = _place()
+        waits = waits or self._gpu_gave_up
+        beat = Beat(self._now(), self.step(), socket.gethostname(), os.getpid(), at, waits, self._processes)
         self._store.set(f"beat/{self._rank}", json.dumps(asdict(beat)))
 
     def _beat_of(self, rank: int) -> Beat:
@@ -315,6 +323,18 @@ def _place() -> tuple[str, bool]:
         return "", waits
     module = frame.f_globals["__name__"]
     return f"{module}:{frame.f_lineno}", waits or module == __name__  # here it waits for a verdict
+
+
+def gpu_gave_up() -> bool:
+    """Whether a collective that this rank's GPU waits for has failed or taken too long.
+
+    The main thread hears nothing of that, wherever it waits for the GPU. NCCL's watchdog notes it, and ends the process
+    a minute later (four times TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC) by SIGABRT, without a line.
+    """
+    gpu = torch.device("cuda")
+    groups: list[Any] = list(dist.distributed_c10d._world.pg_map)
+    backends = [group._get_backend(gpu) for group in groups if gpu in group._device_types]
+    return any(b.get_error().name != "SUCCESS" for b in backends if hasattr(b, "get_error"))
 
 
 def behind(beats: dict[int, Beat]) -> str:

@@ -35,3 +35,8 @@ def test_work_of_the_first_rank_may_take_longer_than_a_collective() -> None:
 
     expected = (7, ["DataError: no text", "RankError: broken"])
     assert run_ranks(3, body) == [expected] * 3
+
+
+def test_what_is_large_goes_to_the_first_rank_alone() -> None:
+    found = run_ranks(3, lambda: Ranks().gather_first("x" * dist.get_rank()))
+    assert found == [["", "x", "xx"], [], []]

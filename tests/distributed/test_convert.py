@@ -4,6 +4,8 @@ kind of mapping starts from the same weights, each rank reading its slices; ever
 from __future__ import annotations
 
 import shutil
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +14,23 @@ import torch
 import torch.distributed as dist
 from moetrain_launch.fork import run_ranks
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from moetrain import cli, config
 from moetrain.config.check import resolve_sizes
 from moetrain.convert.family import family_named
 from moetrain.convert.open import brings, open_weights
 from moetrain.data.toy import toy_data
+from moetrain.train import engine
 from moetrain.train.engine import whole_weights
+from moetrain.train.runtime import timeout_of_new_groups
 from moetrain.train.trainer import Trainer
 from tests.convert.test_round_trip import STOCK, tensors_in
 from tests.distributed.test_resume_elsewhere import ALL, HSDP, PIPELINE
 from tests.distributed.toy_run import BASE, SIGMOID, SOFTMAX, load, one_step
 from tests.model import hf_models
 
+SPLIT = (4, ["parallel.etp=2", "parallel.dp_shard=2", "parallel.tp=2", "train.micro_batch=2"])
 ZERO3 = (2, ["parallel.engine=deepspeed", "parallel.zero=3", "parallel.ep=2", "train.micro_batch=2"])
 ZERO1 = (2, ["parallel.engine=deepspeed", "parallel.zero=1", "train.micro_batch=2"])
 
@@ -45,13 +51,25 @@ def train_and_save(cfg: config.Config) -> dict[str, Tensor]:
         (ALL, [*SIGMOID, "model.tie_embeddings=true"]),
         (PIPELINE, SOFTMAX),
         (HSDP, SIGMOID),
+        (SPLIT, SIGMOID),
         (ZERO1, SOFTMAX),
         (ZERO3, SIGMOID),
     ],
-    ids=["pp, tp, ep, etp, tied", "zero-bubble pipeline", "hsdp, ep 4", "zero 1", "zero 3, ep 2"],
+    ids=["pp, tp, ep, etp, tied", "zero-bubble pipeline", "hsdp, ep 4", "edp, ep, etp", "zero 1", "zero 3, ep 2"],
 )
-def test_the_weights_of_a_sharded_checkpoint(prepared: Path, mapping: tuple[int, list[str]], choice: list[str]) -> None:
+def test_the_weights_of_a_sharded_checkpoint(
+    prepared: Path, mapping: tuple[int, list[str]], choice: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are those that are gathered, in stretches: on no device is there a whole tensor that is large."""
     world, settings = mapping
+    limit, full_tensor = 4096, DTensor.full_tensor
+
+    def small(value: DTensor) -> Tensor:
+        assert value.nbytes <= limit
+        return full_tensor(value)
+
+    monkeypatch.setattr(engine, "STRETCH", limit)
+    monkeypatch.setattr(DTensor, "full_tensor", small)
     cfg = load(prepared, [*choice, *settings, "train.precision=float32"])
     held = run_ranks(world, train_and_save, cfg, timeout=300)[0]
     config.save(cfg, Path(cfg.run_dir) / "config.yaml")
@@ -63,6 +81,22 @@ def test_the_weights_of_a_sharded_checkpoint(prepared: Path, mapping: tuple[int,
         box = tuple(slice(n // 3, n // 3 + max(1, n // 2)) for n in whole.shape)
         assert torch.equal(opened.source.read(name, box), whole[box]), name
     shutil.rmtree(prepared / "run")
+
+
+def written_slowly(cfg: config.Config) -> int:
+    """How many weights come one by one to a first rank that takes longer over all of them than ranks wait."""
+    with timeout_of_new_groups(timedelta(seconds=2)):
+        trainer = Trainer(cfg, resolve_sizes(cfg.parallel, dist.get_world_size()), Path(cfg.run_dir))
+    count = 0
+    for _ in whole_weights(trainer.engine, trainer.dims):
+        count += 1
+        time.sleep(0.1 if dist.get_rank() == 0 else 0)
+    return count
+
+
+def test_an_export_may_take_longer_than_ranks_wait_for_each_other(prepared: Path) -> None:
+    counts = run_ranks(4, written_slowly, load(prepared, [*SIGMOID, "parallel.pp=2", "train.micro_batch=1"]))
+    assert counts == [counts[0]] * 4 and counts[0] > 40
 
 
 # The toy run without its model, which is that of the weights.

@@ -46,6 +46,11 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deep_ep, "obstacle", lambda: None)
 
 
+def test_refused_for_a_number_of_ranks_that_the_package_does_not_serve(fake: None) -> None:
+    text = "deep_ep cannot serve parallel.ep=1: Unsupported number of EP ranks: 1; use dispatch=all_to_all"
+    assert run_ranks(1, _refusal) == [text]
+
+
 CASES = [
     (2, 1, "dropless", [13, 8]),
     (4, 1, "dropless", [0, 12, 0, 1]),

@@ -23,11 +23,13 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from moetrain_launch.fork import run_ranks
+from torch._C._distributed_c10d import ErrorType
 
 import moetrain.train  # noqa: F401 ranks are forked with everything imported
 from moetrain import cli
@@ -320,6 +322,47 @@ def test_what_a_collective_says_is_in_the_line_where_nobody_is_lost(tmp_path: Pa
         assert ranks[0].exitcode == LOST
         line = (tmp_path / "lost-0").read_text()
         assert "a collective failed" in line and "rank 0 met: NCCL error: invalid usage Duplicate GPU" in line
+    finally:
+        for process in ranks:
+            process.kill()
+
+
+class Nccl:
+    """A group as NCCL's watchdog leaves it; python sees no more of it than this."""
+
+    _device_types = (torch.device("cuda"),)
+
+    def __init__(self) -> None:
+        self.error = ErrorType.SUCCESS
+
+    def _get_backend(self, device: torch.device) -> Nccl:
+        return self
+
+    def get_error(self) -> ErrorType:
+        return self.error
+
+
+def test_a_collective_of_the_gpu_that_gives_up_is_noticed_before_nccl_aborts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both ranks live; rank 0 stands where it waits for its GPU, rank 1 has not come to the collective."""
+    group: Any = Nccl()
+
+    def work(rank: int) -> None:
+        monkeypatch.setitem(dist.distributed_c10d._world.pg_map, group, ("nccl", None))
+        time.sleep(3)  # nothing has failed yet
+        assert not (tmp_path / "stacks" / "rank-0.txt").read_text()
+        if rank == 0:
+            group.error = ErrorType.TIMEOUT
+        time.sleep(600)
+
+    ranks = start_two(tmp_path, work)
+    try:
+        for rank, process in enumerate(ranks):
+            process.join(20 + MARGIN_S)
+            assert process.exitcode == LOST
+            line = (tmp_path / "stacks" / f"rank-{rank}.txt").read_text().splitlines()[0]
+            assert "a collective failed or took too long" in line and "behind: rank 1 (process" in line
     finally:
         for process in ranks:
             process.kill()

@@ -84,7 +84,12 @@ class DeepEPDispatcher(Dispatcher[DeepEPLayout]):
         import deep_ep
 
         self.library = deep_ep
-        self.n_local = n_experts // group.size()
+        kind, n = deep_ep.Buffer, group.size()
+        try:
+            self._configs = kind.get_dispatch_config(n), kind.get_combine_config(n)
+        except AssertionError as error:  # it knows settings for some numbers of ranks, 1 not among them
+            raise ConfigError(f"deep_ep cannot serve parallel.ep={n}: {error}; {ELSE}") from None
+        self.n_local = n_experts // n
         self._buffer: Any = None
 
     def layout(self, routing: Routing) -> DeepEPLayout:
@@ -134,11 +139,9 @@ class DeepEPDispatcher(Dispatcher[DeepEPLayout]):
         if self._buffer is None:
             assert self.group is not None
             n, row = self.group.size(), x.shape[1] * max(x.element_size(), 2)
-            kind = self.library.Buffer
-            configs = kind.get_dispatch_config(n), kind.get_combine_config(n)
-            nvl = max(config.get_nvl_buffer_size_hint(row, n) for config in configs)
-            rdma = max(config.get_rdma_buffer_size_hint(row, n) for config in configs)
-            self._buffer = kind(self.group, nvl, rdma)
+            nvl = max(config.get_nvl_buffer_size_hint(row, n) for config in self._configs)
+            rdma = max(config.get_rdma_buffer_size_hint(row, n) for config in self._configs)
+            self._buffer = self.library.Buffer(self.group, nvl, rdma)
         return self._buffer
 
     def first_dispatch(self, x_TD: Tensor, weight_TK: Tensor, layout: DeepEPLayout) -> Tensor:

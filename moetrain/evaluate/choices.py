@@ -48,7 +48,7 @@ class Accuracy:
 def read_questions(file: Path) -> list[Question]:
     """The questions of a JSON-lines file; see docs/evaluate.md. Raises DataError that names the line."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")  # splitlines() would cut at U+2028, which JSON allows
     except UnicodeDecodeError:
         raise DataError(f"'{file}' is not UTF-8 text; save it as UTF-8") from None
     found = [_question(line, f"'{file}' line {n}") for n, line in enumerate(lines, 1) if line.strip()]

@@ -79,14 +79,14 @@ def _question(line: str, where: str) -> Question:
 
 
 def encode(tokenizer: LoadedTokenizer, context: str, choice: str) -> tuple[list[int], list[int]]:
-    """Ids of the context and of the choice after it. Spaces at the end of the context belong to the choice, and the
-    choice gets what the whole text has beyond the context's tokens: lm-evaluation-harness's rule. An empty context is
-    the token that ends documents."""
+    """Ids of the context and of a space and the choice after it. Spaces at the end of the context belong to the choice,
+    and the choice gets what the whole text has beyond the context's tokens: lm-evaluation-harness's rule. An empty
+    context is the token that ends documents."""
     stripped = context.rstrip()
-    between = context[len(stripped) :] or " "
+    after = f"{context[len(stripped) :]} {choice}"
     if not stripped:
-        return [tokenizer.eos_id], ids_of(tokenizer.tokenizer, [choice])[0]
-    before, all_of_it = ids_of(tokenizer.tokenizer, [stripped, stripped + between + choice])
+        return [tokenizer.eos_id], ids_of(tokenizer.tokenizer, [after])[0]
+    before, all_of_it = ids_of(tokenizer.tokenizer, [stripped, stripped + after])
     return before, all_of_it[len(before) :]
 
 

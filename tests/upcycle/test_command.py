@@ -160,3 +160,12 @@ def test_out_may_be_a_link_to_a_folder_and_a_mounted_disk_is_refused_at_once(
     monkeypatch.setattr("os.path.ismount", lambda path: Path(path) == out)
     assert cli.main([*words, f"out={out}"]) == 2
     assert f"write to a folder in it, as {out / 'model'}" in capsys.readouterr().err
+
+
+def test_of_a_large_text_only_the_beginning_is_read(dense_folder: Path, tmp_path: Path) -> None:
+    text = tmp_path / "large.txt"
+    text.write_text("the model reads the text\n" * 400)
+    with text.open("r+b") as file:
+        file.truncate(2**40)  # a hole that takes no room on the disk
+    words = ["upcycle", "method=sparse", f"from={dense_folder}", f"out={tmp_path / 'moe'}", f"text={text}", "tokens=64"]
+    assert cli.main(words) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,9 @@ def refuse_output(out: Path, nbytes: int) -> None:
         raise ConvertError(f"'{out}' is not empty; export to another folder or remove it first")
     if out.is_file():
         raise ConvertError(f"'{out}' is there already; write to another name or remove it first")
-    disk = next(folder for folder in out.absolute().parents if folder.is_dir())
+    if os.path.ismount(out):  # what is written beside it could not take its place
+        raise ConvertError(f"'{out}' is where a disk is mounted; write to a folder in it, as {out / 'model'}")
+    disk = next(folder for folder in out.resolve().parents if folder.is_dir())
     free = shutil.disk_usage(disk).free
     if nbytes > free:
         raise ConvertError(f"'{out}' will take {size(nbytes)}, and the disk of '{disk}' has {size(free)} free")
@@ -30,7 +33,7 @@ def output(out: Path, nbytes: int, folder: bool = True) -> Iterator[Path]:
     Raises ConvertError: see ``refuse_output``, and for a disk that cannot be written.
     """
     refuse_output(out, nbytes)
-    place = out.absolute()  # "." could not be renamed
+    place = out.resolve()  # neither "." nor a link to a folder could be renamed
     partial = place.with_name(place.name + ".partial")
     try:
         _remove(partial)

@@ -48,7 +48,7 @@ class Accuracy:
 def read_questions(file: Path) -> list[Question]:
     """The questions of a JSON-lines file; see docs/evaluate.md. Raises DataError that names the line."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")  # splitlines() would cut at U+2028, which JSON allows
     except UnicodeDecodeError:
         raise DataError(f"'{file}' is not UTF-8 text; save it as UTF-8") from None
     found = [_question(line, f"'{file}' line {n}") for n, line in enumerate(lines, 1) if line.strip()]
@@ -79,14 +79,14 @@ def _question(line: str, where: str) -> Question:
 
 
 def encode(tokenizer: LoadedTokenizer, context: str, choice: str) -> tuple[list[int], list[int]]:
-    """Ids of the context and of the choice after it. Spaces at the end of the context belong to the choice, and the
-    choice gets what the whole text has beyond the context's tokens: lm-evaluation-harness's rule. An empty context is
-    the token that ends documents."""
+    """Ids of the context and of a space and the choice after it. Spaces at the end of the context belong to the choice,
+    and the choice gets what the whole text has beyond the context's tokens: lm-evaluation-harness's rule. An empty
+    context is the token that ends documents."""
     stripped = context.rstrip()
-    between = context[len(stripped) :] or " "
+    after = f"{context[len(stripped) :]} {choice}"
     if not stripped:
-        return [tokenizer.eos_id], ids_of(tokenizer.tokenizer, [choice])[0]
-    before, all_of_it = ids_of(tokenizer.tokenizer, [stripped, stripped + between + choice])
+        return [tokenizer.eos_id], ids_of(tokenizer.tokenizer, [after])[0]
+    before, all_of_it = ids_of(tokenizer.tokenizer, [stripped, stripped + after])
     return before, all_of_it[len(before) :]
 
 

@@ -113,9 +113,9 @@ def held_out(model: InMemory, asked: Asked) -> dict[str, Loss]:
     sequences = asked.sequences if asked.sequences >= 0 else cfg.train.eval_sequences if cfg else 0
     if asked.data is None and cfg is not None:
         data = TokenData.open(cfg.data.dir, model.decoder.cfg.vocab_size, domain_of=domains_of(cfg.data))
-        return loss_by_domain(model, data, seq_len, sequences, cfg.data.document_mask)
-    data = TokenData.open(str(asked.data), model.decoder.cfg.vocab_size)
-    return loss_by_domain(model, data, seq_len, sequences)
+    else:
+        data = TokenData.open(str(asked.data), model.decoder.cfg.vocab_size)
+    return loss_by_domain(model, data, seq_len, sequences, cfg is not None and cfg.data.document_mask)
 
 
 def refuse_no_harness() -> None:

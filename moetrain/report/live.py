@@ -29,6 +29,7 @@ SHOWN = {
     "dead_experts": "dead experts",
     "router_entropy": "router entropy",
 }
+KEPT = ("step", "tokens", "step_s", *SHOWN)  # of a line: lists by layer of a long run would fill the memory
 
 
 class Tail:
@@ -47,16 +48,16 @@ class Tail:
             self.rows.clear()
         with self.file.open("rb") as file:
             file.seek(self._read)
-            data = file.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        self._read += len(whole)
-        for line in whole.splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
-                self.rows.append(row)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self._read += len(line)
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    continue
+                if isinstance(row, dict) and isinstance(row.get("step"), int):
+                    self.rows.append({key: row[key] for key in KEPT if key in row})
 
 
 def watch(run: Path, console: Console, every_s: float = 1.0) -> None:

@@ -17,6 +17,11 @@ import yaml
 
 from moetrain.config.errors import ConfigError
 
+# Of a metrics.jsonl with more bytes, lists and tables are kept of every n-th line only, and of evaluations: in memory
+# they are five times as large
+MOST_BYTES = 2**28
+RARE = ("events", "event", "mixture")
+
 
 @dataclass
 class Routing:
@@ -52,9 +57,12 @@ class Run:
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """(steps, values) of the lines that have the number ``key``, "a/b" for one inside a dict or a list."""
         steps, values = [], []
+        head, *path = key.split("/")
         for row in self.rows:
-            value: Any = row
-            for part in key.split("/"):
+            value: Any = row.get(head)
+            if value is None:
+                continue
+            for part in path:
                 if isinstance(value, list):
                     value = value[int(part)] if int(part) < len(value) else None
                 else:
@@ -88,11 +96,14 @@ def read_run(path: Path) -> Run:
     if not file.is_file():
         raise ConfigError(f"report {path}: not a run directory, it has no metrics.jsonl; give the folder of a run")
     notes: list[str] = []
-    rows = [row for row in read_lines(file, notes) if isinstance(row.get("step"), int)]
-    if not rows:
+    every = 1 + file.stat().st_size // MOST_BYTES
+    found: dict[int, dict[str, Any]] = {}  # of a step that is there twice, the later line
+    for n, row in enumerate(read_lines(file, notes)):
+        if isinstance(row.get("step"), int):
+            found[row["step"]] = row if n % every == 0 or "val_loss" in row else _numbers(row)
+    if not found:
         raise ConfigError(f"report {path}: metrics.jsonl has no whole line yet; wait for the first log step")
-    rows = list({row["step"]: row for row in rows}.values())  # of a step that is there twice, the later line
-    rows.sort(key=lambda row: row["step"])
+    rows = sorted(found.values(), key=lambda row: row["step"])
     run = Run(path, path.resolve().name, rows, _config(path, notes), _summary(path), notes)
     run.loads = [row for row in read_lines(path / "loads.jsonl", notes) if "counts" in row and "step" in row]
     run.routing = list(_routing(path, notes))
@@ -100,26 +111,30 @@ def read_run(path: Path) -> Run:
     return run
 
 
-def read_lines(file: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """The whole lines of a JSON lines file; a note says how many could not be read. None where it is not there."""
-    rows, bad = [], 0
-    try:
-        text = file.read_bytes().decode("utf-8", errors="replace")
-    except FileNotFoundError:
-        return []
-    for line in text.splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            bad += bool(line.strip())
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-        else:
-            bad += 1
+def read_lines(file: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
+    """The whole lines of a JSON lines file; at the end a note says how many could not be read. None where it is not
+    there."""
+    if not file.is_file():
+        return
+    bad = 0
+    with file.open("rb") as lines:
+        for line in lines:
+            try:
+                row = json.loads(line.decode("utf-8", errors="replace"))
+            except ValueError:
+                bad += bool(line.strip())
+                continue
+            if isinstance(row, dict):
+                yield row
+            else:
+                bad += 1
     if bad:
         notes.append(f"{file.name}: {bad} line{'s' if bad > 1 else ''} cut or damaged, left out")
-    return rows
+
+
+def _numbers(row: dict[str, Any]) -> dict[str, Any]:
+    """``row`` without its lists and tables, but for those that few lines have."""
+    return {key: v for key, v in row.items() if not isinstance(v, list | dict) or key in RARE}
 
 
 def _config(path: Path, notes: list[str]) -> dict[str, Any]:

@@ -85,10 +85,11 @@ def calibration_ids(opened: Opened, asked: Asked) -> list[Tensor]:
     found = []
     for file in files:
         try:
-            text = file.read_text(encoding="utf-8")
+            with file.open(encoding="utf-8") as lines:
+                text = lines.read(16 * most)  # a token is seldom longer than 16 characters
         except UnicodeDecodeError:
             raise DataError(f"text={file} is not UTF-8 text") from None
-        (numbers,) = ids_of(tokenizer, [text[: 16 * most]])  # a token is seldom longer than 16 characters
+        (numbers,) = ids_of(tokenizer, [text])
         ids = torch.tensor(numbers[:most])
         if len(ids) < 2:
             raise DataError(f"text={file} has fewer than 2 tokens")

@@ -43,6 +43,7 @@ def new_router(start: RouterStart, rows: int, parent: Model, layer: int, context
 
 def scaled_rows(rows_ED: Tensor, std: float | None, parent: Model, layer: int) -> Tensor:
     """Router rows with the standard deviation ``std`` (None: ``parent``'s init_std), in the dtype of ``parent``: what
-    they choose does not change, and the smaller they are, the more even are the weights of the chosen."""
+    they choose does not change, and the smaller they are, the more even are the weights of the chosen. Rows of zeros,
+    which a fit to tokens that all get every expert gives, stay zeros."""
     std = parent.cfg.init_std if std is None else std
-    return (rows_ED * (std / rows_ED.std())).to(parent.source.specs[keys_name(parent, layer)].dtype)
+    return (rows_ED * (std / rows_ED.std().clamp_min(1e-30))).to(parent.source.specs[keys_name(parent, layer)].dtype)

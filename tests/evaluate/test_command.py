@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from moetrain import cli
 from moetrain.data.tokenizer import load_tokenizer
-from moetrain.evaluate.choices import encode, stderr
+from moetrain.evaluate.choices import encode, read_questions, stderr
 from moetrain.planner.suggest import step_law, take_tokens
 from tests.convert.test_command import a_run
 
@@ -44,7 +44,7 @@ def test_choices_are_those_that_transformers_finds_likeliest(run: Path, capsys: 
         for choice in q["choices"]:  # type: ignore[attr-defined]
             context = str(q.get("question", q.get("context")))
             before, after = encode(tokenizer, context, choice)
-            whole = context.rstrip() + (" " if context else "") + choice
+            whole = f"{context} {choice}"  # as the harness joins them, whatever the context ends with
             assert tokenizer.tokenizer.decode(before + after) == whole
             with torch.no_grad():
                 log_p = theirs(torch.tensor([before + after])).logits[0].double().log_softmax(-1)
@@ -54,6 +54,13 @@ def test_choices_are_those_that_transformers_finds_likeliest(run: Path, capsys: 
         right += max(range(len(scores)), key=scores.__getitem__) == answer
         right_norm += max(range(len(scores)), key=lambda i: scores[i] / lengths[i]) == answer
     assert (found["acc"], found["acc_norm"], found["questions"]) == (right / 3, right_norm / 3, 3)
+
+
+def test_a_line_ends_where_json_lines_end(tmp_path: Path) -> None:
+    """Not at the other characters that Unicode counts as ends of lines, which JSON takes as they are."""
+    question = {"question": "one\u2028two\x85three", "choices": ["a\u2029", "b"], "answer": 0}
+    (tmp_path / "tasks.jsonl").write_bytes((json.dumps(question, ensure_ascii=False) + "\r\n").encode() * 2)
+    assert [q.context for q in read_questions(tmp_path / "tasks.jsonl")] == [question["question"]] * 2
 
 
 def test_the_standard_error_is_that_of_a_mean() -> None:

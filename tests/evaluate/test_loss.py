@@ -47,3 +47,24 @@ def test_loss_per_domain_is_that_of_transformers(
             assert mine[name]["loss"] == pytest.approx(total / (len(tokens) - 1), rel=1e-5)
         sums, counts = sums + total, counts + len(tokens) - 1
     assert found[0]["all"]["perplexity"] == pytest.approx(math.exp(sums / counts), rel=1e-4)
+
+
+def test_document_masks_are_those_of_the_run_on_other_data_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    a_run(
+        Path("run"), ["model=tiny", "model.dim=32", "model.n_layers=2", "train.seq_len=64", "data.document_mask=true"]
+    )
+    Path("text.jsonl").write_text("\n".join(json.dumps({"text": f"the text is real {i}"}) for i in range(80)))
+    words = ["data=own", "data.sources.text.paths=[text.jsonl]", "data.tokenizer.path=tokenizer.json"]
+    Path("run/prepared/tokenizer.json").rename("tokenizer.json")
+    Path("run/prepared").rmdir()
+    for folder in ("run/prepared", "other"):
+        assert cli.main(["prepare", *words, f"data.dir={folder}", "model.vocab_size=320"]) == 0
+    found = []
+    for data in ([], ["data=other"]):
+        capsys.readouterr()
+        assert cli.main(["eval", "run", *data, "sequences=0", "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out)["loss"]["all"])
+    assert found[0] == found[1]

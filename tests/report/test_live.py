@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,19 @@ def test_a_line_is_read_once_it_is_whole(tmp_path: Path) -> None:
     file.write_text('{"step": 1}\n')  # cut by a resume
     tail.look()
     assert [row["step"] for row in tail.rows] == [1]
+
+
+def test_a_long_run_is_read_line_by_line_and_its_lists_are_not_kept(tmp_path: Path) -> None:
+    line = {"loss": 1.5, "load_max_over_mean_by_layer": [n / 7 for n in range(1000)]}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": n} | line) + "\n" for n in range(200)))
+    tail = Tail(tmp_path / "metrics.jsonl")
+    tracemalloc.start()
+    try:
+        tail.look()
+        assert tracemalloc.get_traced_memory()[1] < (tmp_path / "metrics.jsonl").stat().st_size / 4
+    finally:
+        tracemalloc.stop()
+    assert tail.rows[-1] == {"step": 199, "loss": 1.5}
 
 
 def test_runs_without_a_line_or_without_anything(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from moetrain.config.errors import ConfigError
-from moetrain.report import write_report
+from moetrain.report import read, write_report
 from moetrain.report.experts import coactivation, overlap
 from moetrain.report.read import read_run
 from moetrain.report.svg import MOST_POINTS, Line, chart, png, thin, ticks
@@ -201,3 +201,15 @@ def test_experts_chosen_together_by_counting() -> None:
 
 def test_saturation_does_not_care_for_the_order_of_choices() -> None:
     assert overlap(np.array([[0, 1], [2, 3]]), np.array([[1, 0], [3, 5]])) == pytest.approx(3 / 4)
+
+
+def test_of_a_very_long_run_lists_are_read_of_some_lines_and_the_rest_of_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_run(tmp_path / "run", steps=400)
+    monkeypatch.setattr(read, "MOST_BYTES", (folder / "metrics.jsonl").stat().st_size // 20 + 1)
+    run = read_run(folder)
+    assert len(run.series("loss")[0]) == 400 and len(run.series("val_loss_by_domain/code")[0]) == 40
+    by_layer = run.series("load_max_over_mean_by_layer/1")[0]
+    assert by_layer == [step for step in range(1, 401) if step % 20 == 1 or step % 10 == 0]
+    assert [kind for _, kind, _ in run.events] == ["restart", "save", "event"]

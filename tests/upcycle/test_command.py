@@ -143,3 +143,29 @@ def test_help_lists_every_method_with_its_options(capsys: pytest.CaptureFixture[
     for name in UPCYCLERS.names():
         assert f"method={name}: " in said
     assert "num_experts      int >= 1 = 8: experts of a layer" in said
+
+
+def test_out_may_be_a_link_to_a_folder_and_a_mounted_disk_is_refused_at_once(
+    dense_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither can be replaced by what was written beside it, which would show after all the work."""
+    words = ["upcycle", "method=sparse", f"from={dense_folder}", "measure=false"]
+    (tmp_path / "disk" / "moe").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("disk/moe")
+    assert cli.main([*words, f"out={tmp_path / 'link'}"]) == 0
+    assert (tmp_path / "disk" / "moe" / "config.json").is_file() and (tmp_path / "link").is_symlink()
+
+    out = tmp_path / "mounted"
+    out.mkdir()
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path) == out)
+    assert cli.main([*words, f"out={out}"]) == 2
+    assert f"write to a folder in it, as {out / 'model'}" in capsys.readouterr().err
+
+
+def test_of_a_large_text_only_the_beginning_is_read(dense_folder: Path, tmp_path: Path) -> None:
+    text = tmp_path / "large.txt"
+    text.write_text("the model reads the text\n" * 400)
+    with text.open("r+b") as file:
+        file.truncate(2**40)  # a hole that takes no room on the disk
+    words = ["upcycle", "method=sparse", f"from={dense_folder}", f"out={tmp_path / 'moe'}", f"text={text}", "tokens=64"]
+    assert cli.main(words) == 0

@@ -96,3 +96,11 @@ def test_next_to_no_text_is_refused(tmp_path: Path) -> None:
     dense = saved("llama", tmp_path / "dense")
     with pytest.raises(ConfigError, match="64 tokens of text or more, and there are 20"):
         apply("split", [dense], ids=torch.arange(20)[None], router="fit", num_experts=4)
+
+
+def test_where_tokens_get_every_expert_the_router_prefers_none(tmp_path: Path) -> None:
+    """No fit is better than another: rows of zeros, so that the parts have even weights and are the dense layer."""
+    dense = saved("llama", tmp_path / "dense")
+    ids = torch.randint(0, 60, (2, 64), generator=torch.Generator().manual_seed(0))
+    made = apply("split", [dense], ids=ids, router="fit", num_experts=4, top_k=4)
+    assert loss(made.model, ids) == pytest.approx(loss(read_parent(dense), ids), rel=1e-5)

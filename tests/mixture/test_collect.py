@@ -109,6 +109,10 @@ def test_proxies_are_a_sweep_over_presets_and_finished_ones_are_kept(
     assert len(commands) == 2
     with pytest.raises(Exception, match="trained on another mixture"):
         proxies.run(X[::-1], 1)
+    (tmp_path / "round-1" / "002" / "summary.json").unlink()
+    (tmp_path / "round-2").mkdir()
+    assert np.isnan(proxies.run(X, 1)[2]).all(), "round 2 was drawn without it, so it stays out"
+    assert len(commands) == 2
 
 
 def test_mixtures_of_domains_with_several_sources(tmp_path: Path) -> None:

@@ -75,4 +75,5 @@ class TrainedProxies:
         for domain, weight in zip(self.domains, weights_D, strict=True):
             if abs(result.shares.get(domain, 0.0) - weight) > 1e-5:
                 raise DataError(f"{run} was trained on another mixture than is asked for now; choose another folder")
+        result.warn(run)
         return [result.losses[target] for target in self.targets]

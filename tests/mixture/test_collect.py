@@ -53,20 +53,21 @@ def test_a_sweep_of_ones_own_becomes_files_for_fit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights are normalised; a domain that no run trains on is a target only; what did not finish is left out. The
-    third run asks by rule: shares by the square root of the tokens."""
+    third run asks by rule: shares by the square root of the tokens; and it is shorter, which is said."""
     leave_data(tmp_path / "data", {"web": 900, "code": 100, "exam": 50})
     rows = [{"web": 2.0, "code": 6.0, "exam": 0.0}, {"web": 1.0, "code": 0.0, "exam": 0.0}]
     for number, weights in enumerate(rows):
         leave_run(tmp_path / f"{number:03d}", weigh(weights), losses_of(weights))
     rule = ["data.mixture=temperature", *weigh({"exam": 0}), *(f"data.sources.{n}.paths=[x]" for n in ("web", "code"))]
-    leave_run(tmp_path / "002", rule, {"web": 1.0, "code": 2.0, "exam": 3.0})
+    leave_run(tmp_path / "002", rule, {"web": 1.0, "code": 2.0, "exam": 3.0}, tokens=999)
     leave_run(tmp_path / "003", weigh(rows[0]), {}, reason="loss is nan")
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({"runs": {f"{n:03d}": [] for n in range(5)}}))
     warned: list[str] = []
     monkeypatch.setattr("moetrain.mixture.collect.logger.warning", lambda text, *values: warned.append(text % values))
     assert main(["mixture", f"collect={tmp_path}"]) == 0
     assert "3 runs of 2 domains" in capsys.readouterr().out
-    assert warned == [f"{tmp_path}: left out, not finished: 003, 004"]
+    assert warned[0] == f"{tmp_path}: left out, not finished: 003, 004"
+    assert warned[1].startswith(f"{tmp_path}: trained on other numbers of tokens than 000 (1000): 002;")
     runs = read_runs(str(tmp_path), "train")
     assert (runs.domains, runs.targets) == (["web", "code"], ["web", "code", "exam"])
     np.testing.assert_allclose(runs.weights, [[0.25, 0.75], [1, 0], [0.75, 0.25]])

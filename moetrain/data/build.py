@@ -26,7 +26,7 @@ from moetrain.data.progress import Progress, Survey, Written
 from moetrain.data.read import Document, DocumentReader
 from moetrain.data.readers import check_files, open_reader
 from moetrain.data.shards import dtype_for
-from moetrain.data.sources import SourceFile
+from moetrain.data.sources import SourceFile, kind_of
 from moetrain.data.split import DocumentKey, HeldOut, Keys, choose_held_out, cut
 from moetrain.data.tokenizer import LoadedTokenizer, describe_tokenizer, load_tokenizer, train_tokenizer
 from moetrain.data.workers import Workers, look_at, tokenize
@@ -227,7 +227,8 @@ class Build:
         return None
 
     def _check_some_text(self, domain: str, found: Survey) -> None:
-        """Raise DataError for a domain of which nothing is left; say how many of its files are empty."""
+        """Raise DataError for a domain of which nothing is left; say how many of its files are empty, and when its
+        delimiter divides none."""
         empty = found.empty
         if not found.kept:
             raise DataError(
@@ -243,6 +244,14 @@ class Build:
             logger.info(
                 "domain '%s': %d of %d files are empty and were left out", domain, empty, len(self.files[domain])
             )
+        files, delimiter = self.files[domain], self.cfg.sources[domain].delimiter
+        texts = all(kind_of(file.path) == "text" for file in files)
+        if delimiter is not None and texts and len(found.kept) == len(files) - empty:
+            logger.warning(
+                "domain '%s': data.sources.%s.delimiter '%s' divides none of its %d files, so each is one document; "
+                "does it fit them? Where lines end with CR LF, write '\\r?$' for '$' and '\\r?\\n' for '\\n'",
+                domain, domain, delimiter, len(files),
+            )  # fmt: skip
 
     def _tokenizer(self) -> LoadedTokenizer:
         """The tokenizer asked for, or one trained on the training documents alone."""

@@ -44,7 +44,8 @@ class Dealer:
 
     ``exhausted`` says what happens at the first sample that would go beyond a source's cap. "reweight": a phase begins
     in which the source has weight 0; its share goes to the others of its domain, and when none is left there, to all.
-    "stop", or nothing left to deal: ``end`` is that sample. "repeat": caps do not count.
+    Where nothing is left of what a mixer tries out, the first weights of ``asked`` hold. "stop", or nothing left to
+    deal: ``end`` is that sample. "repeat": caps do not count.
 
     Needs memory for phases x sources. ``history`` holds all phases, those to come included, as far as they are known.
     """
@@ -55,6 +56,7 @@ class Dealer:
         self.end: int | None = None
         self.dealt = 0  # samples that have been used: what dealt them is past changing
         self._asked = sorted(asked, key=lambda phase: phase.first_sample)
+        self._first = self._asked[0].weights
         self._before: list[_Before] = []
         self._trees: dict[int, Mixture] = {}
         self._lock = threading.Lock()
@@ -77,17 +79,18 @@ class Dealer:
         return found
 
     def left_of(self, weights: Mapping[str, float], i: int) -> dict[str, float]:
-        """What ``weights`` are at sample ``i`` when they were the last that were asked for before it: without the
-        sources that have run out."""
+        """What ``weights`` of a mixer are at sample ``i`` when they were the last that were asked for before it:
+        without the sources that have run out."""
         n, left = self.history.index(i), dict(weights)
         if self.exhausted != "reweight":
             return left
-        first = n
-        while first and self.history.phases[first].why.startswith("exhausted"):
-            first -= 1
-        for phase in self.history.phases[first : n + 1]:
-            left = self._without_exhausted(left, self.counts(phase.first_sample)) or left
+        for phase in self.history.phases[self._asked_index(n) : n + 1]:
+            left = self._left(left, "mixer", self.counts(phase.first_sample)) or left
         return left
+
+    def asked_at(self, i: int) -> Phase:
+        """The phase at sample ``i``, or the one before it that was asked for, where sources have run out since."""
+        return self.history.phases[self._asked_index(self.history.index(i))]
 
     def change(self, first_sample: int, weights: Mapping[str, float], why: str) -> None:
         """From ``first_sample`` on, deal by ``weights`` (source -> share of tokens), until the next phase that was
@@ -124,7 +127,7 @@ class Dealer:
             out = self._runs_out() if len(self.history) else None
             if out is not None and (not coming or out[0] < coming[0].first_sample):
                 first, source = out
-                weights = self._without_exhausted(self.history.phases[-1].weights, self.counts(first))
+                weights = self._left(self.history.phases[-1].weights, self.asked_at(first).why, self.counts(first))
                 if self.exhausted == "stop" or not weights:
                     self.end = first
                     return
@@ -139,6 +142,17 @@ class Dealer:
                 self._begin(phase)
             else:
                 return
+
+    def _asked_index(self, n: int) -> int:
+        """Number of the phase that ``asked_at`` gives for phase ``n``."""
+        while n and self.history.phases[n].why.startswith("exhausted"):
+            n -= 1
+        return n
+
+    def _left(self, weights: Mapping[str, float], why: str, counts: Mapping[str, int]) -> dict[str, float]:
+        """What is dealt by once sources have run out, where ``weights`` were asked for by ``why``; empty: nothing."""
+        left = self._without_exhausted(weights, counts)
+        return left if left or not why.startswith("mixer") else self._without_exhausted(self._first, counts)
 
     def _runs_out(self) -> tuple[int, str] | None:
         """(sample, source): the first sample of the last phase that would go beyond a source's cap."""

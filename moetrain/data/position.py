@@ -62,14 +62,14 @@ def restore(sampler: Sampler, asked: Asked, saved: dict[str, Any]) -> list[str]:
     before, now = saved["asked"], _asked_at(asked, samples)
     if before == now:
         return []
-    in_force = sampler.history.at(samples)
+    in_force, decided, why = sampler.history.at(samples), sampler.dealer.asked_at(samples), "user"
     if before["first"] != now["first"]:
         weights = asked.phases[0].weights  # said now, so it comes before a schedule that has begun
-    elif before["weights"] == now["weights"] and in_force.why.startswith("mixer"):
-        weights = in_force.weights  # only caps are others
+    elif before["weights"] == now["weights"] and decided.why.startswith("mixer"):
+        weights, why = decided.weights, decided.why  # only caps are others
     else:
         weights = asked.weights_at(samples)
-    sampler.change(samples, weights, "user")
+    sampler.change(samples, weights, why)
     changed = _difference(in_force.weights, sampler.history.at(samples).weights)
     if not changed:
         sampler.dealer.restore(known, samples, coming)

@@ -15,17 +15,29 @@ from moetrain.config import read
 from moetrain.config.errors import ConfigError, DataError
 from moetrain.data.manifest import Manifest
 from moetrain.mixture.runs import Runs
-from moetrain.mixture.shares import domain_shares, refuse_changes
+from moetrain.mixture.shares import domain_shares, ran_out, refuse_changes
 
 logger = logging.getLogger("moetrain")
 
 
 @dataclass(frozen=True)
 class Result:
-    """One finished run: share of the training tokens that its config asks for, and held-out loss in nats, by domain."""
+    """One finished run: share of the training tokens that its config asks for, and held-out loss in nats, by domain.
+    tokens: that it was trained on. ran_out: sources that it had to do without before its end (``data.max_epochs``)."""
 
     shares: dict[str, float]
     losses: dict[str, float]
+    tokens: int
+    ran_out: list[str]
+
+    def warn(self, run: Path) -> None:
+        """Say where the loss of ``run`` is not that of its mixture."""
+        if self.ran_out:
+            logger.warning(
+                "%s ran out of %s, so its loss is that of another mixture than its weights; for small runs set "
+                "data.exhausted=repeat, or draw mixtures that do not use up a domain (cap=)",
+                run, ", ".join(self.ran_out),
+            )  # fmt: skip
 
 
 def collect(sweep: Path) -> Runs:
@@ -45,10 +57,17 @@ def collect(sweep: Path) -> Runs:
     missing = [name for name in names if name not in results]
     if missing:
         logger.warning("%s: left out, not finished: %s", sweep, ", ".join(missing))
-    first = next(iter(results.values()))
+    first_name, first = next(iter(results.items()))
     for name, result in results.items():
         if set(result.losses) != set(first.losses) or set(result.shares) != set(first.shares):
             raise DataError(f"{sweep / name}: has other domains than the first run; collect sweeps of one data set")
+        result.warn(sweep / name)
+    other = [name for name, result in results.items() if result.tokens != first.tokens]
+    if other:
+        logger.warning(
+            "%s: trained on other numbers of tokens than %s (%d): %s; losses of unequal runs say little about mixtures",
+            sweep, first_name, first.tokens, ", ".join(other),
+        )  # fmt: skip
     domains = [domain for domain in first.shares if any(result.shares[domain] > 0 for result in results.values())]
     return Runs(
         domains=domains,
@@ -73,4 +92,6 @@ def read_result(run: Path) -> Result | None:
         refuse_changes(cfg)
     except ConfigError as error:
         raise DataError(f"{run}: {error}") from None
-    return Result(domain_shares(cfg, Manifest.load(Path(cfg.data.dir))), losses)
+    manifest = Manifest.load(Path(cfg.data.dir))
+    tokens = int(summary.get("tokens", 0))
+    return Result(domain_shares(cfg, manifest), losses, tokens, ran_out(cfg, manifest, tokens))

@@ -52,10 +52,11 @@ def last_line(target: str, predictor: str, weights: dict[str, float], found: Pro
 
 
 def rounded(weights: np.ndarray) -> list[float]:
-    """Weights to four decimals that still sum to 1: what rounding leaves goes to the largest."""
-    units = np.rint(weights * 10_000).astype(int)
-    units[np.argmax(units)] += 10_000 - units.sum()
-    return [int(unit) / 10_000 for unit in units]
+    """Weights to six decimals, as settings and presets have them, that still sum to 1: what rounding leaves goes to the
+    largest."""
+    units = np.rint(weights * 1_000_000).astype(int)
+    units[np.argmax(units)] += 1_000_000 - units.sum()
+    return [int(unit) / 1_000_000 for unit in units]
 
 
 def show_scores(console: Console, scores: dict[str, dict[str, float | None]], title: str) -> None:

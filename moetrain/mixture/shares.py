@@ -30,6 +30,14 @@ def domain_shares(cfg: Config, manifest: Manifest) -> dict[str, float]:
     return shares
 
 
+def ran_out(cfg: Config, manifest: Manifest, tokens: int) -> list[str]:
+    """The sources whose share of ``tokens`` training tokens is more than their cap lets a run of ``cfg`` have."""
+    sizes = {name: info.train.tokens for name, info in manifest.domains.items()}
+    asked = ask(cfg, sizes)
+    caps = {name: cap for name, cap in asked.max_epochs.items() if cap is not None and asked.exhausted != "repeat"}
+    return [name for name, cap in caps.items() if asked.phases[0].weights[name] * tokens > cap * sizes[name]]
+
+
 def setting_names(cfg: DataConfig, domains: Sequence[str]) -> dict[str, str]:
     """Domain -> what sets its weight: ``data.sources.NAME`` for a source that is alone, else ``data.domains.NAME``."""
     members: dict[str, list[str]] = {}

@@ -24,7 +24,8 @@ class TrainedProxies:
     """A ``Runner`` (moetrain.mixture.iterate). names: domain -> what sets its weight (``setting_names``); words:
     settings of the proxy; folder: where everything goes.
 
-    Round n is the sweep in ``folder/round-n``. Finished proxies are kept: a second call trains what is missing.
+    Round n is the sweep in ``folder/round-n``. Finished proxies are kept: a second call trains what is missing, unless
+    the next round has begun, since its mixtures were drawn without what failed.
     """
 
     def __init__(
@@ -50,7 +51,8 @@ class TrainedProxies:
     def run(self, x_ND: np.ndarray, round_: int) -> np.ndarray:
         sweep = self.folder / f"round-{round_}"
         names = [f"{number:03d}" for number in range(len(x_ND))]
-        if any(read_result(sweep / name) is None for name in names):
+        closed = (sweep / "sweep.yaml").exists() and (self.folder / f"round-{round_ + 1}").exists()
+        if not closed and any(read_result(sweep / name) is None for name in names):
             self.train(sweep, self.sweep_words(x_ND, round_))
         return np.array([self.losses_of(sweep / name, row) for name, row in zip(names, x_ND, strict=True)])
 
@@ -73,4 +75,5 @@ class TrainedProxies:
         for domain, weight in zip(self.domains, weights_D, strict=True):
             if abs(result.shares.get(domain, 0.0) - weight) > 1e-5:
                 raise DataError(f"{run} was trained on another mixture than is asked for now; choose another folder")
+        result.warn(run)
         return [result.losses[target] for target in self.targets]

@@ -67,20 +67,29 @@ class Mixing:
 
     def load_state(self, state: dict[str, Any] | None, step: int) -> list[str]:
         """Take up what ``state`` gave at step ``step``; lines that say what is not as it was. Where the mixer or the
-        domains are others now, or the user has given other weights, it begins anew from the weights in force."""
-        if self.mixer is None or state is None:
+        domains are others now, or the user has given other weights, it begins anew from the weights in force. Where
+        caps are others, the weights that were decided on are put in force again: a source may have more to give."""
+        if state is None:
             return []
+        lines, loader = [], self.loader
+        same = self._in_force(step) == self._left_of(state["weights"], state["inside"], step)
+        why = loader.sampler.dealer.asked_at(loader.first_sample(step)).why
+        if not same and why.startswith(("mixer", "exhausted")):
+            loader.change(self._of_sources(state["weights"], state["inside"]), f"mixer {state['name']}")
+            lines, same = ["caps are others now, so the weights that were decided on hold again"], True
+        if self.mixer is None:
+            return lines
         why = ""
         if (state["name"], state["domains"]) != (self.name, self.mixer.domains):
             why = f"this run had {state['name']} over {', '.join(state['domains'])}"
-        elif self._in_force(step) != self._left_of(state["weights"], state["inside"], step):
+        elif not same:
             why = "the weights given now are not those that it had put in force"
         if why:
             self.until = max(step, self.until)
-            return [f"{self.name} begins anew: {why}"]
+            return [*lines, f"{self.name} begins anew: {why}"]
         self.until, self.weights, self.inside = state["until"], dict(state["weights"]), dict(state["inside"])
         self.mixer.load_state(state["state"])
-        return []
+        return lines
 
     def describe(self) -> str:
         """What the mixer costs, for the start of a run; empty where there is none."""
@@ -112,11 +121,10 @@ class Mixing:
         return self._of_domains(self.loader.sampler.dealer.left_of(of_source, self.loader.first_sample(step)))
 
     def _of_domains(self, of_source: Mapping[str, float]) -> dict[str, float]:
-        assert self.mixer is not None
         domain_of = self.loader.data.domain_of
-        weights = dict.fromkeys(self.mixer.domains, 0.0)
+        weights = dict.fromkeys(self.loader.data.domains, 0.0)
         for source, weight in of_source.items():
-            weights[domain_of[source]] = weights.get(domain_of[source], 0.0) + weight
+            weights[domain_of[source]] += weight
         return on_grid(weights)
 
     def _of_sources(self, weights: Mapping[str, float], inside: Mapping[str, float]) -> dict[str, float]:

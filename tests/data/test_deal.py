@@ -157,6 +157,29 @@ def test_the_share_of_an_exhausted_source_goes_to_its_domain_first() -> None:
     assert abs(second.first_sample + (50 - dealer.counts(second.first_sample)["a2"]) / 0.4 - third.first_sample) < 4
 
 
+@pytest.mark.parametrize("first", [0, 20])
+def test_what_a_mixer_tries_out_may_run_out(first: int) -> None:
+    """A probe of one source alone that reaches its cap, and one of a source that has run out before: the weights of the
+    config hold for what is left, and the run goes on. Weights of the config's own that leave nothing end it."""
+    sources, even = {name: Source(name, 8.0, cap) for name, cap in (("a", 30), ("b", None), ("c", None))}, 1 / 3
+    config, alone = {"a": even, "b": even, "c": even}, {"a": 1.0}
+    dealer = Dealer(sources, [Phase(0, config, "config")], "reweight")
+    dealer.dealt = first
+    dealer.change(first, alone, "mixer test")
+    out = first + 30 - dealer.counts(first)["a"]
+    dealer.dealt = out + 10
+    dealer.change(out + 10, alone, "mixer test")
+    dealer.dealt = out + 20
+    dealer.change(out + 20, config, "mixer test")
+    assert dealer.end is None
+    assert {dealer.locate(i)[0] for i in range(first, out)} == {"a"}
+    assert Counter(dealer.locate(i)[0] for i in range(out, out + 40)) == {"b": 20, "c": 20}
+    whole = {name: alone.get(name, 0.0) for name in sources}
+    for i in (out + 5, out + 15):
+        assert dealer.left_of(whole, i) == dealer.history.at(i).weights == {"a": 0, "b": 0.5, "c": 0.5}
+    assert Dealer(sources, [Phase(0, whole, "config")], "reweight").end == 30
+
+
 def test_a_change_is_refused_for_dealt_samples_and_for_weights_that_cannot_be_used() -> None:
     dealer = Dealer({name: Source(name, 1.0) for name in names(2)}, [Phase(0, shares([1, 1]), "config")])
     before = [dealer.locate(i) for i in range(100)]

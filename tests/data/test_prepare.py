@@ -142,6 +142,18 @@ def test_prepared_data_outlives_its_sources(tmp_path: Path, caplog: pytest.LogCa
     assert "going on with the data that was prepared" in caplog.text
 
 
+@pytest.mark.parametrize(("delimiter", "warns"), [("^=====$", True), ("^=====\\r?$", False)])
+def test_a_delimiter_that_divides_nothing_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, delimiter: str, warns: bool
+) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\r\n=====\r\n".join([b"one " * 90, b"two " * 90, b"three " * 90]))
+    sources = {"a": SourceConfig(paths=[str(tmp_path / "a.txt")], delimiter=delimiter)}
+    cfg = config(tmp_path, sources)
+    cfg.val_fraction = 0.3
+    prepare(cfg)
+    assert (f"delimiter '{delimiter}' divides none of its 1 files" in caplog.text) == warns
+
+
 def test_two_processes_at_once_make_it_once(tmp_path: Path) -> None:
     cfg = config(tmp_path, write_corpus(tmp_path / "text", documents=10))
     fork = multiprocessing.get_context("fork")

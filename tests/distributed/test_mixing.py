@@ -251,6 +251,42 @@ def test_a_mixer_goes_on_after_a_domain_has_run_out(prepared: Path, tmp_path: Pa
     assert again == history
 
 
+@pytest.mark.parametrize(("stop", "after"), [(5, "none"), (7, "aioli"), (5, "doremi"), (7, "dga")])
+def test_a_cap_that_is_raised_gives_a_domain_back_to_a_mixer(
+    prepared: Path, tmp_path: Path, stop: int, after: str
+) -> None:
+    """A domain ran out in step 5; the run is stopped before and after the mixer's next decision, and goes on with
+    another cap: the domain has the weight that was decided on. The mixer knows what it knew; another begins from it."""
+
+    def cut(cfg: Config) -> Any:
+        trainer = build(cfg)
+        rows = [trainer.train_step() for _ in range(stop)]
+        trainer.checkpointer.save(stop, trainer.engine.state(trainer.progress()))
+        trainer.checkpointer.wait()
+        return [row["mixture"] for row in rows if "mixture" in row][-1], trainer.sampler.domain_weights(stop * 8)
+
+    def resumed(cfg: Config) -> Any:
+        trainer = build(cfg)
+        trainer.resume()
+        return trainer.sampler.domain_weights(stop * 8), trainer.mixing.weights, trainer.train_step().get("mixture")
+
+    before = "aioli" if after == "aioli" else "doremi"
+    options = {"aioli": {"every": 6, "sweeps": 1, "probe_steps": 1, "eta": 0.5}}.get(before, {})
+    words = ["train.micro_batch=8"]
+    first = mixed(prepared, before, words, tmp_path / "run", **options)
+    first.data.sources["letters"].max_epochs = 0.09  # 19 windows
+    [(decided, in_force)] = run_ranks(1, cut, first)
+    assert decided["letters"] > 0 and in_force == {"letters": 0.0, "digits": 1.0}
+    second = mixed(prepared, after, words, tmp_path / "run", **(options if after == before else {}))
+    second.data.sources["letters"].max_epochs = 50
+    [(back, known, row)] = run_ranks(1, resumed, second)
+    assert back == pytest.approx(decided, abs=1e-6)
+    if after == before:
+        assert known == decided
+    elif after == "dga":
+        assert row == pytest.approx(decided, abs=1e-6)
+
+
 def given(cfg: Config) -> Config:
     """With weights of the user's instead of uniform ones."""
     cfg.data.mixture = "given"

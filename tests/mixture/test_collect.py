@@ -14,6 +14,7 @@ from moetrain.cli import main
 from moetrain.config import load, save
 from moetrain.config.presets import expand_sweep
 from moetrain.data.manifest import DomainInfo, Manifest, SplitInfo
+from moetrain.mixture.collect import collect
 from moetrain.mixture.runs import read_runs
 from moetrain.mixture.shares import domain_shares, preset, setting_names
 from moetrain.mixture.trained import TrainedProxies
@@ -21,11 +22,15 @@ from moetrain.mixture.trained import TrainedProxies
 X = np.array([[0.25, 0.75], [1.0, 0.0], [0.5, 0.5]])
 
 
-def leave_run(run: Path, words: list[str], losses: dict[str, float], reason: str = "finished") -> None:
+def leave_run(
+    run: Path, words: list[str], losses: dict[str, float], reason: str = "finished", tokens: int = 1000
+) -> None:
     """What ``moetrain train`` leaves, as docs/run-directory.md says."""
     run.mkdir(parents=True)
     save(load(["data=own", f"data.dir={run.parent}/data", *words]), run / "config.yaml")
-    (run / "summary.json").write_text(json.dumps({"exit_reason": reason, "val_loss_by_domain": losses}))
+    (run / "summary.json").write_text(
+        json.dumps({"exit_reason": reason, "val_loss_by_domain": losses, "tokens": tokens})
+    )
 
 
 def leave_data(folder: Path, tokens: dict[str, int]) -> None:
@@ -48,26 +53,45 @@ def test_a_sweep_of_ones_own_becomes_files_for_fit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights are normalised; a domain that no run trains on is a target only; what did not finish is left out. The
-    third run asks by rule: shares by the square root of the tokens."""
+    third run asks by rule: shares by the square root of the tokens; and it is shorter, which is said."""
     leave_data(tmp_path / "data", {"web": 900, "code": 100, "exam": 50})
     rows = [{"web": 2.0, "code": 6.0, "exam": 0.0}, {"web": 1.0, "code": 0.0, "exam": 0.0}]
     for number, weights in enumerate(rows):
         leave_run(tmp_path / f"{number:03d}", weigh(weights), losses_of(weights))
     rule = ["data.mixture=temperature", *weigh({"exam": 0}), *(f"data.sources.{n}.paths=[x]" for n in ("web", "code"))]
-    leave_run(tmp_path / "002", rule, {"web": 1.0, "code": 2.0, "exam": 3.0})
+    leave_run(tmp_path / "002", rule, {"web": 1.0, "code": 2.0, "exam": 3.0}, tokens=999)
     leave_run(tmp_path / "003", weigh(rows[0]), {}, reason="loss is nan")
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({"runs": {f"{n:03d}": [] for n in range(5)}}))
     warned: list[str] = []
     monkeypatch.setattr("moetrain.mixture.collect.logger.warning", lambda text, *values: warned.append(text % values))
     assert main(["mixture", f"collect={tmp_path}"]) == 0
     assert "3 runs of 2 domains" in capsys.readouterr().out
-    assert warned == [f"{tmp_path}: left out, not finished: 003, 004"]
+    assert warned[0] == f"{tmp_path}: left out, not finished: 003, 004"
+    assert warned[1].startswith(f"{tmp_path}: trained on other numbers of tokens than 000 (1000): 002;")
     runs = read_runs(str(tmp_path), "train")
     assert (runs.domains, runs.targets) == (["web", "code"], ["web", "code", "exam"])
     np.testing.assert_allclose(runs.weights, [[0.25, 0.75], [1, 0], [0.75, 0.25]])
     np.testing.assert_allclose(runs.losses, [[3, -1, 5], [4, 5, 5], [1, 2, 3]])
     assert (tmp_path / "train_mixture.csv").read_text().splitlines()[0] == "index,train_web,train_code"
     assert (tmp_path / "train_loss.csv").read_text().startswith("index,metric/web_val_loss,")
+
+
+@pytest.mark.parametrize(
+    ("words", "warns"),
+    [([], False), (["data.max_epochs=2"], True), (["data.max_epochs=2", "data.exhausted=repeat"], False)],
+)
+def test_a_run_that_ran_out_of_a_domain_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, words: list[str], warns: bool
+) -> None:
+    """Of 1,000 tokens one run wants 200 of the 100 there are, which a cap of two passes allows; the other 300."""
+    leave_data(tmp_path / "data", {"web": 9000, "code": 100})
+    for number, share in enumerate((0.2, 0.3)):
+        weights = {"web": 1 - share, "code": share}
+        leave_run(tmp_path / f"{number:03d}", [*weigh(weights), *words], losses_of(weights))
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({"runs": {"000": [], "001": []}}))
+    assert len(collect(tmp_path).weights) == 2
+    assert (f"{tmp_path}/001 ran out of code" in caplog.text) == ("ran out" in caplog.text) == warns
+    assert f"{tmp_path}/000" not in caplog.text
 
 
 def test_proxies_are_a_sweep_over_presets_and_finished_ones_are_kept(
@@ -109,6 +133,10 @@ def test_proxies_are_a_sweep_over_presets_and_finished_ones_are_kept(
     assert len(commands) == 2
     with pytest.raises(Exception, match="trained on another mixture"):
         proxies.run(X[::-1], 1)
+    (tmp_path / "round-1" / "002" / "summary.json").unlink()
+    (tmp_path / "round-2").mkdir()
+    assert np.isnan(proxies.run(X, 1)[2]).all(), "round 2 was drawn without it, so it stays out"
+    assert len(commands) == 2
 
 
 def test_mixtures_of_domains_with_several_sources(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from moetrain.config import load, save, to_dict
+from moetrain.config import load, read, save, to_dict
 from moetrain.config.errors import ConfigError
 from moetrain.config.registry import MIXERS
 from moetrain.mixture.online import Decision, Mixer, Observation, build_mixer, on_grid
@@ -127,7 +127,8 @@ def test_doremi_by_hand() -> None:
 
 
 def test_a_finished_run_is_the_reference_of_doremi(tmp_path: Path) -> None:
-    """Its losses are taken from its summary; evaluated on windows of another length or number they are refused."""
+    """Its losses are taken from its summary, once: a run that has begun knows them when that run is gone. Evaluated on
+    windows of another length or number they are refused."""
     domains = ["plays", "novels", "jargon", "docs", "code"]
     save(load(["train.eval_sequences=8", "train.seq_len=64"]), tmp_path / "config.yaml")
     losses = {name: 3.0 + i for i, name in enumerate(domains)}
@@ -136,6 +137,14 @@ def test_a_finished_run_is_the_reference_of_doremi(tmp_path: Path) -> None:
     cfg = load([*words, "train.eval_sequences=8"])
     mixer = MIXERS.get("doremi").build(cfg.mixer, domains, 0)
     assert mixer.reference == losses
+    summary, kept = (tmp_path / "summary.json").read_text(), tmp_path / "begun.yaml"
+    save(cfg, kept)
+    (tmp_path / "summary.json").unlink()
+    assert to_dict(load(base=kept)) == to_dict(read(kept)) == to_dict(cfg)
+    (tmp_path / "summary.json").write_text(summary.replace("3.0", "NaN"))
+    with pytest.raises(ConfigError, match="its loss of 'plays' is nan"):
+        load([*words, "train.eval_sequences=8"])
+    (tmp_path / "summary.json").write_text(summary)
     with pytest.raises(ConfigError, match=r"mixer\.sequences is 0, but .* was evaluated with 8"):
         load(words)
     with pytest.raises(ConfigError, match=r"train\.seq_len is 32, but .* was evaluated with 64"):

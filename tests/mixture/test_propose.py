@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
+from rich.console import Console
 from scipy.optimize import minimize
 
-from moetrain.mixture.propose import capped, propose
+from moetrain.mixture.propose import Proposal, capped, propose
+from moetrain.mixture.report import show_proposal
 from moetrain.mixture.runs import Runs
 from moetrain.mixture.study import fit_all
 
@@ -52,3 +55,11 @@ def test_a_cap_holds_and_the_rest_is_spent_well() -> None:
     assert np.allclose(x.sum(axis=1), 1)
     assert (x <= 1.1 * PRIOR + 1e-9).all()
     assert (x >= 0).all()
+
+
+def test_a_proposal_keeps_domains_of_little_weight(capsys: pytest.CaptureFixture[str]) -> None:
+    """A small share of a large run is not none: the settings have it, and sum to 1."""
+    found = Proposal(np.array([0.9999666, 0.00003, 0.0000034]), 1.0, np.ones(3) / 3, 2.0)
+    weights = show_proposal(Console(), {name: f"data.sources.{name}" for name in "abc"}, found, "a", "ols")
+    assert weights == {"a": 0.999967, "b": 0.00003, "c": 0.000003}
+    assert "a.weight=0.999967 data.sources.b.weight=3e-05 data.sources.c.weight=3e-06" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,7 +36,7 @@ class DoremiOptions(MixerOptions):
         default=None, description="domain -> held-out loss of the reference model, in nats per token"
     )
     reference_run: str | None = Field(
-        default=None, description="or a finished run directory, whose last evaluation is the reference"
+        default=None, description="or a finished run directory, whose last evaluation becomes the reference"
     )
     every: Positive = Field(default=10, description="steps between updates")
     eta: float = Field(default=1.0, gt=0, description="step size of the exponentiated gradient")
@@ -44,37 +45,42 @@ class DoremiOptions(MixerOptions):
     def check(self, cfg: Config) -> None:
         MixerOptions.check(self, cfg)
         if self.reference is not None and self.reference_run is not None:
-            raise ConfigError("mixer=doremi takes mixer.reference or mixer.reference_run, not both")
+            raise ConfigError(
+                "mixer=doremi takes mixer.reference or mixer.reference_run, not both (a run keeps the losses that it "
+                "began with as mixer.reference); set one of them to null"
+            )
         if self.reference_run is not None and self.text != "held_out":
             raise ConfigError("mixer.reference_run has losses on held-out text; set mixer.text=held_out")
-        self.losses(cfg)
+        if self.reference_run is not None:
+            self._take(Path(self.reference_run), cfg)
         if cfg.data.sources:
             refuse_unknown("mixer.reference", list(self.reference or {}), domains_in(cfg))
 
-    def losses(self, cfg: Config | None = None) -> dict[str, float]:
-        """The reference losses by domain, read where they are in a run. Raises ConfigError. ``cfg``: the run that they
-        are for, which must measure on windows of the same length and number."""
-        if self.reference_run is None:
-            return dict(self.reference or {})
-        folder = Path(self.reference_run)
-        try:
-            losses = json.loads((folder / "summary.json").read_text())["val_loss_by_domain"]
-        except (OSError, ValueError, KeyError):
-            raise ConfigError(f"mixer.reference_run={folder} is not the directory of a finished run") from None
-        if cfg is not None:
-            from moetrain.config.files import read
+    def _take(self, folder: Path, cfg: Config) -> None:
+        """Put the losses of the run in ``folder`` in its place, so that what becomes of it later does not matter.
+        Raises ConfigError: not finished, or it measured on windows of another length or number than ``cfg`` does."""
+        from moetrain.config.files import read
 
-            theirs, sequences = read(folder / "config.yaml").train, self.sequences or cfg.train.eval_sequences
-            for name, mine, other in (
-                ("train.seq_len", cfg.train.seq_len, theirs.seq_len),
-                ("mixer.sequences", sequences, theirs.eval_sequences),
-            ):
-                if mine != other:
-                    raise ConfigError(
-                        f"{name} is {mine}, but mixer.reference_run={folder} was evaluated with {other}: losses on "
-                        "other windows cannot be compared"
-                    )
-        return {name: float(loss) for name, loss in losses.items()}
+        try:
+            losses = dict(json.loads((folder / "summary.json").read_text())["val_loss_by_domain"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ConfigError(f"mixer.reference_run={folder} is not the directory of a finished run") from None
+        theirs, sequences = read(folder / "config.yaml").train, self.sequences or cfg.train.eval_sequences
+        for name, mine, other in (
+            ("train.seq_len", cfg.train.seq_len, theirs.seq_len),
+            ("mixer.sequences", sequences, theirs.eval_sequences),
+        ):
+            if mine != other:
+                raise ConfigError(
+                    f"{name} is {mine}, but mixer.reference_run={folder} was evaluated with {other}: losses on other "
+                    "windows cannot be compared"
+                )
+        for name, loss in losses.items():
+            if not math.isfinite(loss):
+                raise ConfigError(f"mixer.reference_run={folder}: its loss of '{name}' is {loss}; take another run")
+        known = domains_in(cfg) if cfg.data.sources else losses
+        self.reference = {name: float(loss) for name, loss in losses.items() if name in known}
+        self.reference_run, self.sequences = None, sequences or None
 
 
 @MIXERS.register("doremi", DoremiOptions)
@@ -91,12 +97,12 @@ class Doremi(Mixer):
 
     def __init__(self, options: DoremiOptions, domains: Sequence[str], seed: int) -> None:
         super().__init__(options, domains, seed)
-        if options.reference is None and options.reference_run is None:
+        if options.reference is None:
             raise ConfigError(
                 "mixer=doremi needs the losses of a reference model: set mixer.reference_run to a finished run's "
                 "directory, or mixer.reference to {domain: loss}"
             )
-        self.reference = options.losses()
+        self.reference = options.reference
         missing = [name for name in self.domains if name not in self.reference]
         if missing:
             raise ConfigError(f"mixer.reference has no loss of {', '.join(missing)}; every trained domain needs one")

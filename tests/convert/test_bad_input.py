@@ -140,10 +140,11 @@ def test_tied_embeddings_that_are_stored_twice(capsys: pytest.CaptureFixture[str
 
 
 def test_dtypes_that_are_not_numbers_of_a_model(capsys: pytest.CaptureFixture[str]) -> None:
-    """Quantised checkpoints have to be dequantised first: their integers are no weights."""
+    """Integers are no weights, and what is quantised in a way that is not read has to be dequantised first."""
     saved()
     in_file(lambda t: t.update({"model.norm.weight": t["model.norm.weight"].to(torch.int8)}))
     assert "'model.norm.weight' holds int8, not floating-point numbers" in refused(capsys)
     saved()
-    in_json(Path("in/config.json"), quantization_config={"quant_method": "fp8"})
-    assert "quantised (fp8)" in refused(capsys)
+    for method in ("fp8", "compressed-tensors"):
+        in_json(Path("in/config.json"), quantization_config={"quant_method": method})
+        assert f"'in' is quantised ({method})" in refused(capsys)

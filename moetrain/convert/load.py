@@ -12,14 +12,18 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from moetrain.checkpoint.weights import Box, Spec, whole_box
+from moetrain.comm.ranks import one_line
+from moetrain.config.check import check_model
 from moetrain.config.errors import ConvertError
-from moetrain.config.schema import ModelConfig
+from moetrain.config.registry import ROUTERS
+from moetrain.config.schema import Config, ModelConfig
 from moetrain.convert.family import Family, family_named, family_of
 from moetrain.convert.layout import Piece
 from moetrain.convert.quantised import read_config, refuse_unread, tensors_of
 from moetrain.convert.source import Held, Source
 from moetrain.convert.tensors import SELECTION_BIAS, is_training_state, pieces_in_memory, pieces_of
 from moetrain.model.decoder import Decoder
+from moetrain.moe.options import as_options
 
 log = logging.getLogger("moetrain")
 
@@ -32,12 +36,30 @@ FREQUENCIES = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 def read_hf_config(folder: Path | str) -> ModelConfig:
     """Our config of the checkpoint in ``folder``.
 
-    Raises ConvertError (no config.json, or settings that are not covered) and ConfigError (a family that is not known).
+    Raises ConvertError (no config.json, or settings that are not covered or contradict each other) and ConfigError (a
+    family that is not known).
     """
     folder = Path(folder)
     config = read_config(folder)
     refuse_unread(folder, config)
-    return family_named(config["model_type"]).from_hf_config(config)
+    family = family_named(config["model_type"])
+    try:
+        model = family.from_hf_config(config)
+        _check_model(model)
+        return model
+    except ConvertError:
+        raise
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # of the rules above, and of Python
+        raise ConvertError(f"'{folder / 'config.json'}' describes no {family.name} model: {one_line(error)}") from None
+
+
+def _check_model(model: ModelConfig) -> None:
+    """Raise ConfigError for numbers that no run could have."""
+    check_model(model)
+    whole = Config()
+    whole.model = model
+    if check_router := getattr(as_options(ROUTERS, model.router), "check", None):
+        check_router(whole)
 
 
 @torch.no_grad()

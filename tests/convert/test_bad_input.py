@@ -102,12 +102,32 @@ def test_a_model_type_that_is_not_known(capsys: pytest.CaptureFixture[str]) -> N
         ({"num_key_value_heads": 1}, "k_proj.weight' has shape (20, 32); the model needs (10, 32)"),
         ({"attention_bias": True}, "q_proj.bias' is missing"),
         ({"tie_word_embeddings": True}, "'lm_head.weight' differs from the embedding"),
+        ({"num_attention_heads": 0, "head_dim": None}, "config.json' describes no qwen3_moe model: integer division"),
+        ({"decoder_sparse_step": 0}, "config.json' describes no qwen3_moe model: range()"),
+        ({"num_experts_per_tok": 7}, "qwen3_moe model: layer 0: model.moe.top_k=7 must be between 1 and num_experts=6"),
+        ({"model_type": ["qwen3_moe"]}, "config.json' has no model_type"),
     ],
 )
 def test_a_config_that_contradicts_the_weights(
     changes: dict[str, Any], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     saved()
+    in_json(Path("in/config.json"), **changes)
+    assert says in refused(capsys)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"kv_lora_rank": 0}, "needs model.attention.kv_lora_rank of at least 1"),
+        ({"n_group": 3}, "layer 1: model.router.n_groups=3 must divide model.moe.num_experts=8"),
+        ({"topk_group": 1, "num_experts_per_tok": 3}, "1 groups of 2 experts cannot give model.moe.top_k=3"),
+    ],
+)
+def test_numbers_that_no_weights_contradict(
+    changes: dict[str, Any], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved("deepseek_v3")
     in_json(Path("in/config.json"), **changes)
     assert says in refused(capsys)
 

@@ -86,6 +86,14 @@ def test_an_index_that_names_what_is_not_there(capsys: pytest.CaptureFixture[str
     assert "*.bin files are not read: save them as safetensors" in refused(capsys)
 
 
+def test_the_same_weights_in_another_format_beside_them() -> None:
+    """As Mistral publishes; transformers reads model.safetensors too."""
+    saved()
+    save_file({"layers.0.attention.wq.weight": torch.ones(2, 2)}, "in/consolidated.safetensors")
+    assert cli.main(["convert", "to=hf", "from=in", "out=out"]) == 0
+    assert load_file("out/model.safetensors").keys() == load_file("in/model.safetensors").keys()
+
+
 def test_a_model_type_that_is_not_known(capsys: pytest.CaptureFixture[str]) -> None:
     saved()
     in_json(Path("in/config.json"), model_type="qwen3_mo")

@@ -181,6 +181,18 @@ def test_what_fine_tuning_asks_of_a_model(tmp_path: Path) -> None:
         torch.testing.assert_close(back(ids)[0], logits, rtol=1e-4, atol=1e-4)
 
 
+def test_routers_compute_in_float32_under_autocast(tmp_path: Path) -> None:
+    """As with the Trainer's ``bf16=True``: rounded scores would choose other experts than training did."""
+    ours = random_model(MODELS["sigmoid, gated shared"][0])
+    export_hf(ours.cfg, ours.state_dict(), tmp_path / "out")
+    router = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).layers[1].moe.router
+    x_TD = torch.randn(50, 32, generator=torch.Generator().manual_seed(3))
+    expected = router(x_TD)
+    with torch.autocast("cpu", torch.bfloat16):
+        weights_TK, ids_TK = router(x_TD)
+    assert torch.equal(ids_TK, expected[1]) and torch.equal(weights_TK, expected[0])
+
+
 def test_layers_may_be_on_several_devices(tmp_path: Path) -> None:
     """As ``device_map`` puts them, where hooks move the tensors that modules are called with, and nothing else."""
     ours = random_model(["model=tiny", "model.moe.num_experts=0", "model.dense_dim=40", "model.attention.sinks=true"])

@@ -73,6 +73,12 @@ def is_gated(activation: str) -> bool:
     return activation not in ("gelu", "relu2")
 
 
+def in_float32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A router's logits, which have this precision in training too, whatever the rest has."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * (offset + weight)."""
 
@@ -201,7 +207,7 @@ class GroupedQueryAttention(nn.Module):
         scale = a["head_dim"] ** -0.5 if a["scale"] is None else a["scale"]
         out = attend(q, k, v, places, window, scale, self.sinks)
         if self.router is not None:
-            shares_BSN = F.linear(x_BSD.float(), self.router.weight.float()).softmax(-1).to(out.dtype)
+            shares_BSN = in_float32(x_BSD, self.router.weight).softmax(-1).to(out.dtype)
             out = (out.unflatten(-1, (a["n_heads"], -1)) * self.by_head(shares_BSN)).flatten(2)
         return self.wo(out)
 
@@ -278,7 +284,7 @@ class Router(nn.Module):
         """(weights_TK, ids_TK)."""
         o = self.o
         score = (lambda t: t.softmax(-1)) if o["score"] == "softmax" else torch.sigmoid
-        logits_TE = F.linear(x_TD.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+        logits_TE = in_float32(x_TD, self.weight, self.bias)
         first = o["order"] == "score_then_topk"
         scores_TE = score(logits_TE) if first else logits_TE
         chosen_by_TE = scores_TE + self.selection_bias.float()

@@ -9,7 +9,7 @@ from moetrain.config.errors import ConfigError
 from moetrain.config.schema import AttentionConfig, Config, ModelConfig
 from moetrain.config.sizes import Sizes, divisors, near, resolve_sizes
 
-__all__ = ["Sizes", "check_config", "check_mapping", "resolve_sizes"]
+__all__ = ["Sizes", "check_config", "check_mapping", "check_model", "resolve_sizes"]
 
 # settings of grouped-query attention -> the value that turns them off
 GQA_ONLY = {
@@ -22,10 +22,7 @@ PER_LAYER = ("num_experts", "top_k", "expert_dim", "shared_dim", "capacity_facto
 
 def check_config(cfg: Config) -> None:
     """Every check that needs no number of ranks. Raises ConfigError for the first rule that is broken."""
-    _check_attention(cfg.model)
-    _check_rope(cfg.model)
-    _check_block(cfg.model)
-    _check_moe(cfg.model)
+    check_model(cfg.model)
     _check_fp8(cfg)
     train, model, tokenizer = cfg.train, cfg.model, cfg.data.tokenizer
     if train.seq_len > model.max_seq_len:
@@ -47,6 +44,14 @@ def check_config(cfg: Config) -> None:
             "checkpoint.every to what may be lost"
         )
     check_data(cfg)
+
+
+def check_model(model: ModelConfig) -> None:
+    """Every check of a model alone, but for its router's. Raises ConfigError for the first rule that is broken."""
+    _check_attention(model)
+    _check_rope(model)
+    _check_block(model)
+    _check_moe(model)
 
 
 def _check_attention(model: ModelConfig) -> None:

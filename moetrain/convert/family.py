@@ -44,6 +44,9 @@ ALWAYS: dict[str, Any] = {"attention_dropout": 0.0}
 GATED = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu", "relu": "reglu"}
 
 
+# models published under a type and with code of their own, which compute the same as a class of transformers
+SAME_AS = {"kimi_k2": "deepseek_v3"}
+
 # classes that people will try, and what the model lacks for them
 NOT_COVERED = {
     "gemma2": "two norms around each part of a block, and soft caps on scores and logits",
@@ -155,13 +158,13 @@ def register(family: F) -> F:
 
 
 def family_named(name: str) -> Family:
-    """The family called ``name`` (``model_type`` of config.json).
+    """The family called ``name`` (``model_type`` of config.json), or the one that computes the same.
 
     Raises ConvertError where the model lacks what the class needs, and ConfigError with the nearest known name.
     """
     if name in NOT_COVERED:
         raise ConvertError(f"Hugging Face models of type {name} are not covered: they need {NOT_COVERED[name]}")
-    return FAMILIES.get(name).build()
+    return FAMILIES.get(SAME_AS.get(name, name)).build()
 
 
 def family_of(cfg: ModelConfig, has_bias: bool = False) -> Family:

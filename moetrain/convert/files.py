@@ -18,7 +18,8 @@ from moetrain.checkpoint.weights import Box, Spec, read_box
 from moetrain.comm.ranks import one_line
 from moetrain.config.errors import ConvertError
 
-INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+INDEX = f"{SINGLE}.index.json"
 
 DTYPES = {
     "F64": torch.float64,
@@ -95,7 +96,8 @@ def _read_header(file: BinaryIO, size: int) -> dict[str, Any]:
 
 
 class TensorFolder:
-    """The safetensors of a Hugging Face folder: those that its index names, or all where it has none.
+    """The safetensors of a Hugging Face folder: those that its index names; without an index model.safetensors, which
+    may have the same weights in another format beside it (Mistral's consolidated.safetensors), or all.
 
     specs: name -> shape and dtype, of all files. Raises ConvertError for an index that names a file or a tensor which
     is not there, a tensor that is in two files, and damaged files.
@@ -104,7 +106,11 @@ class TensorFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         names = _indexed(folder)
-        paths = sorted(folder.glob("*.safetensors")) if names is None else sorted({folder / f for f in names.values()})
+        if names is None:
+            single = folder / SINGLE
+            paths = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+        else:
+            paths = sorted({folder / file for file in names.values()})
         if not paths:
             others = "; *.bin files are not read: save them as safetensors" if list(folder.glob("*.bin")) else ""
             raise ConvertError(f"no *.safetensors in '{folder}'{others}")

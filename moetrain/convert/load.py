@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Mapping
@@ -13,14 +12,18 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from moetrain.checkpoint.weights import Box, Spec, whole_box
+from moetrain.comm.ranks import one_line
+from moetrain.config.check import check_model
 from moetrain.config.errors import ConvertError
-from moetrain.config.schema import ModelConfig
+from moetrain.config.registry import ROUTERS
+from moetrain.config.schema import Config, ModelConfig
 from moetrain.convert.family import Family, family_named, family_of
-from moetrain.convert.files import TensorFolder
 from moetrain.convert.layout import Piece
+from moetrain.convert.quantised import read_config, refuse_unread, tensors_of
 from moetrain.convert.source import Held, Source
 from moetrain.convert.tensors import SELECTION_BIAS, is_training_state, pieces_in_memory, pieces_of
 from moetrain.model.decoder import Decoder
+from moetrain.moe.options import as_options
 
 log = logging.getLogger("moetrain")
 
@@ -33,19 +36,30 @@ FREQUENCIES = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 def read_hf_config(folder: Path | str) -> ModelConfig:
     """Our config of the checkpoint in ``folder``.
 
-    Raises ConvertError (no config.json, or settings that are not covered) and ConfigError (a family that is not known).
+    Raises ConvertError (no config.json, or settings that are not covered or contradict each other) and ConfigError (a
+    family that is not known).
     """
-    file = Path(folder) / "config.json"
+    folder = Path(folder)
+    config = read_config(folder)
+    refuse_unread(folder, config)
+    family = family_named(config["model_type"])
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConvertError(f"cannot read '{file}': {error}") from None
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise ConvertError(f"'{file}' has no model_type; is '{folder}' a Hugging Face model folder?")
-    if quantised := config.get("quantization_config"):
-        method = quantised.get("quant_method", "") if isinstance(quantised, dict) else quantised
-        raise ConvertError(f"'{folder}' is quantised ({method}); save it dequantised first, and without that setting")
-    return family_named(config["model_type"]).from_hf_config(config)
+        model = family.from_hf_config(config)
+        _check_model(model)
+        return model
+    except ConvertError:
+        raise
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # of the rules above, and of Python
+        raise ConvertError(f"'{folder / 'config.json'}' describes no {family.name} model: {one_line(error)}") from None
+
+
+def _check_model(model: ModelConfig) -> None:
+    """Raise ConfigError for numbers that no run could have."""
+    check_model(model)
+    whole = Config()
+    whole.model = model
+    if check_router := getattr(as_options(ROUTERS, model.router), "check", None):
+        check_router(whole)
 
 
 @torch.no_grad()
@@ -58,7 +72,7 @@ def load_hf(model: Decoder, source: Path | str | Mapping[str, Tensor]) -> None:
     targets = model.state_dict()
     if any(isinstance(t, DTensor) or t.is_meta for t in targets.values()):
         raise ConvertError("load_hf fills whole tensors with storage; call it before the model is made parallel")
-    theirs: Source = Held(source) if isinstance(source, Mapping) else TensorFolder(Path(source))
+    theirs: Source = Held(source) if isinstance(source, Mapping) else tensors_of(Path(source))
     imported = Imported(model.cfg, theirs, {name: Spec.of(t) for name, t in targets.items()})
     for fqn, pieces in imported.pieces.items():
         for piece in pieces:

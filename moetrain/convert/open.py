@@ -19,8 +19,9 @@ from moetrain.config.registry import ROUTERS
 from moetrain.config.schema import Config, ExpertsConfig, ModelConfig
 from moetrain.config.typed import to_dict, validate
 from moetrain.convert.family import family_of
-from moetrain.convert.files import TensorFile, TensorFolder
+from moetrain.convert.files import TensorFile
 from moetrain.convert.load import Imported, is_zero_bias, read_hf_config
+from moetrain.convert.quantised import tensors_of
 from moetrain.convert.source import Source
 from moetrain.convert.tensors import SELECTION_BIAS, is_training_state
 from moetrain.convert.tokenizer import tokenizer_at, tokenizer_of
@@ -122,7 +123,7 @@ def _open_checkpoint(path: Path, run: Path, verify: bool, ranks: Ranks | None) -
 def _open_hf(path: Path) -> Opened:
     model = read_hf_config(path)
     model.name = Path(model.name).name
-    theirs = TensorFolder(path)
+    theirs = tensors_of(path)
     family = family_of(model)
     has_bias = any(is_zero_bias(family, name) and bool(theirs.read(name).any()) for name in theirs.specs)
     ours = specs_of(model, {"bias": {}} if has_bias else {})

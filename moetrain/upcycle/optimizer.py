@@ -34,13 +34,20 @@ class _Quantity:
 def carried(made: Upcycled, opened: Opened, method: str) -> Made:
     """AdamW's state "<parameter>.<quantity>" of what was ``made`` of ``opened``. Routers, which are new, have none yet.
 
-    Raises ConfigError: the method does not carry state, there is none, or it is another optimizer's.
+    Raises ConfigError: the method does not carry state, there is none or not of all, or it is another optimizer's.
     """
     if made.moments is None:
         raise ConfigError(f"optimizer=true: method={method} does not carry optimizer state, sparse does")
     if not has_optimizer(opened):
         raise ConfigError(f"optimizer=true: {opened.path} has no optimizer state; give a run or a checkpoint of one")
     saved = SavedWeights(opened.path, OPTIMIZER)
+    have = {name.rpartition(".")[0] for name in saved.specs}
+    frozen = next((name for name in opened.source.specs if name not in have), None)
+    if frozen is not None:
+        raise ConfigError(
+            f"optimizer=true: {opened.path} has no state of {frozen}, which was not trained (train.freeze); take "
+            "optimizer=true out, the result starts with a fresh optimizer then"
+        )
     if any(f"{name}.{quantity}" not in saved.specs for name in opened.source.specs for quantity in (*MOMENTS, "step")):
         raise ConfigError(f"optimizer=true knows the state of AdamW, {opened.path} has another optimizer's")
     steps = _Quantity(saved, "step")

@@ -86,6 +86,14 @@ def test_an_index_that_names_what_is_not_there(capsys: pytest.CaptureFixture[str
     assert "*.bin files are not read: save them as safetensors" in refused(capsys)
 
 
+def test_the_same_weights_in_another_format_beside_them() -> None:
+    """As Mistral publishes; transformers reads model.safetensors too."""
+    saved()
+    save_file({"layers.0.attention.wq.weight": torch.ones(2, 2)}, "in/consolidated.safetensors")
+    assert cli.main(["convert", "to=hf", "from=in", "out=out"]) == 0
+    assert load_file("out/model.safetensors").keys() == load_file("in/model.safetensors").keys()
+
+
 def test_a_model_type_that_is_not_known(capsys: pytest.CaptureFixture[str]) -> None:
     saved()
     in_json(Path("in/config.json"), model_type="qwen3_mo")
@@ -102,12 +110,32 @@ def test_a_model_type_that_is_not_known(capsys: pytest.CaptureFixture[str]) -> N
         ({"num_key_value_heads": 1}, "k_proj.weight' has shape (20, 32); the model needs (10, 32)"),
         ({"attention_bias": True}, "q_proj.bias' is missing"),
         ({"tie_word_embeddings": True}, "'lm_head.weight' differs from the embedding"),
+        ({"num_attention_heads": 0, "head_dim": None}, "config.json' describes no qwen3_moe model: integer division"),
+        ({"decoder_sparse_step": 0}, "config.json' describes no qwen3_moe model: range()"),
+        ({"num_experts_per_tok": 7}, "qwen3_moe model: layer 0: model.moe.top_k=7 must be between 1 and num_experts=6"),
+        ({"model_type": ["qwen3_moe"]}, "config.json' has no model_type"),
     ],
 )
 def test_a_config_that_contradicts_the_weights(
     changes: dict[str, Any], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     saved()
+    in_json(Path("in/config.json"), **changes)
+    assert says in refused(capsys)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"kv_lora_rank": 0}, "needs model.attention.kv_lora_rank of at least 1"),
+        ({"n_group": 3}, "layer 1: model.router.n_groups=3 must divide model.moe.num_experts=8"),
+        ({"topk_group": 1, "num_experts_per_tok": 3}, "1 groups of 2 experts cannot give model.moe.top_k=3"),
+    ],
+)
+def test_numbers_that_no_weights_contradict(
+    changes: dict[str, Any], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved("deepseek_v3")
     in_json(Path("in/config.json"), **changes)
     assert says in refused(capsys)
 
@@ -140,10 +168,11 @@ def test_tied_embeddings_that_are_stored_twice(capsys: pytest.CaptureFixture[str
 
 
 def test_dtypes_that_are_not_numbers_of_a_model(capsys: pytest.CaptureFixture[str]) -> None:
-    """Quantised checkpoints have to be dequantised first: their integers are no weights."""
+    """Integers are no weights, and what is quantised in a way that is not read has to be dequantised first."""
     saved()
     in_file(lambda t: t.update({"model.norm.weight": t["model.norm.weight"].to(torch.int8)}))
     assert "'model.norm.weight' holds int8, not floating-point numbers" in refused(capsys)
     saved()
-    in_json(Path("in/config.json"), quantization_config={"quant_method": "fp8"})
-    assert "quantised (fp8)" in refused(capsys)
+    for method in ("fp8", "compressed-tensors"):
+        in_json(Path("in/config.json"), quantization_config={"quant_method": method})
+        assert f"'in' is quantised ({method})" in refused(capsys)

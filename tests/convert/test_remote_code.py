@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moetrain.checkpoint.weights import Spec
@@ -140,6 +141,56 @@ def test_the_loss_of_a_part_of_a_step(tmp_path: Path) -> None:
     with torch.no_grad():
         parts = [theirs(part, labels=part, num_items_in_batch=44).loss.item() for part in ids.split(1)]
         assert sum(parts) == pytest.approx(theirs(ids, labels=ids).loss.item(), rel=1e-5)
+
+
+def test_what_fine_tuning_asks_of_a_model(tmp_path: Path) -> None:
+    """Embeddings as input, hidden states, gradient checkpointing that changes nothing, and room for more tokens, which
+    is still there when it is saved and loaded by transformers, and here."""
+    for name, settings in (("own", ["model.tie_embeddings=false"]), ("tied", ["model.tie_embeddings=true"])):
+        ours = random_model([*MODELS["sigmoid, gated shared"][0], "model.embedding_multiplier=3", *settings])
+        export_hf(ours.cfg, ours.state_dict(), tmp_path / name)
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp_path / name, trust_remote_code=True, attn_implementation="sdpa"
+        ).train()
+        ids = torch.randint(0, 320, (2, 12), generator=torch.Generator().manual_seed(3))
+        plain = model(ids, labels=ids, output_hidden_states=True)
+        plain.loss.backward()
+        torch.testing.assert_close(model(inputs_embeds=model.get_input_embeddings()(ids)).logits, plain.logits)
+        assert plain.hidden_states[0].shape == plain.hidden_states[-1].shape and len(plain.hidden_states) == 5
+        torch.testing.assert_close(F.linear(plain.hidden_states[-1], (model.head or model.embed).weight), plain.logits)
+        assert model(ids).hidden_states is None
+
+        expected = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        model.gradient_checkpointing_enable()
+        calls: list[int] = []
+        model.layers[0].attention.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        model(ids, labels=ids).loss.backward()
+        assert len(calls) == 2  # once more in backward
+        for key, grad in expected.items():
+            torch.testing.assert_close(model.get_parameter(key).grad, grad)
+
+        model.eval().resize_token_embeddings(330)
+        model.save_pretrained(tmp_path / "resized")
+        logits = model(ids).logits
+        assert logits.shape[-1] == 330
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "resized", trust_remote_code=True).eval()
+        torch.testing.assert_close(again(ids).logits, logits)
+        back = Decoder(read_hf_config(tmp_path / "resized"), {}, ExpertsConfig()).eval()
+        load_hf(back, tmp_path / "resized")
+        torch.testing.assert_close(back(ids)[0], logits, rtol=1e-4, atol=1e-4)
+
+
+def test_routers_compute_in_float32_under_autocast(tmp_path: Path) -> None:
+    """As with the Trainer's ``bf16=True``: rounded scores would choose other experts than training did."""
+    ours = random_model(MODELS["sigmoid, gated shared"][0])
+    export_hf(ours.cfg, ours.state_dict(), tmp_path / "out")
+    router = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).layers[1].moe.router
+    x_TD = torch.randn(50, 32, generator=torch.Generator().manual_seed(3))
+    expected = router(x_TD)
+    with torch.autocast("cpu", torch.bfloat16):
+        weights_TK, ids_TK = router(x_TD)
+    assert torch.equal(ids_TK, expected[1]) and torch.equal(weights_TK, expected[0])
 
 
 def test_layers_may_be_on_several_devices(tmp_path: Path) -> None:

@@ -38,6 +38,10 @@ def losses(run: str) -> list[float]:
 def test_moments_go_where_their_weights_go(capsys: pytest.CaptureFixture[str]) -> None:
     run = [*QUICK, "data=demo", "train.steps=3", "balance=[]", "train.precision=float32"]
     assert cli.main(["train", *run, *SMALL, "run_dir=dense"]) == 0, capsys.readouterr().err
+    frozen = [*run, *SMALL, "train.steps=1", "train.freeze=[embed.*]", "run_dir=frozen"]
+    assert cli.main(["train", *frozen]) == 0, capsys.readouterr().err
+    other = [*run, *SMALL, "train.steps=1", "optim=muon", "run_dir=muon"]
+    assert cli.main(["train", *other]) == 0, capsys.readouterr().err
     words = ["upcycle", "from=dense", "to=moetrain", "num_experts=3", "measure=false"]
     assert cli.main([*words, "method=sparse", "out=moe", "optimizer=true"]) == 0, capsys.readouterr().err
     assert cli.main([*words, "method=sparse", "out=anew"]) == 0
@@ -62,7 +66,10 @@ def test_moments_go_where_their_weights_go(capsys: pytest.CaptureFixture[str]) -
     assert losses("from-moe")[1] != pytest.approx(losses("from-anew")[1], rel=1e-6)
 
     capsys.readouterr()
+    sparse = ["upcycle", "method=sparse", "to=moetrain", "num_experts=3", "optimizer=true", "out=x"]
     refused = [
+        ([*sparse, "from=frozen"], "has no state of embed.weight, which was not trained (train.freeze)"),
+        ([*sparse, "from=muon"], "has another optimizer's"),
         ([*words, "method=drop", "out=x", "optimizer=true"], "method=drop does not carry optimizer state, sparse does"),
         (["upcycle", "method=sparse", "from=anew", "to=moetrain", "out=x"], "needs a dense model"),
         (["train", "init=anew", "init_optimizer=true", *run, "run_dir=x"], "has no optimizer state; take it out"),

@@ -1,4 +1,4 @@
-"""GPT-OSS (arXiv 2508.10925): transformers' GptOssForCausalLM. Its MXFP4 checkpoints have to be dequantised first."""
+"""GPT-OSS (arXiv 2508.10925): transformers' GptOssForCausalLM."""
 
 from __future__ import annotations
 

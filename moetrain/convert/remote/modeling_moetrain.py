@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutput
 
 from .configuration_moetrain import MoetrainConfig
@@ -70,6 +71,12 @@ ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
 def is_gated(activation: str) -> bool:
     """Whether an MLP with it has a gate."""
     return activation not in ("gelu", "relu2")
+
+
+def in_float32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A router's logits, which have this precision in training too, whatever the rest has."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
 
 
 class RMSNorm(nn.Module):
@@ -200,7 +207,7 @@ class GroupedQueryAttention(nn.Module):
         scale = a["head_dim"] ** -0.5 if a["scale"] is None else a["scale"]
         out = attend(q, k, v, places, window, scale, self.sinks)
         if self.router is not None:
-            shares_BSN = F.linear(x_BSD.float(), self.router.weight.float()).softmax(-1).to(out.dtype)
+            shares_BSN = in_float32(x_BSD, self.router.weight).softmax(-1).to(out.dtype)
             out = (out.unflatten(-1, (a["n_heads"], -1)) * self.by_head(shares_BSN)).flatten(2)
         return self.wo(out)
 
@@ -277,7 +284,7 @@ class Router(nn.Module):
         """(weights_TK, ids_TK)."""
         o = self.o
         score = (lambda t: t.softmax(-1)) if o["score"] == "softmax" else torch.sigmoid
-        logits_TE = F.linear(x_TD.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+        logits_TE = in_float32(x_TD, self.weight, self.bias)
         first = o["order"] == "score_then_topk"
         scores_TE = score(logits_TE) if first else logits_TE
         chosen_by_TE = scores_TE + self.selection_bias.float()
@@ -345,7 +352,7 @@ class MoE(nn.Module):
         return (out_TD if self.shared is None else out_TD + self.shared(x_TD)).view_as(x_BSD)
 
 
-class Block(nn.Module):
+class Block(GradientCheckpointingLayer):  # type: ignore[misc]
     """x + attention(norm(x)), then x + mlp(norm(x)); or with each norm after what it is before here; or, parallel,
     x + attention(norm(x)) + mlp(norm(x))."""
 
@@ -371,9 +378,12 @@ class Block(nn.Module):
 
 
 class MoetrainForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
-    """The language model. It keeps no cache: generation computes the whole sequence for every token."""
+    """The language model. It keeps no cache: generation computes the whole sequence for every token. Its loss is that
+    of the next tokens alone: there is no auxiliary loss that keeps the experts balanced."""
 
     config_class = MoetrainConfig
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
     _no_split_modules = ["Block"]  # noqa: RUF012
     _keep_in_fp32_modules_strict = ["selection_bias"]  # noqa: RUF012
 
@@ -404,30 +414,47 @@ class MoetrainForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
     def get_output_embeddings(self) -> nn.Module | None:
         return self.head
 
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.head = value  # type: ignore[assignment]
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:  # type: ignore[override]
+        table = super().resize_token_embeddings(*args, **kwargs)
+        self.config.moetrain["vocab_size"] = len(table.weight)
+        return table
+
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool | None = None,
         **unused: Any,
     ) -> CausalLMOutput:
-        """input_ids (B, S); labels, with -100 for none, are shifted here. Returns logits (B, S, V), and the loss: the
-        mean over labels, or the sum over ``num_items_in_batch``, the labels of all batches that make a step, which
-        transformers' Trainer gives."""
+        """input_ids (B, S), or inputs_embeds (B, S, D), rows of the embedding; labels, with -100 for none, are shifted
+        here. Returns logits (B, S, V), and the loss: the mean over labels, or the sum over ``num_items_in_batch``, the
+        labels of all batches that make a step, which transformers' Trainer gives. The hidden states, where asked for,
+        are those before each block, and the last one's after the final norm."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        m = self.config.moetrain
+        x_BSD = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        x_BSD = x_BSD * x_BSD.new_tensor(m["embedding_multiplier"])  # rounded to its dtype
         seen_BS = None if attention_mask is None or attention_mask.all() else attention_mask.bool()
         if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+            position_ids = torch.arange(x_BSD.shape[1], device=x_BSD.device)[None]
             if seen_BS is not None:
                 position_ids = (seen_BS.long().cumsum(-1) - 1).clamp(min=0)
-        m = self.config.moetrain
-        x_BSD = self.embed(input_ids)
-        x_BSD = x_BSD * x_BSD.new_tensor(m["embedding_multiplier"])  # rounded to its dtype
         places = Places(m, position_ids, seen_BS, x_BSD.dtype)
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        states: list[Tensor] = []
         for block in self.layers:
+            states += [x_BSD] if wanted else []
             x_BSD = block(x_BSD, places)
-        h_BSD = self.norm(x_BSD) / m["logits_divisor"]
+        x_BSD = self.norm(x_BSD)
+        h_BSD = x_BSD / m["logits_divisor"]
         table = self.embed.weight
         logits = F.linear(h_BSD.to(table.device), table) if self.head is None else self.head(h_BSD)
         loss = None
@@ -436,7 +463,7 @@ class MoetrainForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             targets = labels[:, 1:].flatten().to(logits.device)
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, reduction=how)
             loss = loss if num_items_in_batch is None else loss / num_items_in_batch
-        return CausalLMOutput(loss=loss, logits=logits)
+        return CausalLMOutput(loss=loss, logits=logits, hidden_states=(*states, x_BSD) if wanted else None)
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **unused: Any

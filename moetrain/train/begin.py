@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moetrain.checkpoint import layout, load
 from moetrain.checkpoint.snapshot_find import Found
 from moetrain.comm.ranks import RankError, Ranks
+from moetrain.config.errors import CheckpointError
 from moetrain.convert.features import differences
 from moetrain.convert.open import check_init, open_weights
 from moetrain.data.position import restore
@@ -40,7 +42,10 @@ def start(trainer: Trainer) -> None:
 def resume(trainer: Trainer) -> None:
     """Continue from the newest snapshot that is whole, else from the newest whole checkpoint, or from the start when
     there is neither. Collective. Raises DataError when the data is not what it was."""
-    progress = from_snapshot(trainer) or from_checkpoint(trainer)
+    found, progress = from_snapshot(trainer)
+    progress = progress or from_checkpoint(trainer)
+    if trainer.snapshots.kept is not None:  # not before: a resume that is refused leaves them for one that is not
+        trainer.snapshots.kept.keep_only(found)
     if progress is None:
         log.info("no checkpoint in %s yet: starting from step 0", trainer.run_dir)
         start(trainer)
@@ -73,11 +78,11 @@ def from_checkpoint(trainer: Trainer) -> dict[str, Any] | None:
     return progress
 
 
-def from_snapshot(trainer: Trainer) -> dict[str, Any] | None:
-    """Load the newest snapshot, if it is newer than all checkpoints; its progress, else None."""
+def from_snapshot(trainer: Trainer) -> tuple[Found | None, dict[str, Any] | None]:
+    """Load the newest snapshot, if it is newer than all checkpoints; it and its progress, else None twice."""
     snapshots, folder = trainer.snapshots.kept, trainer.checkpointer.folder
     if snapshots is None:
-        return None
+        return None, None
     found = snapshots.find()
     progress = None
     if found is not None and not passed_over(found, folder):
@@ -89,12 +94,12 @@ def from_snapshot(trainer: Trainer) -> dict[str, Any] | None:
             log.warning("snapshot of step %d is passed over: %s", found.step, error)
         else:
             engine.load_state(engine.state(progress))
-            trainer.checkpointer.newest(verify=False)
+            with suppress(CheckpointError):  # that none is whole is in the log, and no reason to lose this state too
+                trainer.checkpointer.newest(verify=False)
             trainer.events.append({"event": "resumed", "step": found.step, "from": "snapshot"})
             log.info("resumed from the snapshot of step %d; newest checkpoint: %s", found.step,
                      trainer.checkpointer.last_good())  # fmt: skip
-    snapshots.keep_only(found if progress else None)
-    return progress
+    return (found if progress else None), progress
 
 
 def passed_over(found: Found, folder: Path) -> bool:

@@ -153,6 +153,24 @@ def test_what_must_not_be_loaded(folder: Path) -> None:
     assert not kept.exists()
 
 
+def test_a_snapshot_outlives_damaged_checkpoints_and_a_refused_resume(folder: Path) -> None:
+    run_dir = folder / "damaged"
+    words = [*WORDS, f"run_dir={run_dir}", "checkpoint.every=4"]
+    with pytest.raises((RuntimeError, FileNotFoundError)):
+        run_ranks(2, live, load(folder, words), 7, folder / "began")
+
+    def begin(*changes: str) -> int:
+        cfg = load(folder, [*words, *changes])
+        trainer = Trainer(cfg, resolve_sizes(cfg.parallel, dist.get_world_size()), Path(cfg.run_dir))
+        trainer.resume()
+        return trainer.step
+
+    with pytest.raises(RuntimeError, match="is of another model or optimizer"):
+        run_ranks(2, begin, "model.n_layers=5")
+    (run_dir / "checkpoints/step-4/manifest.json").write_text("{}")
+    assert run_ranks(2, begin) == [6, 6]
+
+
 def test_checkpoints_that_were_taken_away_mean_to_go_back(tmp_path: Path) -> None:
     """A snapshot of step 6, when step 4 was the newest checkpoint."""
 

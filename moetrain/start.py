@@ -133,7 +133,9 @@ def start_ranks(cfg: Config, resume: Path | None, show_traceback: bool) -> int:
                   file=sys.stderr, flush=True)  # fmt: skip
             if (Path(cfg.run_dir) / "config.yaml").exists():
                 resume = Path(cfg.run_dir)
-    if outcome.code not in (0, local.REQUEUE):  # nobody goes on by itself
+    # Nobody goes on by itself, and ranks that were ended could not remove them. Those that end by an error have done
+    # so, or have left them for who goes on: the last checkpoint was not saved, or this resume was refused.
+    if may_go_on(outcome) or outcome.code > 128:
         from moetrain.train.snapshots import forget
 
         forget(Path(cfg.run_dir))

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from moetrain_launch import local
 from moetrain_launch.fork import run_ranks
 
 from moetrain import config
@@ -22,7 +23,9 @@ from moetrain.checkpoint.snapshot_find import Found
 from moetrain.config.check import resolve_sizes
 from moetrain.config.errors import ConfigError
 from moetrain.data.prepare import prepare
+from moetrain.start import start_ranks
 from moetrain.train.begin import passed_over
+from moetrain.train.exit_codes import LOST
 from moetrain.train.snapshots import forget, open_snapshots, run_key
 from moetrain.train.trainer import Trainer
 from tests.checkpoint.saving import Lines
@@ -169,6 +172,25 @@ def test_a_snapshot_outlives_damaged_checkpoints_and_a_refused_resume(folder: Pa
         run_ranks(2, begin, "model.n_layers=5")
     (run_dir / "checkpoints/step-4/manifest.json").write_text("{}")
     assert run_ranks(2, begin) == [6, 6]
+
+
+@pytest.mark.parametrize(("code", "kept"), [(1, True), (2, True), (LOST, False), (128 + signal.SIGKILL, False)])
+def test_whose_snapshots_are_removed_with_the_ranks(
+    code: int, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks that end by themselves remove them or mean to keep them: the last checkpoint was not saved, a resume was
+    refused. Those that were lost, for good, leave them."""
+    monkeypatch.setattr(local, "run_ranks", lambda *_: local.Outcome(code, "so it ended"))
+    cfg = load(tmp_path, ["launch.ranks=2", "faults.restarts=0"])
+    Path(cfg.run_dir).mkdir()
+    folder = slots.Folder(run_key(Path(cfg.run_dir)))
+    folder.hold()
+    folder.leave(remove=False)
+    try:
+        assert start_ranks(cfg, None, False) == code
+        assert folder.path.exists() == kept
+    finally:
+        shutil.rmtree(folder.path, ignore_errors=True)
 
 
 def test_checkpoints_that_were_taken_away_mean_to_go_back(tmp_path: Path) -> None:

@@ -42,9 +42,9 @@ def finish(trainer: Trainer, evaluation: Evaluation) -> dict[str, Any]:
         "unigram_nats": known.unigram,
         "bigram_nats": known.bigram,
     }
+    write_summary(trainer.run_dir, summary)  # also where the export fails, as on a full disk
     if cfg.export.at_end:
-        summary |= export(trainer, evaluation)
-    write_summary(trainer.run_dir, summary)
+        write_summary(trainer.run_dir, summary | export(trainer, evaluation))
     log.info("done       %s", trainer.run_dir)
     return summary
 
@@ -89,24 +89,31 @@ def report(trainer: Trainer, evaluation: Evaluation, known: Baselines) -> None:
 
 
 def export(trainer: Trainer, evaluation: Evaluation) -> dict[str, Any]:
-    """Write ``export/`` in Hugging Face form and, if asked, prove that transformers computes the same held-out loss."""
+    """Write ``export/`` in Hugging Face form and, if asked, prove that transformers computes the same held-out loss.
+    Raises RankError; then what an earlier end of this run has exported is still there."""
     out = trainer.run_dir / "export"
+    new = out.with_name("export.new")
     dtype = getattr(torch, trainer.cfg.export.dtype)
     whole = whole_weights(trainer.engine, trainer.dims)
     cfg = trainer.cfg
 
     def write() -> None:
         try:
+            shutil.rmtree(new, ignore_errors=True)
+            export_hf(cfg.model, whole, new, tokenizer_of(cfg), dtype)
             shutil.rmtree(out, ignore_errors=True)  # of an earlier end of this run, before it was resumed
-            export_hf(cfg.model, whole, out, tokenizer_of(cfg), dtype)
+            new.rename(out)
         finally:
             whole.drain()
 
     ranks = Ranks()
     try:
         ranks.each(write if ranks.rank == 0 else whole.drain)
-    except RankError as error:
-        raise ConvertError(f"the export was not written: {error}") from None
+    except (ConvertError, RankError) as error:
+        raise RankError(
+            f"training has finished, but its export was not written: {error}; to try again: moetrain train --resume "
+            f"{trainer.run_dir}"
+        ) from None
     log.info("exported   %s", out)
     return {"export": str(out)} | (verify(trainer, evaluation) if trainer.cfg.export.verify else {})
 

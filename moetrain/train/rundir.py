@@ -68,7 +68,8 @@ def keep_config(run_dir: Path, cfg: Config) -> None:
     config = run_dir / "config.yaml"
     if config.exists() and not holds(run_dir, cfg):
         n = len(list(run_dir.glob("config-before-resume-*.yaml"))) + 1
-        config.rename(run_dir / f"config-before-resume-{n}.yaml")
+        before = run_dir / f"config-before-resume-{n}.yaml"
+        save(read(config), before)  # a copy: where the next cannot be written, the run still has its config
     save(cfg, config)
 
 

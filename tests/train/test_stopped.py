@@ -3,6 +3,7 @@ nothing had happened. A second run is not let into a folder in use."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -21,7 +22,7 @@ from moetrain.data.prepare import prepare
 from moetrain.sweep.plan import exit_reason
 from moetrain.train.exit_codes import REQUEUE
 from moetrain.train.lock import locked
-from moetrain.train.rundir import claim, write_summary
+from moetrain.train.rundir import claim, keep_config, write_summary
 from moetrain.train.trainer import Trainer
 from tests.distributed.test_rank_death import rank_of
 from tests.distributed.toy_run import BASE, load
@@ -101,6 +102,22 @@ def test_a_run_that_goes_on_after_its_end_has_not_ended(folder: Path) -> None:
         return exit_reason(run_dir) is None
 
     assert run_ranks(1, claimed_again) == [True]
+
+
+def test_a_config_that_cannot_be_written_takes_none_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is full when a run goes on with another config: without one, the folder would be no run any more."""
+    cfg = load(tmp_path, [])
+    keep_config(tmp_path, cfg)
+    before = (tmp_path / "config.yaml").read_text()
+    cfg.train.steps += 1
+
+    def full(cfg: config.Config, path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("moetrain.train.rundir.save", full)
+    with pytest.raises(OSError, match="No space left"):
+        keep_config(tmp_path, cfg)
+    assert (tmp_path / "config.yaml").read_text() == before
 
 
 def test_stopped_killed_and_gone_on(folder: Path) -> None:

@@ -78,7 +78,7 @@ def launch(argv: Sequence[str]) -> int:
     if args.resume:
         cfg.run_dir = str(args.resume)
     if args.print:
-        print(launching.show(cfg), end="")
+        print(launching.show(cfg, bool(args.resume)), end="")
     else:
         started = launching.start(cfg, bool(args.resume))
         print(f"started: {started}; see 'moetrain launch status {launching.target(cfg)}'")

@@ -20,13 +20,14 @@ from moetrain_launch.job import Job, LaunchError, Note, notes
 from moetrain.config import Config
 from moetrain.config.check import check_mapping
 from moetrain.config.errors import ConfigError
-from moetrain.config.files import as_text
+from moetrain.config.files import as_text, save
 
 WAYS: dict[str, Any] = {
     "local": torchrun,
     "slurm": slurm,
     "array": array,
 }  # those that leave a note in the run directory
+NEXT = "config-next.yaml"  # in the run directory: what ranks that go on with the run are to change in it
 OVER = ("ended", "look there", *slurm.ENDED)  # in what ``state`` says
 
 
@@ -41,11 +42,21 @@ def check_nodes(cfg: Config) -> None:
             raise ConfigError(f"{fewer}{error}") from None
 
 
-def job_of(cfg: Config) -> Job:
-    """``cfg`` as a job. Its run directory becomes absolute, in ``cfg`` too: ranks may start in another folder."""
-    run_dir = Path(cfg.run_dir) if cfg.launch.kind == "kubernetes" else Path(cfg.run_dir).resolve()
+def job_of(cfg: Config, resume: bool = False) -> Job:
+    """``cfg`` as a job. Its run directory becomes absolute, in ``cfg`` too: ranks may start in another folder.
+
+    resume: a run is there whose config may be another. It stays until the ranks have found that they can go on with the
+    new one, which they are given beside it.
+    """
+    away = cfg.launch.kind == "kubernetes"
+    run_dir = Path(cfg.run_dir) if away else Path(cfg.run_dir).resolve()
     cfg.run_dir = str(run_dir)
-    return Job(run_dir, ("moetrain.cli", "train", "--resume", str(run_dir)), cfg.launch)
+    words = ["moetrain.cli", "train", "--resume", str(run_dir)]
+    if resume:
+        from moetrain.train.rundir import holds
+
+        words += [] if holds(run_dir, cfg) else ["--config", kubernetes.CONFIG if away else str(run_dir / NEXT)]
+    return Job(run_dir, tuple(words), cfg.launch)
 
 
 def target(cfg: Config) -> str:
@@ -55,9 +66,9 @@ def target(cfg: Config) -> str:
     return cfg.run_dir
 
 
-def show(cfg: Config) -> str:
+def show(cfg: Config, resume: bool) -> str:
     """What ``start`` would submit or run; nothing is written. Raises LaunchError."""
-    job = job_of(cfg)
+    job = job_of(cfg, resume)
     if cfg.launch.kind == "slurm":
         return slurm.script(job)
     if cfg.launch.kind == "kubernetes":
@@ -73,10 +84,10 @@ def start(cfg: Config, resume: bool) -> str:
     """
     from moetrain.train.rundir import holds, keep_config, refuse_taken
 
-    job = job_of(cfg)
+    job = job_of(cfg, resume)
     if cfg.launch.kind == "kubernetes":
         return kubernetes.submit(job, as_text(cfg))
-    show(cfg)  # raises for what cannot be submitted, before anything is written
+    show(cfg, resume)  # raises for what cannot be submitted, before anything is written
     if cfg.launch.kind == "slurm":
         slurm.refuse_partition(cfg.launch.slurm.partition)
     if not resume and not holds(job.run_dir, cfg):
@@ -84,7 +95,10 @@ def start(cfg: Config, resume: bool) -> str:
     if cfg.launch.kind == "slurm" or cfg.launch.nodes == 1:  # else another machine's launcher may have begun
         refuse_running(job.run_dir)
     try:
-        keep_config(job.run_dir, cfg)
+        if "--config" in job.command:
+            save(cfg, job.run_dir / NEXT)
+        else:
+            keep_config(job.run_dir, cfg)
         if cfg.launch.kind == "local":
             torchrun.run(job)
         return f"job {slurm.submit(job)}, log {slurm.log_of(job.run_dir)}"

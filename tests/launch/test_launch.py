@@ -270,8 +270,12 @@ def test_a_run_directory_with_another_run_or_one_at_work_is_refused(
     capsys.readouterr()
     assert not started("run_dir=a", "seed=3")
     assert "a already holds a run; continue it with --resume" in capsys.readouterr().err
-    assert started("--resume", "a", "train.steps=7") and read("a/config.yaml").train.steps == 7
-    assert len(list(Path("a").glob("config-before-resume-*.yaml"))) == 2
+    before = Path("a/config.yaml").read_text()
+    job = started("--resume", "a", "train.steps=7")
+    assert job and job.command[-2:] == ("--config", str(tmp_path / "a/config-next.yaml"))
+    assert read(job.command[-1]).train.steps == 7
+    assert Path("a/config.yaml").read_text() == before, "the ranks may find that they cannot go on with the other one"
+    assert len(list(Path("a").glob("config-before-resume-*.yaml"))) == 1
     words = ["-c", "import time; time.sleep(60)", str(tmp_path / "a")]
     with subprocess.Popen([sys.executable, *words]) as other:
         write_note(tmp_path / "a", "local", str(other.pid), tmp_path / "a" / "log.txt")

@@ -125,13 +125,13 @@ def discard(path: Path) -> None:
 def tidy(folder: Path) -> None:
     """Make ``folder``, and clear what a killed run left. Only the run that writes there may do this. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
-    for path in sorted(folder.glob("step-*.old")):
-        _remove(path)
-    for path in sorted(folder.glob("step-*.tmp")):
+    left = [*folder.glob("step-*.old"), *folder.glob("step-*.tmp")]
+    for path in sorted(left):
         final = path.with_suffix("")
-        if (path / MANIFEST).exists() and not final.exists():
+        if path.suffix == ".tmp" and (path / MANIFEST).exists() and not final.exists():
             path.rename(final)  # killed between the manifest and the rename
-        else:
+            continue
+        with suppress(OSError):  # as on NFS, while a process has a file of it open: nobody takes it for a checkpoint
             _remove(path)
     sync_folder(folder)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -141,3 +144,21 @@ def test_a_checkpoint_that_rots_is_named_before_it_is_needed(tmp_path: Path) -> 
     assert rotten == [2] and kept == [[1], [2, 1], [3, 2, 1], [4, 3], [5, 4]]
     assert f"checkpoint {tmp_path / 'step-2'} has gone bad on its disk: " in line and "__1_0.distcp was altered" in line
     assert line.endswith(f"newest that is whole: {tmp_path / 'step-3'}")
+
+
+def test_left_overs_that_cannot_be_deleted_keep_no_run_from_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS keeps the folder of a file that is deleted while a process has it open."""
+
+    def busy(path: Path, *arguments: Any, **how: Any) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+
+    for name in ("step-2.old", "step-4.tmp"):
+        (tmp_path / name).mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", busy)
+        checkpointer = Checkpointer(tmp_path, 2, False)
+    assert checkpointer.newest() is None
+    checkpointer.save(4, state(4))
+    assert checkpointer.last_good_step() == 4 and not checkpointer.failed

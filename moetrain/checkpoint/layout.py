@@ -68,7 +68,7 @@ def write_manifest(path: Path, step: int, files: dict[str, FileHash], about: dic
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(path / MANIFEST)
-    sync_folder(path)
+    sync(path)
 
 
 def read_manifest(path: Path) -> dict[str, FileHash]:
@@ -110,7 +110,7 @@ def commit(folder: Path, step: int) -> Path:
     final = path_of(folder, step)
     old = _set_aside(final) if final.exists() else None
     final.with_suffix(".tmp").rename(final)
-    sync_folder(folder)
+    sync(folder)
     if old is not None:
         with suppress(OSError):  # ``tidy`` will try again
             _remove(old)
@@ -133,11 +133,11 @@ def tidy(folder: Path) -> None:
             continue
         with suppress(OSError):  # as on NFS, while a process has a file of it open: nobody takes it for a checkpoint
             _remove(path)
-    sync_folder(folder)
+    sync(folder)
 
 
-def sync_folder(path: Path) -> None:
-    """Put the names in folder ``path`` on the disk."""
+def sync(path: Path) -> None:
+    """Put the bytes of file ``path``, or the names in that folder, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

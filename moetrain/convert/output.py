@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from moetrain.checkpoint.layout import sync
 from moetrain.comm.ranks import one_line
 from moetrain.config.errors import ConvertError
 
@@ -39,9 +40,12 @@ def output(out: Path, nbytes: int, folder: bool = True) -> Iterator[Path]:
         _remove(partial)
         (partial if folder else place.parent).mkdir(parents=True, exist_ok=True)
         yield partial
+        for path in [partial, *partial.rglob("*")]:  # or a power cut could leave the name, and not the bytes
+            sync(path)
         if place.is_dir():
             place.rmdir()
         partial.rename(place)
+        sync(place.parent)
     except OSError as error:
         _remove(partial)
         raise ConvertError(f"'{out}' was not written: {one_line(error)}") from None

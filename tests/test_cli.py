@@ -72,7 +72,7 @@ def test_traceback_on_request() -> None:
 
 
 def test_a_taken_run_directory_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    (Path("taken") / "checkpoints").mkdir(parents=True)
+    (Path("taken") / "checkpoints/step-1").mkdir(parents=True)
     assert cli.main(["train", "run_dir=taken"]) == 2
     assert "taken already holds a run; continue it with --resume taken" in capsys.readouterr().err
 

@@ -23,8 +23,9 @@ def claim(cfg: Config, resume: bool) -> Path:
 
 
 def refuse_taken(run_dir: Path) -> None:
-    """Raise ConfigError when ``run_dir`` already holds a run, or a sweep."""
-    if (run_dir / "metrics.jsonl").exists() or (run_dir / "checkpoints").exists():
+    """Raise ConfigError when ``run_dir`` already holds a run, or a sweep. One that was refused before its first step,
+    by its data say, has no more than a config there: the corrected command takes its place."""
+    if (run_dir / "metrics.jsonl").exists() or any((run_dir / "checkpoints").glob("*")):
         raise ConfigError(
             f"{run_dir} already holds a run; continue it with --resume {run_dir}, or choose another run_dir"
         )

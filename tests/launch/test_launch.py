@@ -265,7 +265,7 @@ def test_a_run_directory_with_another_run_or_one_at_work_is_refused(
     monkeypatch.setattr(torchrun, "run", become)
     assert started("run_dir=a", "seed=1") and read("a/config.yaml").seed == 1
     assert started("run_dir=a", "seed=2"), "it has not begun; another config may take its place"
-    Path("a/checkpoints").mkdir()
+    Path("a/checkpoints/step-1").mkdir(parents=True)
     assert started("run_dir=a", "seed=2"), "the same words go on with it"
     capsys.readouterr()
     assert not started("run_dir=a", "seed=3")

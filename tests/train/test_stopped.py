@@ -104,6 +104,16 @@ def test_a_run_that_goes_on_after_its_end_has_not_ended(folder: Path) -> None:
     assert run_ranks(1, claimed_again) == [True]
 
 
+def test_a_run_that_was_refused_before_its_first_step_holds_no_folder(folder: Path) -> None:
+    """By what only ranks find out. The corrected command is given the same folder; a third finds a run there."""
+    words = ("run_dir=refused", "launch.ranks=1", "parallel.ep=1", "train.steps=1")
+    refused = start(folder, *words, "experts.backend=triton")
+    assert refused.communicate()[1].count("the Triton kernels need a GPU") == 1 and refused.returncode == 2
+    assert start(folder, *words).wait() == 0
+    taken = start(folder, *words)
+    assert "refused already holds a run" in taken.communicate()[1] and taken.returncode == 2
+
+
 def test_a_config_that_cannot_be_written_takes_none_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that is full when a run goes on with another config: without one, the folder would be no run any more."""
     cfg = load(tmp_path, [])

@@ -85,6 +85,11 @@ def space_of(words: Sequence[str], config_dirs: Sequence[str]) -> Space:
     for override in parse(words):
         key = override.get_key_element()
         if not override.is_sweep_override():
+            if any(axis.key == key for axis in axes(space)):
+                raise ConfigError(
+                    f"'{override.input_line}' comes after {key} is swept, and takes its place in every run; "
+                    f"take one of the two out"
+                )
             space.append(str(override.input_line))
         elif key.startswith("sweep."):
             raise ConfigError(f"'{override.input_line}': settings of the sweep itself cannot be swept")

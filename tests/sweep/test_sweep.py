@@ -181,6 +181,10 @@ BAD = [
     ("sweep.sampler=tpe optim.lr=interval(1,-1)", "the interval starts at 1.0 and ends at -1.0"),
     ("sweep.sampler=random optim.lr=interval(-1,1)", "optim.lr takes float > 0; got -1"),
     ("seed=1,2 seed=3,4", "seed is swept twice"),
+    (
+        "seed=1,2 seed=3",
+        "'seed=3' comes after seed is swept, and takes its place in every run; take one of the two out",
+    ),
     ("sweep.jobs=1,2", "settings of the sweep itself cannot be swept"),
     ("seed=1,2 sweep.prune=median", "sweep.prune=median needs val_loss during a run: set train.eval_every"),
     ("seed=1,2 sweep.launcher=slurm", "sinfo was not found on this machine"),

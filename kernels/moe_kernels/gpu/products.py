@@ -207,9 +207,9 @@ def down_gradient(
             at, base = tl.where(live, step, 0), first.to(tl.int64)
             weight = tl.full((TILE,), 1.0, tl.float32) if s is None else tl.load(s + base + at).to(tl.float32)
             own_h, own_a, own_dh = h + base * n_F, a + base * F, dh + base * n_F
-            share = _down_columns(da, weight, own_h, own_a, own_dh, at, live, block * COLS, F, ACT, GATED, TILE, COLS)
-            if s is not None:
-                _store_parts(share, ds, block, base + at, live, R, F, COLS)
+            own_ds = None if s is None else ds + base
+            column = block * COLS
+            _down_columns(da, weight, own_h, own_a, own_dh, own_ds, at, live, column, R, F, ACT, GATED, TILE, COLS)
             da = tl.zeros((TILE, COLS), tl.float32)
             k = 0
         i, e, first, end = next_i, next_e, next_first, next_end
@@ -223,17 +223,26 @@ def _halves(tile, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit
 def _down_columns(
-    da, weight, h, a, dh, step, live, column,
+    da, weight, h, a, dh, ds, step, live, column, R,
     F: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, TILE: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """``_down_part``, at most 32 columns at a time: the values of a whole tile at once do not fit the registers."""
-    if COLS <= 32:
-        return _down_part(da, weight, h, a, dh, step, live, column, F, ACT, GATED, COLS)
-    else:
+    """``_down_part``, at most 32 columns at a time: the values of a whole tile at once do not fit the registers. Every
+    ``COLUMNS`` columns' share goes to its own slot of ds, so that sums do not depend on what tuning chose."""
+    HALF: tl.constexpr = COLS // 2
+    if COLS > _COLUMNS:
         left, right = _halves(da, TILE, COLS)
-        HALF: tl.constexpr = COLS // 2
-        share = _down_columns(left, weight, h, a, dh, step, live, column, F, ACT, GATED, TILE, HALF)
-        return share + _down_columns(right, weight, h, a, dh, step, live, column + HALF, F, ACT, GATED, TILE, HALF)
+        _down_columns(left, weight, h, a, dh, ds, step, live, column, R, F, ACT, GATED, TILE, HALF)
+        _down_columns(right, weight, h, a, dh, ds, step, live, column + HALF, R, F, ACT, GATED, TILE, HALF)
+    else:
+        if COLS > 32:
+            left, right = _halves(da, TILE, COLS)
+            share = _down_part(left, weight, h, a, dh, step, live, column, F, ACT, GATED, HALF)
+            share += _down_part(right, weight, h, a, dh, step, live, column + HALF, F, ACT, GATED, HALF)
+        else:
+            share = _down_part(da, weight, h, a, dh, step, live, column, F, ACT, GATED, COLS)
+        if ds is not None:
+            slot = (column // _COLUMNS).to(tl.int64)
+            tl.store(ds + slot * R + step, share, mask=live & (slot < tl.cdiv(F, _COLUMNS)))
 
 
 @triton.jit
@@ -257,15 +266,6 @@ def _down_part(
     if GATED:
         tl.store(dh + at, (da * dgate).to(dh.dtype.element_ty), mask=mask)
     return share
-
-
-@triton.jit
-def _store_parts(share, ds, block, rows, live, R, F: tl.constexpr, COLS: tl.constexpr):
-    """Write a block's share to its first slot of ds, and zeros to its others."""
-    for i in tl.static_range(COLS // _COLUMNS):
-        slot = block * (COLS // _COLUMNS) + i
-        mask = live & (slot < tl.cdiv(F, _COLUMNS))
-        tl.store(ds + slot.to(tl.int64) * R + rows, share if i == 0 else tl.zeros_like(share), mask=mask)
 
 
 @tuned(

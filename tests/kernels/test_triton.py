@@ -172,3 +172,22 @@ def test_a_bad_row_stays_with_its_expert() -> None:
     got, want = case.run("triton", torch.float32), case.run("loop", torch.float64)
     for name in want:
         assert torch.equal(got[name].isfinite(), want[name].isfinite()), name
+
+
+@interpreted
+def test_weights_gradients_do_not_depend_on_the_tuned_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit: ranks tune apart, and one may tune anew in the middle of a run. Of a routing weight's gradient, the
+    sum along a row; products are of numbers so round that they are exact in every order."""
+    from moe_kernels.gpu import products
+    from moe_kernels.gpu.tiles import COLUMNS, config
+
+    case = make_case([21, 0, 12], expert_dim=72)
+    for tensor in (*case.inputs.values(), case.upstream_RD):
+        tensor.mul_(8).round_().div_(8)
+    found = []
+    for wider in (1, 2, 4):
+        monkeypatch.setattr(
+            products.down_gradient, "configs", [config(wider * COLUMNS, 4, 2, DEPTH_BYTES=64, PER_SM=1)]
+        )
+        found.append(case.run("triton", torch.float32)["weight_R"])
+    assert found[0].any() and all(torch.equal(other, found[0]) for other in found[1:])

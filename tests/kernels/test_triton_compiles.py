@@ -49,6 +49,7 @@ EXACT = {"PRECISION": "ieee"}
 GRADIENT = {"left": BF16, "right": BF16, "out": BF16, "start": "*i32", "rows_class": "i32"}
 # Shapes of what Hopper's copy engine reads, by reader: (of rows, of columns), in names of constants.
 READERS = {"w_reader": ("COLS", "DEPTH"), "a_reader": ("TILE", "DEPTH")}
+STACKED = {"w_reader": ("PARTS", "COLS", "DEPTH")}
 TURNED = {"w_reader": ("DEPTH", "COLS"), "a_reader": ("TILE", "DEPTH")}
 # Kernel, types of its pointers and numbers, its constants.
 PRODUCTS: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
@@ -146,9 +147,10 @@ def test_products(
     given = {"w_reader": read or None} if "w_reader" in kernel.fn.arg_names else {}
     for config in kernel.early_config_prune([], {"first": torch.empty(0, dtype=torch.bfloat16)}, **given):
         sizes = constants | config.kwargs
-        shapes = (TURNED if turned else READERS) if read else {}
+        parts = 2 if kernel is products.up_projection and sizes["GATED"] else 1  # gate and up
+        shapes = (STACKED if kernel is products.up_projection else TURNED if turned else READERS) if read else {}
         readers = {
-            reader: f"tensordesc<bf16[{', '.join(str({**sizes, 'DEPTH': 64}[n]) for n in shape)}]>"
+            reader: f"tensordesc<bf16[{', '.join(str({**sizes, 'DEPTH': 64, 'PARTS': parts}[n]) for n in shape)}]>"
             for reader, shape in shapes.items()
             if reader in kernel.fn.arg_names
         }
@@ -159,8 +161,9 @@ def test_products(
         assert instruction in code, f"{config} makes its products without tensor cores"
         assert ("UTMALDG" in code) == bool(readers), f"{config}: is the copy engine used?"
         if capability == 90:
-            both = kernel is products.up_projection and sizes["GATED"]  # gate and up
-            numbers = 64 * (sizes.get("TILE", sizes.get("ROWS")) + sizes["COLS"] * (2 if both else 1))
+            numbers = 64 * (sizes.get("TILE", sizes.get("ROWS")) + sizes["COLS"] * parts)
+            # Where the assembler cannot see that the accumulators are left alone, it waits at each instruction.
+            assert 2 * code.count("WARPGROUP.ARRIVE") <= code.count("HGMMA"), f"{config}: products wait for each other"
             assert binary.metadata.shared >= 2 * numbers * config.num_stages, f"{config}: not all stages are used"
 
 

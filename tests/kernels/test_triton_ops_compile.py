@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,13 @@ def test_the_loss_reads_sixteen_bytes_at_a_time(tmp_path: Path) -> None:
     usage, code = machine_code(binary, tmp_path)
     assert usage["STACK"] == usage["LOCAL"] == 0, f"spills: {usage}"
     assert "LDG.E.128" in code and "STG.E.128" in code and "STG.E.U16" not in code
+
+
+def test_rope_reads_and_writes_neighbours_together(tmp_path: Path) -> None:
+    for interleaved, back in ((False, False), (True, False), (True, True)):
+        kernel, types, constants = KERNELS[f"rope of 32 heads of 128, interleaved={interleaved}, back={back}"]
+        _, code = machine_code(compiled(kernel, 90, types, constants), tmp_path)
+        assert "LDG.E.128" in code and "STG.E.128" in code and not re.search(r"(LDG|STG)\.E\.U16", code)
 
 
 def test_what_no_program_holds_is_refused() -> None:

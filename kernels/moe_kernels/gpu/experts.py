@@ -39,7 +39,8 @@ def _forward(
     tiles = place(counts_e, R)
     h_RnF, a_RF = x_ND.new_empty(R, matrices * F), x_ND.new_empty(R, F)
     up_projection[_grid(tiles, F)](
-        x_ND, index_R, w13, b13=b13, s=s_R, h=h_RnF, a=a_RF, **tiles._asdict(), w_reader=matrix_reader(w13, D),
+        x_ND, index_R, w13, b13=b13, s=s_R, h=h_RnF, a=a_RF, **tiles._asdict(),
+        w_reader=matrix_reader(w13.flatten(0, 1), D),
         E=e, F=F, D=D, ACT=activation, GATED=matrices == 2, TILE=TILE, PRECISION=_precision(),
     )  # fmt: skip
     y_RD = run_rows_times_weights(a_RF, w2, tiles, D, (F, 1), b2, s_R)
@@ -84,7 +85,7 @@ def _backward(
     ds_parts = x_ND.new_zeros(cdiv(F, COLUMNS) + (b2 is not None), R, dtype=torch.float32)
     down_gradient[_grid(tiles, F)](
         dy, dy_index, w2, s=s_R, h=h_RnF, a=a_RF, dh=dh_RnF, ds=ds_parts, R=R, **tiles._asdict(),
-        w_reader=matrix_reader(w2, D),
+        w_reader=matrix_reader(w2.flatten(0, 1), D),
         E=e, F=F, D=D, ACT=activation, GATED=matrices == 2, TILE=TILE, PRECISION=_precision(),
     )  # fmt: skip
     if need_x:
@@ -140,7 +141,7 @@ def run_rows_times_weights(
     s_R: Tensor | None = None,
 ) -> Tensor:
     out, K = a.new_empty(len(a), N), a.shape[1]
-    w_reader = matrix_reader(w if strides[1] == 1 else w.view(-1, N), K)
+    w_reader = matrix_reader(w.view(-1, K if strides[1] == 1 else N), K)
     a_reader = None if w_reader is None else matrix_reader(a, K)
     rows_times_weights[_grid(tiles, N)](
         a, w=w, bias=bias, s=s_R, out=out, **tiles._asdict(), E=len(w), N=N, K=K, W_N=strides[0], W_K=strides[1],

@@ -42,7 +42,8 @@ def up_projection(
 ):  # fmt: skip
     """h_RnF = x[index] W13^T + b13 and a_RF = s * act(h)."""
     BLOCKS: tl.constexpr = (F + COLS - 1) // COLS
-    n_F: tl.constexpr = 2 * F if GATED else F
+    PARTS: tl.constexpr = 2 if GATED else 1
+    n_F: tl.constexpr = PARTS * F
     UP: tl.constexpr = n_F - F  # where the part that is called up begins
     DEPTH: tl.constexpr = DEPTH_BYTES * 8 // x.dtype.element_ty.primitive_bitwidth
     STEPS: tl.constexpr = (D + DEPTH - 1) // DEPTH
@@ -51,26 +52,32 @@ def up_projection(
     i, apart = tl.program_id(0), tl.num_programs(0)
     e, first, end = tile_at(expert, row, start, i // BLOCKS, tiles)
     ahead = _sources(index, first + step, end)
-    up = tl.zeros((TILE, COLS), tl.float32)
-    gate = tl.zeros((TILE, COLS), tl.float32)
+    sums = tl.zeros((TILE, PARTS * COLS), tl.float32)
     k = 0
     for _ in range(0, tl.cdiv(tl.maximum(tiles * BLOCKS - i, 0), apart) * STEPS):
         # One loop over blocks and their depths, that the reads of the next block be under way at the end of this one;
-        # row numbers are read one turn ahead: waited for, they would take a stage of the tiles' pipeline.
+        # row numbers are read one turn ahead: waited for, they would take a stage of the tiles' pipeline. Gate and up
+        # are columns of one product: of two, each instruction for the tensor cores would wait for the one before.
         source, done = ahead, k + DEPTH >= D
         next_i = tl.where(done, i + apart, i)
         next_e, next_first, next_end = tile_at(expert, row, start, next_i // BLOCKS, tiles)
         ahead = _sources(index, next_first + step, next_end)
         block = i % BLOCKS
-        n, real = columns(block, F, COLS)
         x_tile = load_depth(x + source[:, None] * D + (k + depth)[None, :], k, D, DEPTH, 1)
-        w, w_off = w13 + e.to(tl.int64) * (n_F * D), n[None, :] * D + depth[:, None]
-        w_row = e * n_F + block * COLS
-        up = product(x_tile, _tile(w + UP * D, w_off, w_reader, w_row + UP, k, D, DEPTH), up, PRECISION)
-        if GATED:
-            gate = product(x_tile, _tile(w, w_off, w_reader, w_row, k, D, DEPTH), gate, PRECISION)
+        if w_reader is None:
+            part, c = tl.arange(0, PARTS * COLS) // COLS, block * COLS + tl.arange(0, PARTS * COLS) % COLS
+            w_off = (part * F + tl.where(c < F, c, 0))[None, :] * D + depth[:, None]
+            w_tile = load_depth(w13 + e.to(tl.int64) * (n_F * D) + k + w_off, k, D, DEPTH, 0)
+        else:
+            w_tile = tl.reshape(w_reader.load([e * PARTS, block * COLS, k]), (PARTS * COLS, DEPTH)).T
+        sums = product(x_tile, w_tile, sums, PRECISION)
         k += DEPTH
         if done:
+            if GATED:
+                gate, up = _halves(sums, TILE, 2 * COLS)
+            else:
+                gate, up = sums, sums
+            n, real = columns(block, F, COLS)
             live = first + step < end
             mask = live[:, None] & real[None, :]
             base = first.to(tl.int64)
@@ -89,8 +96,7 @@ def up_projection(
             if s is not None:
                 value *= tl.load(s + base + step, mask=live, other=0.0).to(tl.float32)[:, None]
             tl.store(a + base * F + step[:, None] * F + n[None, :], value.to(a.dtype.element_ty), mask=mask)
-            up = tl.zeros((TILE, COLS), tl.float32)
-            gate = tl.zeros((TILE, COLS), tl.float32)
+            sums = tl.zeros((TILE, PARTS * COLS), tl.float32)
             k = 0
         i, e, first, end = next_i, next_e, next_first, next_end
 
@@ -102,15 +108,6 @@ def _sources(index, r, end):
         return tl.where(r < end, r, 0).to(tl.int64)
     else:
         return tl.load(index + r, mask=r < end, other=0)
-
-
-@triton.jit
-def _tile(w, w_off, w_reader, w_row, k, D: tl.constexpr, DEPTH: tl.constexpr):
-    """(DEPTH, columns) of W13^T from k on."""
-    if w_reader is None:
-        return load_depth(w + k + w_off, k, D, DEPTH, 0)
-    else:
-        return w_reader.load([w_row, k]).T
 
 
 @tuned(
@@ -210,9 +207,9 @@ def down_gradient(
             at, base = tl.where(live, step, 0), first.to(tl.int64)
             weight = tl.full((TILE,), 1.0, tl.float32) if s is None else tl.load(s + base + at).to(tl.float32)
             own_h, own_a, own_dh = h + base * n_F, a + base * F, dh + base * n_F
-            share = _down_columns(da, weight, own_h, own_a, own_dh, at, live, block * COLS, F, ACT, GATED, TILE, COLS)
-            if s is not None:
-                _store_parts(share, ds, block, base + at, live, R, F, COLS)
+            own_ds = None if s is None else ds + base
+            column = block * COLS
+            _down_columns(da, weight, own_h, own_a, own_dh, own_ds, at, live, column, R, F, ACT, GATED, TILE, COLS)
             da = tl.zeros((TILE, COLS), tl.float32)
             k = 0
         i, e, first, end = next_i, next_e, next_first, next_end
@@ -226,17 +223,26 @@ def _halves(tile, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit
 def _down_columns(
-    da, weight, h, a, dh, step, live, column,
+    da, weight, h, a, dh, ds, step, live, column, R,
     F: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, TILE: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """``_down_part``, at most 32 columns at a time: the values of a whole tile at once do not fit the registers."""
-    if COLS <= 32:
-        return _down_part(da, weight, h, a, dh, step, live, column, F, ACT, GATED, COLS)
-    else:
+    """``_down_part``, at most 32 columns at a time: the values of a whole tile at once do not fit the registers. Every
+    ``COLUMNS`` columns' share goes to its own slot of ds, so that sums do not depend on what tuning chose."""
+    HALF: tl.constexpr = COLS // 2
+    if COLS > _COLUMNS:
         left, right = _halves(da, TILE, COLS)
-        HALF: tl.constexpr = COLS // 2
-        share = _down_columns(left, weight, h, a, dh, step, live, column, F, ACT, GATED, TILE, HALF)
-        return share + _down_columns(right, weight, h, a, dh, step, live, column + HALF, F, ACT, GATED, TILE, HALF)
+        _down_columns(left, weight, h, a, dh, ds, step, live, column, R, F, ACT, GATED, TILE, HALF)
+        _down_columns(right, weight, h, a, dh, ds, step, live, column + HALF, R, F, ACT, GATED, TILE, HALF)
+    else:
+        if COLS > 32:
+            left, right = _halves(da, TILE, COLS)
+            share = _down_part(left, weight, h, a, dh, step, live, column, F, ACT, GATED, HALF)
+            share += _down_part(right, weight, h, a, dh, step, live, column + HALF, F, ACT, GATED, HALF)
+        else:
+            share = _down_part(da, weight, h, a, dh, step, live, column, F, ACT, GATED, COLS)
+        if ds is not None:
+            slot = (column // _COLUMNS).to(tl.int64)
+            tl.store(ds + slot * R + step, share, mask=live & (slot < tl.cdiv(F, _COLUMNS)))
 
 
 @triton.jit
@@ -260,15 +266,6 @@ def _down_part(
     if GATED:
         tl.store(dh + at, (da * dgate).to(dh.dtype.element_ty), mask=mask)
     return share
-
-
-@triton.jit
-def _store_parts(share, ds, block, rows, live, R, F: tl.constexpr, COLS: tl.constexpr):
-    """Write a block's share to its first slot of ds, and zeros to its others."""
-    for i in tl.static_range(COLS // _COLUMNS):
-        slot = block * (COLS // _COLUMNS) + i
-        mask = live & (slot < tl.cdiv(F, _COLUMNS))
-        tl.store(ds + slot.to(tl.int64) * R + rows, share if i == 0 else tl.zeros_like(share), mask=mask)
 
 
 @tuned(
@@ -353,7 +350,9 @@ def _matrix_block(kwargs: dict[str, Any], depth: int) -> list[int]:
     return [kwargs["COLS"], depth] if kwargs["W_K"] == 1 else [depth, kwargs["COLS"]]
 
 
-up_projection.fn.add_pre_run_hook(_set_blocks(w_reader=lambda kwargs, depth: [kwargs["COLS"], depth]))
+up_projection.fn.add_pre_run_hook(
+    _set_blocks(w_reader=lambda kwargs, depth: [2 if kwargs["GATED"] else 1, kwargs["COLS"], depth])
+)
 down_gradient.fn.add_pre_run_hook(_set_blocks(w_reader=lambda kwargs, depth: [depth, kwargs["COLS"]]))
 rows_times_weights.fn.add_pre_run_hook(
     _set_blocks(a_reader=lambda kwargs, depth: [kwargs["TILE"], depth], w_reader=_matrix_block)

@@ -19,24 +19,33 @@ def turn_kernel(
     H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, HALF_POW2: tl.constexpr, REST_POW2: tl.constexpr,
     HEADS: tl.constexpr, IN_PAIRS: tl.constexpr, OUT_PAIRS: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
-    """Of token n, whose row in the tables is n % ROWS. IN_PAIRS, OUT_PAIRS: the pairs are neighbours, not halves."""
+    """Of token n, whose row in the tables is n % ROWS. IN_PAIRS, OUT_PAIRS: the pairs are neighbours, not halves; they
+    are read and written side by side, several at a time."""
     n = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     i = tl.arange(0, HALF_POW2)
     live = (heads < H)[:, None]
     mask = live & (i < HALF)[None, :]
+    side = tl.arange(0, 2 * HALF_POW2)[None, :]
+    both = live & (side < 2 * HALF)
     row = n * (H * D) + heads[:, None] * D
     table = (n % ROWS) * HALF + i
     c = tl.load(cos + table, mask=i < HALF, other=0.0).to(tl.float32)[None, :]
     s = tl.load(sin + table, mask=i < HALF, other=0.0).to(tl.float32)[None, :]
     if BACK:
         s = -s
-    first, second = (2 * i, 2 * i + 1) if IN_PAIRS else (i, HALF + i)
-    a = tl.load(x + row + first[None, :], mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(x + row + second[None, :], mask=mask, other=0.0).to(tl.float32)
-    first, second = (2 * i, 2 * i + 1) if OUT_PAIRS else (i, HALF + i)
-    tl.store(out + row + first[None, :], (a * c - b * s).to(out.dtype.element_ty), mask=mask)
-    tl.store(out + row + second[None, :], (b * c + a * s).to(out.dtype.element_ty), mask=mask)
+    if IN_PAIRS:
+        pairs = tl.load(x + row + side, mask=both, other=0.0).to(tl.float32)
+        a, b = tl.split(tl.reshape(pairs, (HEADS, HALF_POW2, 2)))
+    else:
+        a = tl.load(x + row + i[None, :], mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(x + row + HALF + i[None, :], mask=mask, other=0.0).to(tl.float32)
+    first, second = (a * c - b * s).to(out.dtype.element_ty), (b * c + a * s).to(out.dtype.element_ty)
+    if OUT_PAIRS:
+        tl.store(out + row + side, tl.interleave(first, second), mask=both)
+    else:
+        tl.store(out + row + i[None, :], first, mask=mask)
+        tl.store(out + row + HALF + i[None, :], second, mask=mask)
     if REST_POW2 > 0:
         rest = 2 * HALF + tl.arange(0, REST_POW2)
         mask = live & (rest < D)[None, :]

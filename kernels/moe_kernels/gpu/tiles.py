@@ -72,9 +72,10 @@ def has_copy_engine(device: torch.device) -> bool:
 
 
 def matrix_reader(matrix: Tensor, depth: int) -> TensorDescriptor | None:
-    """How Hopper's copy engine (TMA) reads tiles of a row-major matrix, or of the stacked matrices of all experts;
-    None where it cannot. depth: the size of the dimension that is summed over. A tile's must divide it, since behind
-    it comes the next expert's matrix. How large tiles are, a kernel's hook says before each launch.
+    """How Hopper's copy engine (TMA) reads tiles of a row-major matrix, of the stacked matrices of all experts, or of
+    matrices (n, rows, columns) several at a time; None where it cannot. depth: the size of the dimension that is summed
+    over. A tile's must divide it, since behind it comes the next expert's matrix. How large tiles are, a kernel's hook
+    says before each launch.
     """
     multiple = 16 // matrix.element_size()
     fits = depth % (128 // matrix.element_size()) == 0 and matrix.shape[-1] % multiple == 0
@@ -82,8 +83,8 @@ def matrix_reader(matrix: Tensor, depth: int) -> TensorDescriptor | None:
         return None
     if not has_copy_engine(matrix.device):
         return None
-    flat = matrix.view(-1, matrix.shape[-1])
-    return TensorDescriptor(flat, [*flat.shape], [*flat.stride()], [1, multiple])
+    smallest = [*[1] * (matrix.ndim - 1), multiple]
+    return TensorDescriptor(matrix, [*matrix.shape], [*matrix.stride()], smallest)
 
 
 class Tiles(NamedTuple):

@@ -58,14 +58,9 @@ def legal_mappings(
     local = DISPATCH.index("local")
     crosses = m.ep * m.etp > cluster.domain
     whole_domains = (cluster.domain % m.etp == 0) & (m.ep % np.maximum(1, cluster.domain // m.etp) == 0)
-    sends = (m.ep > 1) | (m.etp > 1)
     fits = np.where(
-        ~sends | (not moe), m.dispatch == local,
-        np.select(
-            [m.dispatch == local, m.dispatch == DISPATCH.index("two_step"), m.dispatch == DISPATCH.index("all_gather")],
-            [False, crosses & whole_domains, m.ep > 1],
-            m.ep > 1,
-        ),
+        (m.ep == 1) | (not moe), m.dispatch == local,
+        np.where(m.dispatch == DISPATCH.index("two_step"), crosses & whole_domains, m.dispatch != local),
     )  # fmt: skip
     m = m.take(fits)
     return m.and_also(_placed(cfg, m)) if fssdp else m

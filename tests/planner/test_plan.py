@@ -133,13 +133,14 @@ def problem(world: int = 16, *words: str) -> Problem:
 
 
 def test_a_run_accepts_every_mapping_that_is_searched() -> None:
-    """A draw of them through the checks of 'moetrain train', of those with copies of experts too."""
+    """A draw of them through the checks of 'moetrain train', of those with copies of experts, and with split ones
+    that all ranks have, too."""
     p = problem()
     m = legal_mappings(p.cfg, p.cluster, p.world, p.precisions, fssdp=True)
     assert len(m) > 1000
-    placed = np.flatnonzero(m.placement)
+    placed, split = np.flatnonzero(m.placement), np.flatnonzero((m.ep == 1) & (m.etp > 1))
     rng = np.random.default_rng(0)
-    for i in (*rng.choice(len(m), 8, replace=False), *rng.choice(placed, 4, replace=False)):
+    for i in np.concatenate([rng.choice(x, n, replace=False) for x, n in ((len(m), 8), (placed, 4), (split, 4))]):
         row = m.row(int(i))
         words = [f"parallel.{k}={row[k]}" for k in ("pp", "cp", "tp", "ep", "etp", "schedule", "offload", "context")]
         words += [f"parallel.dp_replicate={row['rep']}", f"train.micro_batch={row['micro_batch']}"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moetrain.config.errors import ConfigError
-from moetrain.train.runtime import pick_device
+from moetrain.train.runtime import pick_device, threads
 
 TORCHRUN = {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 SRUN = {**TORCHRUN, "SLURM_LOCALID": "1"}
@@ -37,3 +37,13 @@ def test_a_rank_takes_the_gpu_of_its_number_or_the_one_that_slurm_shows_it(monke
 def test_more_ranks_than_gpus_are_refused_on_every_rank(rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"^2 ranks on a machine where torch sees 1 GPU.*launch\.ranks=1.*device=cpu"):
         pick(monkeypatch, 1, {**TORCHRUN, "LOCAL_RANK": rank})
+
+
+def test_threads_are_a_share_of_the_cores_that_are_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job on 8 of 64 cores has 2 for each of 4 ranks; where Slurm gives each rank cores of its own, all of these."""
+    monkeypatch.delenv("SLURM_LOCALID", raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
+    assert (threads(4), threads(16)) == (2, 1)
+    monkeypatch.setenv("SLURM_LOCALID", "1")
+    assert threads(8) == 8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from moetrain.comm.ranks import Ranks
@@ -26,7 +27,7 @@ def refuse_taken(run_dir: Path) -> None:
     """Raise ConfigError when ``run_dir`` already holds a run, or a sweep."""
     if (run_dir / "metrics.jsonl").exists() or (run_dir / "checkpoints").exists():
         raise ConfigError(
-            f"{run_dir} already holds a run; continue it with --resume {run_dir}, or choose another run_dir"
+            f"{run_dir} already holds a run; continue it with --resume {quote(str(run_dir))}, or choose another run_dir"
         )
     if (run_dir / "sweep.yaml").exists():
         raise ConfigError(f"{run_dir} holds a sweep; choose another run_dir")

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch.distributed as dist
@@ -276,7 +277,7 @@ class Watch:
     def _line(self, what: str, why: str) -> str:
         return (
             f"{what} after step {self.step()}: {why}; last good checkpoint: {self.last_good()}; "
-            f"to go on: moetrain train --resume {self._run_dir}"
+            f"to go on: moetrain train --resume {quote(str(self._run_dir))}"
         )
 
 

@@ -213,6 +213,12 @@ def test_emitted_preset_is_what_train_accepts(tmp_path: Path, capsys: pytest.Cap
     assert main(["train", "--config-dir", str(tmp_path), "experiment=mine", "dry_run=true", "device=cuda"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["world"] == 4
     assert main([*words, "--config-dir", str(tmp_path), "--emit", "experiment=mine"]) == 2  # not over what exists
+    capsys.readouterr()
+    words[3:5] = ["gpus=16", "global_batch=16"]
+    assert main([*words, "--config-dir", str(tmp_path), "--emit", "experiment=two"]) == 0
+    command = capsys.readouterr().out.splitlines()[-1].partition("; moetrain ")[2].split()
+    assert command[-2:] == ["launch.nodes=2", "launch.ranks=8"]  # a node has 8 of the 16
+    assert main([*command, "--print", "launch=slurm", f"run_dir={tmp_path}/run"]) == 0
 
 
 def test_a_run_of_several_machines_is_checked_against_all_its_ranks(tmp_path: Path) -> None:

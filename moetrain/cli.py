@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import NoReturn
 
 from moetrain_launch import local
@@ -81,7 +82,7 @@ def launch(argv: Sequence[str]) -> int:
         print(launching.show(cfg, bool(args.resume)), end="")
     else:
         started = launching.start(cfg, bool(args.resume))
-        print(f"started: {started}; see 'moetrain launch status {launching.target(cfg)}'")
+        print(f"started: {started}; see 'moetrain launch status {quote(launching.target(cfg))}'")
     return 0
 
 

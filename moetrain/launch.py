@@ -130,7 +130,8 @@ def start_sweep(overrides: Sequence[str], config_dirs: Sequence[str]) -> str:
     note_sweep(sweep)
     for cfg, job in zip(configs, jobs, strict=True):
         keep_config(job.run_dir, cfg)
-    return f"array {array.submit(folder, jobs)} of {len(jobs)} runs; see 'moetrain launch status {folder}'"
+    see = f"moetrain launch status {shlex.quote(str(folder))}"
+    return f"array {array.submit(folder, jobs)} of {len(jobs)} runs; see '{see}'"
 
 
 def refuse_running(run_dir: Path) -> None:
@@ -140,7 +141,9 @@ def refuse_running(run_dir: Path) -> None:
     for note in notes(run_dir):
         state = WAYS[note.kind].state(note)
         if not any(word in state for word in OVER):
-            raise LaunchError(f"{run_dir} is at work already: {state}; see 'moetrain launch status {run_dir}'")
+            raise LaunchError(
+                f"{run_dir} is at work already: {state}; see 'moetrain launch status {shlex.quote(str(run_dir))}'"
+            )
 
 
 def status(target: str) -> str:

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from moetrain_launch import local
@@ -141,7 +142,7 @@ def start_ranks(cfg: Config, resume: Path | None, show_traceback: bool) -> int:
         forget(Path(cfg.run_dir))
     if outcome.message:
         killed = outcome.code > 128 and "--resume" not in outcome.message
-        again = f"; to go on: moetrain train --resume {cfg.run_dir}" if killed else ""
+        again = f"; to go on: moetrain train --resume {quote(str(cfg.run_dir))}" if killed else ""
         print(f"moetrain: error: {outcome.message}{again}", file=sys.stderr)
     return outcome.code
 

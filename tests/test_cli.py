@@ -72,9 +72,10 @@ def test_traceback_on_request() -> None:
 
 
 def test_a_taken_run_directory_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    (Path("taken") / "checkpoints/step-1").mkdir(parents=True)
-    assert cli.main(["train", "run_dir=taken"]) == 2
-    assert "taken already holds a run; continue it with --resume taken" in capsys.readouterr().err
+    for name, word in (("taken", "taken"), ("all taken", "'all taken'")):  # as a shell takes it
+        (Path(name) / "checkpoints/step-1").mkdir(parents=True)
+        assert cli.main(["train", f"run_dir={name}"]) == 2
+        assert f"{name} already holds a run; continue it with --resume {word}, or" in capsys.readouterr().err
 
 
 def test_a_default_run_directory_is_numbered_on_and_an_asked_one_is_kept() -> None:

@@ -20,13 +20,22 @@ ABSENT = "write the manifest with --print and apply it where kubectl is, or use 
 CONFIG = "/etc/moetrain/config.yaml"
 PORT = 29400
 
-# A pod may be the first to see the run directory; rename is what makes the config whole for all of them.
+RUN_DIR = "moetrain-run-dir"  # an annotation: names are made of the last folder alone
+OVER = ("Complete", "Succeeded", "Failed")  # conditions of a job that has ended
+
+# A pod may be the first to see the run directory; rename is what makes the config whole for all of them. A run may
+# write its config anew, so what it was launched with is kept beside it.
 SCRIPT = """\
 set -eu
 mkdir -p {run_dir}
 if [ ! -f {run_dir}/config.yaml ]; then
-  cp {config} {run_dir}/config.yaml.$HOSTNAME
-  mv {run_dir}/config.yaml.$HOSTNAME {run_dir}/config.yaml
+  for name in launched.yaml config.yaml; do
+    cp {config} {run_dir}/$name.$HOSTNAME
+    mv {run_dir}/$name.$HOSTNAME {run_dir}/$name
+  done
+elif [ -f {run_dir}/launched.yaml ] && [ "$(cat {config})" != "$(cat {run_dir}/launched.yaml)" ]; then
+  echo {run_dir} holds a run that was launched with other settings, see its launched.yaml. Choose another run_dir >&2
+  exit 2
 fi
 exec {python} -m torch.distributed.run --nnodes={nodes} --nproc-per-node={ranks} --node-rank={node} \\
   --master-addr={address} --master-port={port} -m {command}
@@ -71,9 +80,26 @@ _Readable.add_representer(str, _Readable.represent_str)
 
 
 def submit(job: Job, config: str) -> str:
-    """Apply the manifest; the name by which ``status``, ``logs`` and ``cancel`` know it. Raises LaunchError."""
-    ask(["kubectl", "apply", "-f", "-"], ABSENT, as_yaml(manifest(job, config)))
-    return f"k8s:{job.settings.kubernetes.namespace}/{job.name}"
+    """Apply the manifest; the name by which ``status``, ``logs`` and ``cancel`` know it. A job of the same run that has
+    ended makes room, as Kubernetes starts none again. Raises LaunchError: it has not, or is that of another run."""
+    objects = manifest(job, config)
+    target = f"k8s:{job.settings.kubernetes.namespace}/{job.name}"
+    one = [objects[-1]["kind"].lower(), job.name, "-n", job.settings.kubernetes.namespace]
+    found = ask(["kubectl", "get", *one, "--ignore-not-found", "-o", "json"], ABSENT)
+    if found.strip():
+        there = json.loads(found)
+        other = there["metadata"].get("annotations", {}).get(RUN_DIR, str(job.run_dir))
+        if other != str(job.run_dir):
+            raise LaunchError(
+                f"{target} is the job of another run, {other}, and names are made of the last folder; choose another "
+                f"for run_dir, or do away with that job: moetrain launch cancel {target}"
+            )
+        conditions = there.get("status", {}).get("conditions") or []
+        if not any(c["type"] in OVER and c["status"] == "True" for c in conditions):
+            raise LaunchError(f"{target} is at work already; see 'moetrain launch status {target}'")
+        ask(["kubectl", "delete", *one, "--timeout=50s"], ABSENT)
+    ask(["kubectl", "apply", "-f", "-"], ABSENT, as_yaml(objects))
+    return target
 
 
 def state(target: str) -> str:
@@ -115,7 +141,8 @@ def _parts(target: str) -> tuple[str, str]:
 
 
 def _metadata(job: Job, name: str) -> dict[str, Any]:
-    return {"name": name, "namespace": job.settings.kubernetes.namespace, "labels": {"moetrain-run": job.name}}
+    return {"name": name, "namespace": job.settings.kubernetes.namespace, "labels": {"moetrain-run": job.name},
+            "annotations": {RUN_DIR: str(job.run_dir)}}  # fmt: skip
 
 
 def _pytorch_job(job: Job) -> list[dict[str, Any]]:

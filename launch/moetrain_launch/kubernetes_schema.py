@@ -34,6 +34,7 @@ class ObjectMeta(Part):
     name: Subdomain
     namespace: Label
     labels: dict[LabelKey, LabelValue] = {}
+    annotations: dict[LabelKey, str] = {}
 
 
 class PodMeta(Part):

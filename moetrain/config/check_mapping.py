@@ -243,13 +243,12 @@ def expert_shards(cfg: Config, sizes: Sizes) -> Iterator[Broken]:
 
 
 def dispatcher(cfg: Config, sizes: Sizes) -> Iterator[Broken]:
-    """The local dispatcher reaches no other rank."""
+    """The local dispatcher reaches no other rank but those that have parts of the same experts."""
     kind = cfg.dispatch.get("kind") if isinstance(cfg.dispatch, dict) else None
-    if kind == "local" and sizes.ep * sizes.etp > 1:
+    if kind == "local" and sizes.ep > 1:
         yield Broken(
-            f"dispatch.kind=local serves experts that are whole on every rank, not parallel.ep={sizes.ep} and "
-            f"parallel.etp={sizes.etp}",
-            {"dispatch.kind": ["auto", "all_to_all"], **_sizes(sizes, "ep", "etp")},
+            f"dispatch.kind=local serves ranks that have all experts, or a part of each, not parallel.ep={sizes.ep}",
+            {"dispatch.kind": ["auto", "all_to_all"], **_sizes(sizes, "ep")},
         )
 
 

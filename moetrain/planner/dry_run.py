@@ -3,7 +3,7 @@
 The modules of each stage are built, made parallel and run on the meta device, as rank 0 of each group would; no memory
 is taken and nothing is sent. Assumed: balanced routing (``planner.balanced``), fused attention and norms
 (``planner.fused``), no torch.compile, and for ``device=auto`` a GPU. Not counted: the allocator's waste, buffers inside
-a kernel or a collective library, and the CUDA context.
+a kernel (but of Triton's experts) or a collective library, and the CUDA context.
 """
 
 from __future__ import annotations

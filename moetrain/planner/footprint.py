@@ -125,14 +125,15 @@ class _Pieces:
                 found["gradients"] += run.wide * self.copy.own
                 whole = whole + self.copy.gathered
             root = root + sum((e.gathered for e in ends), np.zeros(len(m)))
+            if stage.last:
+                found["working"] = np.maximum(found["working"], memory.head_bytes(self.shape, m, run))
+            if stage.first:  # the table's gradient, once all else has gone
+                table = self.shape.vocab / m.tp * self.shape.dim * narrow
+                found["working"] = np.maximum(found["working"], table - self._kept(stage))
             for k, count in enumerate(stage.counts):
-                if stage.last:  # the product that is added to the head's gradient, and the logits of a chunk of tokens
-                    columns = self.shape.vocab / m.tp
-                    chunk = np.minimum(2**23, m.tokens(run.seq_len) * m.tp * columns)
-                    found["working"] = np.maximum(found["working"], (chunk + columns * self.shape.dim) * narrow)
-                if count:
+                if count:  # in backward, once what the head and the loss kept has gone
                     block = np.maximum(block, self.layers[k][0].gathered + self.layers[k][1].gathered)
-                    found["working"] = np.maximum(found["working"], self.kept[k][1])
+                    found["working"] = np.maximum(found["working"], self.kept[k][1] - stage.last * self.ends[1])
         blocks = sum(sum(stage.counts) for stage in mine)
         ahead = np.minimum(blocks, 1 + run.prefetch) * block
         keeps = int(m.pp[0]) > 1 or schedule in ZERO_BUBBLE
@@ -150,13 +151,9 @@ class _Pieces:
         return found
 
     def _activations(self, mine: list[Held], rank: int, schedule: str) -> Numbers:
-        m, x = self.m, self.m.tokens(self.run.seq_len) * self.shape.dim * self.run.narrow
+        m = self.m
         pp, vpp = int(m.pp[0]), int(m.vpp[0])
-        of_stage = []
-        for stage in mine:
-            size = sum((count * self.kept[k][0] for k, count in enumerate(stage.counts)), np.zeros(len(m)))
-            size = size + stage.first * self.ends[0] + stage.last * self.ends[1]
-            of_stage.append(size + (pp > 1 and not stage.last) * x)
+        of_stage = [self._kept(stage) for stage in mine]
         most = np.zeros(len(m))
         for n in np.unique(self.n):
             here = self.n == n
@@ -164,3 +161,11 @@ class _Pieces:
                 held = sum((a * b for a, b in zip(moment, of_stage, strict=True)), np.zeros(len(m)))
                 most = np.where(here, np.maximum(most, held), most)
         return most
+
+    def _kept(self, stage: Held) -> Numbers:
+        """Bytes of one micro-batch."""
+        x = self.m.tokens(self.run.seq_len) * self.shape.dim * self.run.narrow
+        size = sum((count * self.kept[k][0] for k, count in enumerate(stage.counts)), np.zeros(len(self.m)))
+        size = size + stage.first * self.ends[0] + stage.last * self.ends[1]
+        kept: Numbers = size + (int(self.m.pp[0]) > 1 and not stage.last) * x
+        return kept

@@ -3,17 +3,20 @@
 Attention, assumed of every fused kernel (flash, memory-efficient, cuDNN): queries, keys, values, the output, one
 float32 log-sum of exponentials per head and query, and where there is a mask, the mask in the queries' dtype. RMSNorm
 on CUDA: the input and one float32 factor per row. The oracle ``backend=math`` and ring attention are not fused and run
-as they are.
+as they are. The loss: on CUDA chunks of logits are larger, and their softmax needs no room but where tp splits them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from moe_kernels import loss, loss_softmax
+from moe_kernels.fp8 import TILE
+from moe_kernels.gpu.available import triton_obstacle
 from torch import Tensor
 
 from moetrain.model import norm as norms
@@ -37,6 +40,15 @@ def fused_kernels(device: str) -> Iterator[None]:
         wide = x.dtype if plain else torch.promote_types(x.dtype, torch.float32)
         return _Norm.apply(x.to(wide), weight.to(wide)).to(x.dtype)
 
+    softmax, chunk, block = loss._softmax_, loss.CHUNK_LOGITS, loss_softmax.BLOCK_LOGITS
+
+    def softmax_(p: Tensor, targets: Tensor, above: Tensor | None, losses: Tensor, how: Any) -> None:
+        if how.part is not None or triton_obstacle(torch.device(device), p.dtype) is not None:
+            softmax(p, targets, above, losses, how)
+
+    if device == "cuda":
+        loss._softmax_ = softmax_
+        loss.CHUNK_LOGITS, loss_softmax.BLOCK_LOGITS = loss.CHUNK_LOGITS_GPU, loss_softmax.BLOCK_LOGITS_GPU
     F.scaled_dot_product_attention = attention  # type: ignore[assignment]
     norms.rms_norm = rms_norm  # type: ignore[assignment]
     packed.runs_native = lambda place: device == "cpu" and place.type in ("cpu", "meta")
@@ -44,6 +56,7 @@ def fused_kernels(device: str) -> Iterator[None]:
         yield
     finally:
         F.scaled_dot_product_attention, norms.rms_norm, packed.runs_native = attend, norm, runs_native
+        loss._softmax_, loss.CHUNK_LOGITS, loss_softmax.BLOCK_LOGITS = softmax, chunk, block
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, device: str) -> Tensor:
@@ -84,3 +97,25 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         x, weight, _ = ctx.saved_tensors
         return torch.empty_like(x), torch.empty_like(weight)
+
+
+def scratch(operator: str, args: Sequence[Any]) -> int:
+    """Bytes that ``operator`` of Triton's experts holds beside its arguments and results: inner activations, their
+    gradients and those of gathered rows; in FP8 what is rounded, too (scales left out)."""
+    if operator == "moe_kernels::experts_forward":
+        x_ND, w2, index_R = args[0], args[2], args[6]
+        return int(len(x_ND if index_R is None else index_R) * w2.shape[2] * x_ND.itemsize)
+    if operator == "moe_kernels::experts_backward":
+        w2, index_R, h_RnF = args[3], args[7], args[10]
+        (_, D, width), R = w2.shape, len(h_RnF)
+        return int((h_RnF.numel() + R * width + (index_R is not None) * R * D) * h_RnF.itemsize)
+    if operator == "moe_kernels::fp8_experts_forward":
+        x_ND, w13, w2, index_R = args[0], args[1], args[2], args[6]
+        return int(max(w13.numel(), w2.numel() + len(x_ND if index_R is None else index_R) * w2.shape[2]))
+    if operator == "moe_kernels::fp8_experts_backward":
+        dy, w13, w2, index_R, h_RnF = args[0], args[1], args[2], args[6], args[11]
+        (experts, D, width), (R, both) = w2.shape, h_RnF.shape
+        wide = R * (both + 2 * width + (index_R is not None) * D) * h_RnF.itemsize
+        turned = (R + experts * TILE) * (both + width + D)  # for the weights' gradients, in whole tiles
+        return int(wide + h_RnF.numel() + dy.numel() + w13.numel() + turned)
+    return 0

@@ -244,7 +244,9 @@ class LayerPricer:
         whole = m.dispatch == DISPATCH.index("all_gather")  # of which the loads are no matter
         sent = Sent(np.where(whole, T, T * share * travel), x.top_k, x.dim * e, group)
         one_way = np.select([m.dispatch == i for i in range(len(cost))], [f(sent, s.cluster, c) for f in cost], zero)
-        split = links.ring(rows * x.dim * e, Group(m.etp, np.ones(len(m))), s.cluster, c)
+        at_home = m.dispatch == DISPATCH.index("local")  # whose tokens etp ranks gather, each once
+        gathered = np.where(at_home, T * m.etp, rows)
+        split = links.ring(gathered * x.dim * e, Group(m.etp, np.ones(len(m))), s.cluster, c)
         one_way = one_way + split
         inside = grouped + between * 0.5
         parts = {

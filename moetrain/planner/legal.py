@@ -7,6 +7,7 @@ since it changes what the model computes.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,51 +25,48 @@ from moetrain.planner.candidates import (
     RECOMPUTE,
     SCHEDULES,
     Mappings,
+    Numbers,
 )
 from moetrain.planner.cluster import Cluster
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 VIRTUAL = (2, 3, 4, 6, 8)
 WIDEST_CP = 64
+NAMES = ("pp", "vpp", "schedule", "rep", "dp", "cp", "tp", "edp", "ep", "etp", "micro_batch", "context")
 
 
 def legal_mappings(
     cfg: Config, cluster: Cluster, world: int, precisions: tuple[str, ...], fssdp: bool = False
 ) -> Mappings:
     """All of them; none: no column has an entry. fssdp: also with copies of hot experts, where that is legal."""
-    rows = np.array(list(_grids(cfg, cluster, world)), dtype=np.int64).reshape(-1, 12)
-    moe = bool(cfg.model.moe_layers())
-    choices = np.array(
-        list(
-            itertools.product(
-                range(len(RECOMPUTE)),
-                range(len(OFFLOAD)) if cluster.kind == "gpu" else [0],
-                range(DISPATCH.index("lsh")),
-                [PRECISION.index(p) for p in precisions],
-            )
-        ),
-        dtype=np.int64,
-    )
-    n, k = len(rows), len(choices)
-    whole, chosen = np.repeat(rows, k, axis=0), np.tile(choices, (n, 1))
-    names = ("pp", "vpp", "schedule", "rep", "dp", "cp", "tp", "edp", "ep", "etp", "micro_batch", "context")
-    columns = {name: whole[:, i] for i, name in enumerate(names)}
-    columns |= {name: chosen[:, i] for i, name in enumerate(("recompute", "offload", "dispatch", "precision"))}
-    m = Mappings(**columns, placement=np.zeros(n * k, dtype=np.int64))
-    local = DISPATCH.index("local")
-    crosses = m.ep * m.etp > cluster.domain
-    whole_domains = (cluster.domain % m.etp == 0) & (m.ep % np.maximum(1, cluster.domain // m.etp) == 0)
-    sends = (m.ep > 1) | (m.etp > 1)
-    fits = np.where(
-        ~sends | (not moe), m.dispatch == local,
-        np.select(
-            [m.dispatch == local, m.dispatch == DISPATCH.index("two_step"), m.dispatch == DISPATCH.index("all_gather")],
-            [False, crosses & whole_domains, m.ep > 1],
-            m.ep > 1,
-        ),
-    )  # fmt: skip
-    m = m.take(fits)
+    grids = np.fromiter(itertools.chain.from_iterable(_grids(cfg, cluster, world)), np.int32).reshape(-1, len(NAMES))
+    grid = dict(zip(NAMES, grids.T, strict=True))
+    offload = range(len(OFFLOAD)) if cluster.kind == "gpu" else [0]
+    narrow = [PRECISION.index(p) for p in precisions]
+    found = []
+    for name in DISPATCH[: DISPATCH.index("lsh")]:  # before all combinations are written down, of which most do not fit
+        fits = grids[_dispatches(name, bool(cfg.model.moe_layers()), cluster, grid["ep"], grid["etp"])]
+        choices = np.array(list(itertools.product(range(len(RECOMPUTE)), offload, narrow)), dtype=np.int8)
+        n, k = len(fits), len(choices)
+        columns = {name: np.repeat(column, k) for name, column in zip(NAMES, fits.T, strict=True)}
+        chosen = zip(("recompute", "offload", "precision"), choices.T, strict=True)
+        columns |= {name: np.tile(column, n) for name, column in chosen}
+        columns |= {name: columns[name].astype(np.int8) for name in ("schedule", "context")}
+        dispatch = np.full(n * k, DISPATCH.index(name), dtype=np.int8)
+        found.append(Mappings(**columns, dispatch=dispatch, placement=np.zeros(n * k, dtype=np.int8)))
+    m = functools.reduce(Mappings.and_also, found)
     return m.and_also(_placed(cfg, m)) if fssdp else m
+
+
+def _dispatches(name: str, moe: bool, cluster: Cluster, ep: Numbers, etp: Numbers) -> Numbers:
+    """Where the dispatcher ``name`` is of use."""
+    there: Numbers = (ep > 1) & moe
+    if name == "local":
+        return ~there
+    if name == "two_step":
+        whole_domains = (cluster.domain % etp == 0) & (ep % np.maximum(1, cluster.domain // etp) == 0)
+        return there & (ep * etp > cluster.domain) & whole_domains
+    return there
 
 
 def _placed(cfg: Config, m: Mappings) -> Mappings:
@@ -76,7 +74,7 @@ def _placed(cfg: Config, m: Mappings) -> Mappings:
     whole = (m.pp == 1) & (m.etp == 1) & (m.edp == 1) & (m.ep > 1)
     sends = (m.offload != OFFLOAD.index("all")) & (m.dispatch == DISPATCH.index("all_to_all"))
     found = m.take(whole & sends & (cfg.parallel.engine == "torch"))
-    return replace(found, placement=np.full(len(found), PLACEMENT.index("fssdp")))
+    return replace(found, placement=np.full(len(found), PLACEMENT.index("fssdp"), dtype=np.int8))
 
 
 def _grids(cfg: Config, cluster: Cluster, world: int) -> Iterator[tuple[int, ...]]:

@@ -1,7 +1,8 @@
 """Bytes on a rank, by formula, for many mappings at once; the same columns as a dry run's (``planner.dry_run``).
 
 Weights, gradients and optimizer state are exact. Activations follow what autograd saves in moetrain's own modules, with
-fused attention and norms, term by term, and are within 5% of a dry run, which counts saved tensors (tested).
+fused attention and norms, term by term, and are within 5% of a dry run, which counts saved tensors; the total is within
+2%, but for a few (tested).
 Letters: T tokens of a micro-batch on this rank between blocks, N those of all tp ranks, R rows of this rank's experts.
 """
 
@@ -11,13 +12,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from moe_kernels.fp8 import TILE
+from moe_kernels.loss import CHUNK_LOGITS_GPU, CHUNK_TOKENS
+from moe_kernels.loss_softmax import BLOCK_LOGITS_GPU
 
-from moetrain.planner.candidates import DISPATCH, RECOMPUTE, Mappings, Numbers
+from moetrain.planner.candidates import DISPATCH, PRECISION, RECOMPUTE, Mappings, Numbers
 from moetrain.planner.placed import LSH, Placed
 from moetrain.planner.shape import LayerShape, Matrix, ModelShape
 
 SELECTIVE, FULL = RECOMPUTE.index("selective"), RECOMPUTE.index("full")
-LOCAL, ALL_GATHER = DISPATCH.index("local"), DISPATCH.index("all_gather")
+LOCAL, ALL_GATHER, TWO_STEP = (DISPATCH.index(name) for name in ("local", "all_gather", "two_step"))
+WEIGHING = (LOCAL, ALL_GATHER, TWO_STEP)  # weights are applied by the experts, not when rows come back
 
 
 @dataclass(frozen=True)
@@ -25,10 +30,11 @@ class Run:
     """What is common to all mappings of a search. wide: bytes of a weight (4, or 8 in float64); narrow: of a number
     that is computed with. skew: rows of the fullest rank over the mean. lean: whether the experts' kernels keep their
     input and what the first matrices give, and compute the rest again (the CPU's, Triton's, SonicMoE's; not
-    grouped_mm). rounds: whether these kernels keep wider weights rounded for backward (all but the CPU's). shards: what
-    data parallel ranks split, as in ``rates.Stack``: "optimizer" is Megatron's distributed optimizer, with 16-bit
-    weights and 32-bit gradients whole on every rank. placed: what experts/placement=fssdp does where a mapping has it.
-    sent: share of the rows that dispatch=lsh sends."""
+    grouped_mm). rounds: whether these kernels keep wider weights rounded for backward (all but the CPU's). chunk,
+    block: logits that exist at a time, and that a softmax works on. shards: what data parallel ranks split, as in
+    ``rates.Stack``: "optimizer" is Megatron's distributed optimizer, with 16-bit weights and 32-bit gradients whole on
+    every rank. placed: what experts/placement=fssdp does where a mapping has it. sent: share of the rows that
+    dispatch=lsh sends."""
 
     seq_len: int
     global_batch: int
@@ -39,6 +45,8 @@ class Run:
     skew: Any = 1.0
     lean: bool = False
     rounds: bool = True
+    chunk: int = CHUNK_LOGITS_GPU
+    block: int = BLOCK_LOGITS_GPU
     shards: str = "all"
     placed: Placed | None = None
     sent: float = 1.0
@@ -120,21 +128,52 @@ def kept_bytes(kind: LayerShape, m: Mappings, run: Run, dim: int) -> tuple[Numbe
         mlp = N * dim * e + kind.shared_gate * T * (dim + 1) * e  # its input, of all tp ranks; what a gate scales
         inner = N * kind.mlp_inner / m.tp * e * (4 if kind.mlp_parts == 2 else 2)
     outer = np.zeros(len(m))
-    rows = N
     if kind.experts is not None:
         outer, selective_input, experts_inner = _experts_kept(kind, m, run)
         inner = inner + experts_inner
         # What goes into the experts is kept where their inside is not; a local dispatcher's is the shared MLP's, too.
         mlp = mlp + np.where(m.recompute == SELECTIVE, selective_input, 0.0)
-        rows = _rows(kind, m, run)
     elif kind.mlp:
         mlp = np.where((m.recompute == SELECTIVE) & (m.tp > 1), x, mlp)  # tokens are gathered again
     plain = before + mlp + outer + inner
     kept = np.select([m.recompute == FULL, m.recompute == SELECTIVE], [x, plain - inner], plain)
     # Of a block that is computed again its inside lives once more; of any block the gradients that are under way.
-    width = kind.experts.dim if kind.experts else dim
     again = np.select([m.recompute == FULL, m.recompute == SELECTIVE], [plain, inner], 0.0)
-    return kept, again + 3 * rows * width * e + 2 * x
+    return kept, again + _under_way(kind, m, run, dim) + x
+
+
+def _under_way(kind: LayerShape, m: Mappings, run: Run, dim: int) -> Numbers:
+    """The most that gradients take at a time while a block runs backward, beside what it keeps less what is done with;
+    those of its weights, too, of which the experts' are far larger than the rows where few tokens meet many experts."""
+    e, N = float(run.narrow), m.tokens(run.seq_len) * m.tp
+    inner = N * kind.mlp_inner / m.tp * e
+    largest = max((p.numel for p in kind.mlp), default=0) / m.tp * e
+    most: Numbers = np.maximum(3 * N * dim * e, np.maximum(inner + largest, 2 * inner))
+    if kind.experts is None:
+        return most
+    x, R = kind.experts, _rows(kind, m, run)
+    rows, hidden = R * x.dim * e, R * x.inner / m.etp * e
+    fused = np.isin(m.dispatch, WEIGHING)
+    # Before the experts run backward, shared ones are done, and rows that came back were multiplied by their weights.
+    back = m.tokens(run.seq_len) * x.top_k * min(1.0, x.capacity or 1.0) * x.dim * e
+    done = inner * (4 if kind.mlp_parts == 2 else 2) + np.where(fused, 0.0, back)
+    most = np.maximum(most, np.where(fused, 1, 3) * rows)
+    alone = (m.edp == 1) & (m.offload != 2)
+    weights = x.numel / (m.ep * m.etp) * np.where(alone, run.wide, run.narrow)
+    if run.lean:  # one function with all gradients; Triton's has inner activations and rows of all experts beside them
+        scratch = run.rounds * ((x.parts + 1) * hidden + rows)
+        # What is rounded: gradients, the first matrices, and all rows turned, in whole tiles for each expert.
+        turned = (R + x.count / m.ep * TILE) * ((x.parts + 1) * x.inner / m.etp + x.dim)
+        eight = 0.5 * ((x.parts + 2) * hidden + rows) + x.parts / (x.parts + 1) * x.numel / (m.ep * m.etp) + turned
+        scratch = scratch + np.where(_in_fp8(m, run), eight, 0.0)
+        return np.maximum(most, rows + _held(kind, m, run) * x.dim * e + scratch + weights - done)
+    if run.narrow >= 4:  # expert by expert, then put together, with those of the second matrices there already
+        stacked = (2 * x.parts + 1) / (x.parts + 1) * weights - x.kept * hidden - rows
+        return np.maximum(most, np.maximum(stacked, 2 * hidden * m.ep / x.count + rows) - done)
+    # Those of the first matrices, rounded beside what waits for them; or of the activations, with the second's done.
+    first = x.parts / (x.parts + 1) * weights * np.where(alone, 1.5, 1.0) + 2 * rows + (x.parts - x.kept) * hidden
+    second = 2 * hidden + rows - np.where(alone, weights / (x.parts + 1) / 2, 0.0)
+    return np.maximum(most, np.maximum(first, second) - done)
 
 
 def _rows(kind: LayerShape, m: Mappings, run: Run) -> Numbers:
@@ -144,6 +183,17 @@ def _rows(kind: LayerShape, m: Mappings, run: Run) -> Numbers:
     share = (1.0 if factor is None else min(1.0, factor)) * np.where(m.dispatch == LSH, run.sent, 1.0)
     rows: Numbers = m.tokens(run.seq_len) * kind.experts.top_k * share * m.etp * run.skew
     return rows
+
+
+def _held(kind: LayerShape, m: Mappings, run: Run) -> Numbers:
+    """N: rows or tokens that the experts are given."""
+    assert kind.experts is not None
+    x, T = kind.experts, m.tokens(run.seq_len) * m.etp
+    missed = np.ones(len(m))  # share of the tokens with no expert on a rank, where experts are drawn evenly
+    for i in range(x.top_k):
+        missed *= np.maximum(0, x.count - x.count / m.ep - i) / (x.count - i)
+    tokens = [T, T * m.ep, T * m.ep * (1 - missed)]
+    return np.select([m.dispatch == place for place in WEIGHING], tokens, _rows(kind, m, run))
 
 
 def _attention_kept(kind: LayerShape, m: Mappings, run: Run, dim: int) -> Numbers:
@@ -190,19 +240,26 @@ def _experts_kept(kind: LayerShape, m: Mappings, run: Run) -> tuple[Numbers, Num
     sent = T * x.top_k * min(1.0, x.capacity or 1.0)
     wide_copy = 4 * (T * x.dim + x.dim * x.count) if run.narrow < 4 else 0.0
     outer = wide_copy + 4 * T * x.count + T * (12 * x.top_k + 4)
-    fused_weights = (m.dispatch == LOCAL) | (
-        m.dispatch == ALL_GATHER
-    )  # applied by the experts, not when rows come back
+    fused_weights = np.isin(m.dispatch, WEIGHING)
     outer = outer + np.where(fused_weights, 0.0, sent * (x.dim * e + 4))
-    held = np.select([m.dispatch == LOCAL, m.dispatch == ALL_GATHER], [T, T * m.ep * m.etp], R)
-    given = held * x.dim * e + R * 8 + np.where(fused_weights, 4 * R, 0.0)
-    alone = run.rounds & (m.edp == 1) & (m.offload != 2) & (run.narrow < run.wide)
+    given = _held(kind, m, run) * x.dim * e + R * 8 + np.where(fused_weights, 4 * R, 0.0)
+    eight = _in_fp8(m, run)  # the input in a byte a number, with scales; weights as they are
+    alone = run.rounds & (m.edp == 1) & (m.offload != 2) & (run.narrow < run.wide) & ~eight
     rounded = np.where(alone, x.numel / (m.ep * m.etp) * e, 0.0)
     if run.lean:
-        return outer, given, given * (m.recompute != SELECTIVE) + R * x.inner / m.etp * x.parts * e + rounded
+        less = np.where(eight, _held(kind, m, run) * (x.dim * (e - 1) - 4 * -(-x.dim // TILE)), 0.0)
+        # What is kept to be computed again is wide, and stays while it is.
+        again = np.where(m.recompute == SELECTIVE, np.where(eight, given - less, 0.0), given - less)
+        return outer, given, again + R * x.inner / m.etp * x.parts * e + rounded
     inside = R * (x.dim + x.inner / m.etp * x.kept) * e + 8 * R * (1 + x.bias)
     inside = inside + np.where(fused_weights, R * (x.dim * e + 4), 0.0)
     return outer, given, inside + rounded
+
+
+def _in_fp8(m: Mappings, run: Run) -> Numbers:
+    """Where moetrain's kernels make the experts' products in FP8."""
+    eight: Numbers = (m.precision == PRECISION.index("fp8")) & run.lean & run.rounds & (run.shards == "all")
+    return eight
 
 
 def ends_bytes(shape: ModelShape, m: Mappings, run: Run) -> tuple[Numbers, Numbers]:
@@ -212,3 +269,18 @@ def ends_bytes(shape: ModelShape, m: Mappings, run: Run) -> tuple[Numbers, Numbe
     head = shape.vocab / m.tp * shape.dim * 4.0
     last = T * shape.dim * e + 4 * T + T * m.tp * shape.dim * e + head
     return first + 0.0, last
+
+
+def head_bytes(shape: ModelShape, m: Mappings, run: Run) -> Numbers:
+    """Bytes at the worst moment of the head and the loss beside what they keep: the logits of a chunk of tokens, with
+    the product that is added to the weights' gradient, or, where tp splits them, with their softmax."""
+    columns, tokens = shape.vocab / m.tp, m.tokens(run.seq_len) * m.tp
+    rows = np.maximum(CHUNK_TOKENS, run.chunk // columns)
+    logits = np.minimum(rows, tokens) * columns * run.narrow
+    product = columns * shape.dim * run.narrow * (run.narrow < 4)
+    # With logits that are no float32 blocks of them are: where they are read, less the largest, and the gradient.
+    block = 4.0 * (3 if run.narrow < 4 else 1) * run.block
+    first = np.minimum(block, 12.0 * np.minimum(rows, tokens) * columns) - columns * shape.dim * 4.0  # no gradient yet
+    later = np.minimum(block, 12.0 * np.clip(tokens - rows, 0, rows) * columns)
+    softmax = np.where(m.tp > 1, np.maximum(first, later), 0.0)
+    return logits + np.maximum(product, softmax) + tokens * shape.dim * run.narrow

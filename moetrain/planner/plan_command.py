@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -131,8 +132,16 @@ def run(
     if file is not None:
         emit(file, p, found.best[0], asked.others, asked.tokens)
         if not as_json:
-            where = f" --config-dir {config_dirs[0]}" if config_dirs else ""
-            console.print(f"wrote {file}; moetrain train{where} experiment={file.stem}")
+            where = f" --config-dir {shlex.quote(config_dirs[0])}" if config_dirs else ""
+            console.print(f"wrote {file}; {_command(p, where, file.stem)}", soft_wrap=True)
+
+
+def _command(p: Problem, where: str, name: str) -> str:
+    """What starts the preset ``name``, which counts all ranks: on several machines they are so many on each."""
+    nodes, rest = divmod(p.world, p.cluster.node)
+    if nodes < 2 or rest:
+        return f"moetrain train{where} experiment={name}"
+    return f"moetrain launch{where} experiment={name} launch.nodes={nodes} launch.ranks={p.cluster.node}"
 
 
 def explain(p: Problem, mapping: dict[str, Any]) -> Plan:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from moe_kernels.loss import CHUNK_LOGITS, CHUNK_LOGITS_GPU
+from moe_kernels.loss_softmax import BLOCK_LOGITS, BLOCK_LOGITS_GPU
 
 from moetrain.config.errors import ConfigError
 from moetrain.config.schema import Config
@@ -59,6 +61,7 @@ class Problem:
             cfg.train.seq_len, cfg.train.global_batch, max(4, narrow), narrow,
             "muon" if isinstance(cfg.optim, MuonOptions) else "adamw", cfg.parallel.prefetch, 1.0, lean,
             rounds=not on_cpu and cfg.experts.backend != "cpu", sent=self.sent,
+            chunk=CHUNK_LOGITS if on_cpu else CHUNK_LOGITS_GPU, block=BLOCK_LOGITS if on_cpu else BLOCK_LOGITS_GPU,
         )  # fmt: skip
 
     @property

@@ -26,7 +26,7 @@ from moetrain.parallel.mesh import ParallelDims
 from moetrain.parallel.pipeline import StagePart
 from moetrain.parallel.stages import Stage
 from moetrain.planner.balanced import Balancer
-from moetrain.planner.fused import fused_kernels
+from moetrain.planner.fused import fused_kernels, scratch
 from moetrain.planner.groups import Meter, Traffic
 
 
@@ -96,6 +96,7 @@ class Live(TorchDispatchMode):
         for x in tree_leaves(made):
             if isinstance(x, Tensor):
                 self._see(_storage(x))
+        self.most = max(self.most, self.now + scratch(func.name(), args))
         return made
 
     def _see(self, storage: Any) -> None:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from shlex import quote
 from types import FrameType
 
 from moetrain.config import Config
@@ -53,7 +54,7 @@ def run_sweep(sweep: Sweep) -> None:
     if stop.error is not None:
         raise stop.error
     if stop.number:
-        line = f"sweep {sweep.folder} stopped; to go on: moetrain train -m --resume {sweep.folder}"
+        line = f"sweep {sweep.folder} stopped; to go on: moetrain train -m --resume {quote(str(sweep.folder))}"
         if stop.number == signal.SIGINT:
             print(line, flush=True)
             raise KeyboardInterrupt
@@ -133,7 +134,7 @@ class Work:
         self.stop.error = ConfigError(
             f"sweep.metric={metric}: run {trial.name} has finished and wrote no such number; "
             f"{nearest(inside if inside else name, known)}; to go on: moetrain train -m --resume "
-            f"{self.sweep.folder} sweep.metric=NAME"
+            f"{quote(str(self.sweep.folder))} sweep.metric=NAME"
         )
         self.stop.set()
 
@@ -159,8 +160,8 @@ def conclude(sweep: Sweep, chooser: Chooser) -> None:
         print(f"sweep {folder}: best is run {best}, {settings.metric} {values[best]:.4f}{varied(sweep, best)}")
     elif any(reason in FULL for reason in chooser.ended.values()):
         print(f"sweep {folder}: no run has a number called {settings.metric}, so none is best; choose another by "
-              f"'moetrain train -m --resume {folder} sweep.metric=NAME'")  # fmt: skip
-    print(f"sweep {folder}: for a page about it: moetrain report {folder}", flush=True)
+              f"'moetrain train -m --resume {quote(str(folder))} sweep.metric=NAME'")  # fmt: skip
+    print(f"sweep {folder}: for a page about it: moetrain report {quote(str(folder))}", flush=True)
     failed = [name for name, reason in chooser.ended.items() if reason not in FULL and not reason.startswith(PRUNED)]
     if failed:
         raise TrainError(

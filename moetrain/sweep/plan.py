@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import yaml
@@ -153,8 +154,8 @@ def note_sweep(sweep: Sweep) -> None:
     folder = sweep.folder
     if (folder / FILE).exists():
         raise ConfigError(
-            f"{folder} already holds a sweep; go on with it by 'moetrain train -m --resume {folder}', or choose "
-            f"another run_dir"
+            f"{folder} already holds a sweep; go on with it by 'moetrain train -m --resume {quote(str(folder))}', or "
+            f"choose another run_dir"
         )
     if (folder / "config.yaml").exists():
         raise ConfigError(f"{folder} already holds a run; choose another run_dir for the sweep")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from shlex import quote
 
 import torch.distributed as dist
 
@@ -79,9 +80,9 @@ def _run(cfg: Config, resume: bool, signals: Signals) -> None:
             good = trainer.checkpointer.last_good()
             raise TrainError(
                 f"training finished, but its last checkpoint was not saved (last good: {good}); free disk space, "
-                f"then run 'moetrain train --resume {run_dir}'"
+                f"then run 'moetrain train --resume {quote(str(run_dir))}'"
             )
     if evaluation is None:
         by, good = signal.Signals(trainer.guard.stop).name, trainer.checkpointer.last_good()
         raise Requeue(f"stopped by {by} after step {trainer.step}; last good checkpoint: {good}; the same command goes "
-                      f"on, and so does: moetrain train --resume {run_dir}")  # fmt: skip
+                      f"on, and so does: moetrain train --resume {quote(str(run_dir))}")  # fmt: skip

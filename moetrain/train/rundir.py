@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from moetrain.comm.ranks import Ranks
@@ -27,7 +28,7 @@ def refuse_taken(run_dir: Path) -> None:
     by its data say, has no more than a config there: the corrected command takes its place."""
     if (run_dir / "metrics.jsonl").exists() or any((run_dir / "checkpoints").glob("*")):
         raise ConfigError(
-            f"{run_dir} already holds a run; continue it with --resume {run_dir}, or choose another run_dir"
+            f"{run_dir} already holds a run; continue it with --resume {quote(str(run_dir))}, or choose another run_dir"
         )
     if (run_dir / "sweep.yaml").exists():
         raise ConfigError(f"{run_dir} holds a sweep; choose another run_dir")

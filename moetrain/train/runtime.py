@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from moe_kernels import keep_freed_memory
+from moetrain_launch.local import cores
 from tqdm import tqdm
 
 from moetrain.config.errors import ConfigError
@@ -98,7 +99,7 @@ def set_up_torch(cfg: Config, ranks_here: int) -> None:
     """Threads, seeds and determinism. ``ranks_here``: processes that share this machine's cores."""
     if pick_device(cfg.device).type == "cpu":
         keep_freed_memory()  # before there are large tensors
-    torch.set_num_threads(cfg.train.threads or max(1, (os.cpu_count() or 1) // ranks_here))
+    torch.set_num_threads(cfg.train.threads or threads(ranks_here))
     torch.manual_seed(cfg.seed)
     if cfg.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -107,6 +108,14 @@ def set_up_torch(cfg: Config, ranks_here: int) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.set_float32_matmul_precision("highest")
     quiet()
+
+
+def threads(ranks_here: int) -> int:
+    """Threads of a rank, one of ``ranks_here`` that share the cores of this process; Slurm may give each its own."""
+    shared = cores() // ranks_here
+    if "SLURM_LOCALID" in os.environ:
+        shared = min(cores(), (os.cpu_count() or 1) // ranks_here)
+    return max(1, shared)
 
 
 def quiet() -> None:

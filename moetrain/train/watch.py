@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -284,7 +285,7 @@ class Watch:
     def _line(self, what: str, why: str) -> str:
         return (
             f"{what} after step {self.step()}: {why}; last good checkpoint: {self.last_good()}; "
-            f"to go on: moetrain train --resume {self._run_dir}"
+            f"to go on: moetrain train --resume {quote(str(self._run_dir))}"
         )
 
 

@@ -104,7 +104,7 @@ def holds(cfg: Config, world: int) -> bool:
         t.seq_len % (p.cp * p.tp) == 0,
         p.context != "all_to_all" or a.n_heads % (p.tp * p.cp) == 0,
         p.cp == 1 or p.context == "all_to_all" or a.backend == "auto",
-        cfg.dispatch["kind"] != "local" or ep == p.etp == 1,
+        cfg.dispatch["kind"] != "local" or ep == 1,
     ]
     for width in widths if edp > 1 else []:
         inner = width // p.etp  # as etp leaves it

@@ -16,6 +16,8 @@ import pytest
 import torch
 from moe_kernels import expert_mlp, moe_mlp
 
+from moetrain.planner.fused import scratch
+from moetrain.planner.stage_run import Live
 from tests.kernels.expert_cases import make_case, refused_twice
 from tests.kernels.layer_cases import by_definition, kept_bytes, make_layer, run
 from tests.kernels.test_experts import compare
@@ -191,3 +193,26 @@ def test_weights_gradients_do_not_depend_on_the_tuned_width(monkeypatch: pytest.
         )
         found.append(case.run("triton", torch.float32)["weight_R"])
     assert found[0].any() and all(torch.equal(other, found[0]) for other in found[1:])
+
+
+@interpreted
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_dry_run_knows_what_backward_holds_beside_its_results(fp8: bool) -> None:
+    """All that is made in the operator, counted, against ``planner.fused.scratch``."""
+    from moe_kernels.gpu import experts, fp8_experts
+
+    e, F, D, N, R = 2, 256, 256, 256, 512
+    w13, w2, counts_e = torch.randn(e, 2, F, D), torch.randn(e, D, F), torch.tensor([R // 2, R // 2])
+    x_ND, index_R, s_R = torch.randn(N, D).half(), torch.arange(R) // 2, torch.rand(R)
+    inputs = (x_ND, w13, w2, s_R, None, None, index_R, None, counts_e)
+    made = fp8_experts if fp8 else experts
+    _, *kept = made._forward.fn(*inputs, "swiglu")
+    dy, needs = torch.randn(R, D).half(), [True] * 4 + [False] * 2
+    args = (dy, *inputs[1:], *kept, "swiglu", needs) if fp8 else (dy, *inputs, *kept, "swiglu", needs, torch.float32)
+    known = torch.nn.ParameterList(
+        torch.nn.Parameter(t, requires_grad=False) for t in args if isinstance(t, torch.Tensor)
+    )
+    with Live(known) as live:
+        grads = made._backward.fn(*args)
+    name = f"moe_kernels::{'fp8_' * fp8}experts_backward"
+    assert scratch(name, args) == pytest.approx(live.most - sum(g.nbytes for g in grads), rel=0.2)

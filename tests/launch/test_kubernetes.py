@@ -105,13 +105,16 @@ def test_a_manifest_reads_back_whole_and_starts_every_rank(form: str, tmp_path: 
     (tmp_path / "python").chmod(0o755)
     script = [*container["command"][:-1], container["command"][-1].replace(kubernetes.CONFIG, str(config))]
     env = {"PATH": os.environ["PATH"], "HOSTNAME": "pod-1", **environment}
-    for _ in range(2):  # a pod that is started again leaves the config as it is
+    for n in range(2):  # a pod that is started again leaves the config as it is, which a run may have written anew
         done = subprocess.run(script, cwd=tmp_path, env=env, capture_output=True, text=True)
         words = ["--nnodes=2", "--nproc-per-node=8", "--node-rank=1", *where]
         assert done.stdout.split() == ["-m", "torch.distributed.run", *words, "-m", *one.command], done.stderr
-        assert [file.name for file in run_dir.iterdir()] == ["config.yaml"]
-        assert (run_dir / "config.yaml").read_text() == "seed: 1\n"
-        config.write_text("seed: 2\n")
+        assert sorted(file.name for file in run_dir.iterdir()) == ["config.yaml", "launched.yaml"]
+        assert (run_dir / "config.yaml").read_text() == "seed: 1\n" + "steps: 9\n" * n
+        (run_dir / "config.yaml").write_text("seed: 1\nsteps: 9\n")
+    config.write_text("seed: 2\n")  # other settings, in the same place
+    done = subprocess.run(script, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and f"{run_dir} holds a run" in done.stderr and not done.stdout
 
 
 @pytest.mark.parametrize(
@@ -166,7 +169,7 @@ KUBECTL = """#!/bin/sh
 echo "$@" >> calls
 case "$1" in
   apply) cat > applied ;;
-  get) cat pods.json ;;
+  get) [ "$2" = pods ] && cat pods.json || cat job.json ;;
   api-resources) echo pytorchjobs.kubeflow.org ;;
 esac
 """
@@ -177,6 +180,7 @@ def test_submit_status_and_cancel_speak_to_kubectl(tmp_path: Path, monkeypatch: 
     (tmp_path / "kubectl").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.chdir(tmp_path)
+    Path("job.json").write_text("")
     target = kubernetes.submit(job(kubernetes={"namespace": "team"}), "seed: 1\n")
     assert target == "k8s:team/olmoe-1b"
     applied = list(yaml.safe_load_all(Path("applied").read_text()))
@@ -193,3 +197,29 @@ def test_submit_status_and_cancel_speak_to_kubectl(tmp_path: Path, monkeypatch: 
     kubernetes.cancel(target)
     last = Path("calls").read_text().splitlines()[-1]
     assert last == "delete jobs,services,configmaps,pytorchjobs -n team -l moetrain-run=olmoe-1b --wait=false"
+
+
+def test_a_job_that_is_there_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that has ended is taken away, since apply would not start it again; none that runs, or is another run's."""
+    (tmp_path / "kubectl").write_text(KUBECTL)
+    (tmp_path / "kubectl").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+
+    def there(run_dir: str, **status: Any) -> None:
+        Path("calls").write_text("")
+        Path("job.json").write_text(
+            json.dumps({"metadata": {"annotations": {"moetrain-run-dir": run_dir}}, "status": status})
+        )
+
+    there("/data/runs/OLMoE_1b", conditions=[{"type": "Failed", "status": "True"}])
+    kubernetes.submit(job("job"), "seed: 1\n")
+    verbs = [line.split()[:3] for line in Path("calls").read_text().splitlines()]
+    assert verbs == [["get", "job", "olmoe-1b"], ["delete", "job", "olmoe-1b"], ["apply", "-f", "-"]]
+    there("/data/runs/OLMoE_1b", conditions=[{"type": "Running", "status": "True"}])
+    with pytest.raises(LaunchError, match="k8s:default/olmoe-1b is at work already"):
+        kubernetes.submit(job(), "seed: 1\n")
+    there("/data/others/OLMoE_1b", conditions=[{"type": "Complete", "status": "True"}])
+    with pytest.raises(LaunchError, match="the job of another run, /data/others/OLMoE_1b"):
+        kubernetes.submit(job("job"), "seed: 1\n")
+    assert "apply" not in Path("calls").read_text()

@@ -31,6 +31,11 @@ from moetrain.planner.timeline import bound, simulate
 SMALL = ["model.vocab_size=2048", "train.seq_len=4096", "train.micro_batch=1", "train.precision=bf16", "device=cuda"]
 
 
+MIXTRAL = "model=mixtral-8x7b model.n_layers=2 train.global_batch=8"
+DEEPSEEK = "model=deepseek-v3 model.moe.num_experts=64 train.global_batch=8"
+QWEN = "model=qwen3-30b-a3b train.global_batch=8"
+
+
 def config(*words: str) -> Config:
     return load([*SMALL, *words])
 
@@ -49,11 +54,20 @@ def config(*words: str) -> Config:
         (4, "model=tiny-deepseek parallel.ep=2 parallel.pp=2 train.seq_len=1024 train.global_batch=8"),
         (4, "model=tiny-gpt-oss parallel.ep=2 train.seq_len=512 train.global_batch=8 parallel.offload=optimizer"),
         (2, "model=tiny parallel.pp=2 model.tie_embeddings=true train.seq_len=512 train.global_batch=8"),
+        (8, f"{MIXTRAL} parallel.etp=2"),
+        (8, f"{MIXTRAL} parallel.ep=4 parallel.tp=2 train.precision=float32"),
+        (4, f"{DEEPSEEK} model.n_layers=4 model.moe.num_experts=16 parallel.pp=4"),
+        (8, f"{DEEPSEEK} model.n_layers=4 parallel.ep=8 train.micro_batch=4 train.global_batch=32"),
+        (8, f"{QWEN} model.n_layers=2 parallel.ep=8 parallel.tp=2 model.vocab_size=151936"),
+        (8, f"{QWEN} model.n_layers=8 parallel.pp=8 model.vocab_size=600000 train.recompute=full"),
+        (8, f"{QWEN} model.n_layers=2 parallel.ep=8 dispatch=two_step dispatch.node_size=4"),
+        (8, f"{QWEN} model.n_layers=2 parallel.ep=8 experts.fp8=true"),
+        (8, f"{QWEN} model.n_layers=4 parallel.ep=4 experts.backend=grouped_mm"),
     ],
 )
 def test_memory_is_that_of_a_dry_run(world: int, words: str) -> None:
     """Which counts saved tensors and builds the optimizer, and lets dispatch=lsh compress nothing. Weights, gradients
-    and state to the byte, activations to 5%; and all pipeline ranks."""
+    and state to the byte, activations to 5%, the total to 2%; and all pipeline ranks."""
     cfg = config(*words.split())
     sizes = check_mapping(cfg, world)
     p = Problem(cfg, load_cluster("h100"), world, sent=1.0)
@@ -66,6 +80,7 @@ def test_memory_is_that_of_a_dry_run(world: int, words: str) -> None:
         assert ours["gathered"] == pytest.approx(figures.gathered, rel=0.05)
         assert ours["unreduced"] == pytest.approx(figures.unreduced, rel=0.05)
         assert float(found.host[rank, 0]) == figures.host
+        assert float(found.totals[rank, 0]) == pytest.approx(figures.total, rel=0.02)
 
 
 # anchors of published TFLOP/s over tokens/s, GFLOP per token (Megatron-Bridge's tables, at 4096 tokens)
@@ -118,13 +133,14 @@ def problem(world: int = 16, *words: str) -> Problem:
 
 
 def test_a_run_accepts_every_mapping_that_is_searched() -> None:
-    """A draw of them through the checks of 'moetrain train', of those with copies of experts too."""
+    """A draw of them through the checks of 'moetrain train', of those with copies of experts, and with split ones
+    that all ranks have, too."""
     p = problem()
     m = legal_mappings(p.cfg, p.cluster, p.world, p.precisions, fssdp=True)
     assert len(m) > 1000
-    placed = np.flatnonzero(m.placement)
+    placed, split = np.flatnonzero(m.placement), np.flatnonzero((m.ep == 1) & (m.etp > 1))
     rng = np.random.default_rng(0)
-    for i in (*rng.choice(len(m), 8, replace=False), *rng.choice(placed, 4, replace=False)):
+    for i in np.concatenate([rng.choice(x, n, replace=False) for x, n in ((len(m), 8), (placed, 4), (split, 4))]):
         row = m.row(int(i))
         words = [f"parallel.{k}={row[k]}" for k in ("pp", "cp", "tp", "ep", "etp", "schedule", "offload", "context")]
         words += [f"parallel.dp_replicate={row['rep']}", f"train.micro_batch={row['micro_batch']}"]
@@ -197,6 +213,12 @@ def test_emitted_preset_is_what_train_accepts(tmp_path: Path, capsys: pytest.Cap
     assert main(["train", "--config-dir", str(tmp_path), "experiment=mine", "dry_run=true", "device=cuda"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["world"] == 4
     assert main([*words, "--config-dir", str(tmp_path), "--emit", "experiment=mine"]) == 2  # not over what exists
+    capsys.readouterr()
+    words[3:5] = ["gpus=16", "global_batch=16"]
+    assert main([*words, "--config-dir", str(tmp_path), "--emit", "experiment=two"]) == 0
+    command = capsys.readouterr().out.splitlines()[-1].partition("; moetrain ")[2].split()
+    assert command[-2:] == ["launch.nodes=2", "launch.ranks=8"]  # a node has 8 of the 16
+    assert main([*command, "--print", "launch=slurm", f"run_dir={tmp_path}/run"]) == 0
 
 
 def test_a_run_of_several_machines_is_checked_against_all_its_ranks(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from moetrain.config.errors import ConfigError
 from moetrain.parallel.zero import import_deepspeed
-from moetrain.train.runtime import ALLOCATOR, pick_device
+from moetrain.train.runtime import ALLOCATOR, pick_device, threads
 
 TORCHRUN = {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 SRUN = {**TORCHRUN, "SLURM_LOCALID": "1"}
@@ -78,3 +78,13 @@ def test_torch_reads_how_to_give_out_memory_no_sooner_than_it_is_asked_for_some(
     environment = {name: value for name, value in os.environ.items() if name not in ALLOCATOR}
     told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert told.stdout.strip() == "expandable_segments:True"
+
+
+def test_threads_are_a_share_of_the_cores_that_are_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job on 8 of 64 cores has 2 for each of 4 ranks; where Slurm gives each rank cores of its own, all of these."""
+    monkeypatch.delenv("SLURM_LOCALID", raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
+    assert (threads(4), threads(16)) == (2, 1)
+    monkeypatch.setenv("SLURM_LOCALID", "1")
+    assert threads(8) == 8

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from gpu_times import seconds
-from moe_kernels import linear_cross_entropy, permute, rms_norm, rope, router_topk, unpermute
+from moe_kernels import linear_cross_entropy, permute, rms_norm, rope, router_topk, sum_rows, unpermute
 from torch import Tensor
 
 HALF, FULL = torch.bfloat16, torch.float32
@@ -51,6 +51,11 @@ def cases(device: str, tiny: bool) -> list[Case]:
         rows_RD, _, row_TK = permute(x_TD, ids_TK, 32, backend=backend)
         return unpermute(rows_RD * 2, row_TK, weights_TK, backend=backend)
 
+    def sums(x_RD: Tensor, backend: str) -> Tensor:
+        """sum_rows has no gradient of its own: a slice beside it has one."""
+        each = torch.arange(len(x_RD) + 1, device=device)
+        return x_RD[::8] + sum_rows(x_RD, each[:-1] * 7 % len(x_RD), each[::8], backend=backend)
+
     def loss(h_TD: Tensor, w_VD: Tensor, backend: str) -> Tensor:
         targets_T = torch.arange(len(h_TD), device=device) % len(w_VD)
         return linear_cross_entropy(h_TD, w_VD, targets_T, reduction="none", backend=backend)
@@ -67,6 +72,7 @@ def cases(device: str, tiny: bool) -> list[Case]:
         Case("rope of neighbours", HALF, functools.partial(turned, interleaved=True), {"x": x_BSHd}),
         Case("linear_cross_entropy", HALF, loss, {"h_TD": x_TD, "w_VD": _normal(device, 16 * D, D) / 32}),
         Case("permute and unpermute", HALF, rows, {"x_TD": x_TD, "weights_TK": _normal(device, T, 8)}),
+        Case("sum_rows", HALF, sums, {"x_RD": _normal(device, 8 * T, D)}),
     ]
 
 

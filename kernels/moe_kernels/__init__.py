@@ -12,7 +12,7 @@ from moe_kernels.loss import VocabularyPart, linear_cross_entropy, token_counts
 from moe_kernels.memory import keep_freed_memory
 from moe_kernels.norm import rms_norm
 from moe_kernels.packages import PACKAGES
-from moe_kernels.permutation import permute, unpermute
+from moe_kernels.permutation import permute, sum_rows, unpermute
 from moe_kernels.product import PRODUCT_BACKENDS, grouped_mm
 from moe_kernels.rotary import rope
 from moe_kernels.router import Choice, router_topk
@@ -45,6 +45,7 @@ __all__ = [
     "rope",
     "round_tokens",
     "router_topk",
+    "sum_rows",
     "ternary",
     "token_counts",
     "unpermute",

@@ -7,8 +7,9 @@ from torch import Tensor
 from moe_kernels.gpu.available import triton_obstacle
 
 OP_BACKENDS = ("auto", "torch", "triton")
-# Ops whose Triton kernels were faster than torch's operators where both were timed on a GPU (docs/gpu-results.md).
-FASTER = {"linear_cross_entropy", "rope"}
+# Ops whose Triton kernels were faster than torch's operators where both were timed on a GPU (docs/gpu-results.md); of
+# sum_rows the kernel alone was timed, and reads at nearly the rate of the GPU's memory.
+FASTER = {"linear_cross_entropy", "rope", "sum_rows"}
 
 
 def takes_triton(op: str, backend: str, x: Tensor) -> bool:

@@ -52,6 +52,25 @@ def unpermute(y_RD: Tensor, row_TK: Tensor, weights_TK: Tensor | None = None, *,
     return _Unpermute.apply(y_RD, row_TK, weights_TK, takes_triton("unpermute", backend, y_RD))
 
 
+@torch.no_grad()
+def sum_rows(
+    y_RD: Tensor, row_A: Tensor, start: Tensor, weight_A: Tensor | None = None, *, backend: str = "auto"
+) -> Tensor:
+    """out_TD, of y's dtype: the sum of y[row_A[a]], times weight_A[a] if given, over a from start[t] to start[t + 1].
+
+    ``unpermute`` for tokens with any number of rows each, none too. y_RD: (R, D). row_A: int64 (A,). start: int64
+    (T + 1,), ascending from 0 to A. backend: one of ``OP_BACKENDS``. Without gradients: others are made of it.
+
+    Raises:
+        ValueError: shapes do not fit; the backend is unknown or cannot run here.
+    """
+    shapes_fit = y_RD.dim() == 2 and row_A.dim() == 1 and start.dim() == 1 and len(start) > 0
+    if not shapes_fit or (weight_A is not None and weight_A.shape != row_A.shape):
+        shapes = f"{tuple(y_RD.shape)}, {tuple(row_A.shape)} and {tuple(start.shape)}"
+        raise ValueError(f"y is (R, D), row and weight (A,), start (T + 1,), not {shapes}")
+    return _sum_rows(y_RD, row_A, weight_A, takes_triton("sum_rows", backend, y_RD), start)
+
+
 def check_ids(ids_TK: Tensor, num_experts: int) -> None:
     """Raise a ValueError for ids of another dtype, or on the CPU of experts that do not exist."""
     if ids_TK.dtype != torch.int64:
@@ -74,14 +93,17 @@ def _inverse(permutation_R: Tensor) -> Tensor:
     return torch.empty_like(permutation_R).scatter_(0, permutation_R, steps)
 
 
-def _sum_rows(y_RD: Tensor, row_TK: Tensor, weights_TK: Tensor | None, triton: bool) -> Tensor:
+def _sum_rows(y_RD: Tensor, row: Tensor, weights: Tensor | None, triton: bool, start: Tensor | None = None) -> Tensor:
+    """Of tokens that have K rows each, row (T, K), or of those that ``start`` tells, row (A,)."""
     if triton:
-        from moe_kernels.gpu.permute import sum_rows  # needs triton
+        from moe_kernels.gpu import permute as gpu  # needs triton
 
-        weights_TK = None if weights_TK is None else weights_TK.contiguous()
-        return sum_rows(y_RD.contiguous(), row_TK.contiguous(), weights_TK)
-    weights_TK = None if weights_TK is None else weights_TK.to(y_RD.dtype)
-    return F.embedding_bag(row_TK, y_RD.contiguous(), mode="sum", per_sample_weights=weights_TK)
+        weights = None if weights is None else weights.contiguous()
+        return gpu.sum_rows(y_RD.contiguous(), row.contiguous(), None if start is None else start.contiguous(), weights)
+    weights = None if weights is None else weights.to(y_RD.dtype)
+    return F.embedding_bag(
+        row, y_RD.contiguous(), start, mode="sum", per_sample_weights=weights, include_last_offset=start is not None
+    )
 
 
 def _copy_rows(x_TD: Tensor, assignment_R: Tensor, K: int, triton: bool) -> Tensor:

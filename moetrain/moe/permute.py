@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import moe_kernels
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 # Elements that one block of sum_rows' backward touches on CPU, so that they stay in the cache.
@@ -24,13 +24,13 @@ class RowOrder:
     assignment_R: the assignment that row r serves; a permutation.
     row_A: the row of assignment a; the inverse permutation.
     token_R: the token that row r is a copy of.
-    start_T: the first assignment of each token.
+    start: (T + 1,): the first assignment of each token, and R.
     """
 
     assignment_R: Tensor
     row_A: Tensor
     token_R: Tensor
-    start_T: Tensor
+    start: Tensor
 
 
 def order_by_expert(token_A: Tensor, expert_A: Tensor, n_tokens: int) -> RowOrder:
@@ -40,7 +40,7 @@ def order_by_expert(token_A: Tensor, expert_A: Tensor, n_tokens: int) -> RowOrde
         assignment_R=assignment_R,
         row_A=inverse(assignment_R),
         token_R=token_A.index_select(0, assignment_R),
-        start_T=torch.searchsorted(token_A, torch.arange(n_tokens, device=token_A.device)),
+        start=torch.searchsorted(token_A, torch.arange(n_tokens + 1, device=token_A.device)),
     )
 
 
@@ -81,11 +81,6 @@ def permute(x_R: Tensor, permutation: Tensor, inverse_permutation: Tensor) -> Te
     return _Permute.apply(x_R, permutation, inverse_permutation)
 
 
-def _bag_sum(y_RD: Tensor, order: RowOrder, weight_A: Tensor | None) -> Tensor:
-    weight_A = None if weight_A is None else weight_A.to(y_RD.dtype)
-    return F.embedding_bag(order.row_A, y_RD.contiguous(), order.start_T, mode="sum", per_sample_weights=weight_A)
-
-
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, order: RowOrder) -> Tensor:
@@ -94,7 +89,7 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _bag_sum(grads[0], ctx.order, None), None
+        return moe_kernels.sum_rows(grads[0], ctx.order.row_A, ctx.order.start), None
 
 
 class _SumRows(torch.autograd.Function):
@@ -103,7 +98,7 @@ class _SumRows(torch.autograd.Function):
         ctx.order = order
         if weight_A is not None:
             ctx.save_for_backward(y_RD, weight_A)
-        return _bag_sum(y_RD, order, weight_A)
+        return moe_kernels.sum_rows(y_RD, order.row_A, order.start, weight_A)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor | None]:

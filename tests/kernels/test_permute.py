@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from moe_kernels import permute, unpermute
+from moe_kernels import permute, sum_rows, unpermute
 from torch import Tensor
 
 from tests.kernels.ops import BACKENDS, compare, normal, run
@@ -65,6 +65,22 @@ def test_there_and_back(size: tuple[int, int, int, int], weighted: bool, backend
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("sizes", [[2, 0, 1, 5, 0, 3], [0, 0], []], ids=str)
+def test_tokens_with_any_number_of_rows(sizes: list[int], weighted: bool, backend: str) -> None:
+    """A row may be in several sums, and in none; against a loop over tokens in float64."""
+    A, start = sum(sizes), torch.tensor([0, *sizes]).cumsum(0)
+    y_RD, row_A = normal(7, 33).float(), torch.randint(0, 7, (A,), generator=torch.Generator().manual_seed(2))
+    weight_A = normal(A).float() if weighted else None
+    out_TD = sum_rows(y_RD, row_A, start, weight_A, backend=backend)
+    want = torch.zeros(len(sizes), 33, dtype=torch.float64)
+    for t in range(len(sizes)):
+        for a in range(int(start[t]), int(start[t + 1])):
+            want[t] += y_RD[row_A[a]].double() * (1 if weight_A is None else weight_A[a])
+    compare({"out": out_TD.double()}, {"out": want}, 1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_half_precision_rows_with_float32_weights(backend: str) -> None:
     """Gradients of weights stay float32; a rounding of the weights is all that torch's path adds."""
     ids_TK, y, weights_TK = routing(40, 4, 8), normal(160, 32, dtype=torch.bfloat16), normal(40, 4).float()
@@ -113,6 +129,7 @@ def test_keeps_no_rows() -> None:
         (lambda x, ids: unpermute(x[1:], ids), r"y is \(T K, D\), .* not \(3, 8\), \(4, 1\) and \(4, 1\)"),
         (lambda x, ids: unpermute(x, ids, torch.ones(4)), r"not \(4, 8\), \(4, 1\) and \(4,\)"),
         (lambda x, ids: permute(x, ids, 4, backend="cpu"), "permute has no backend 'cpu'"),
+        (lambda x, ids: sum_rows(x, ids, ids[0]), r"start \(T \+ 1,\), not \(4, 8\), \(4, 1\) and \(1,\)"),
     ],
 )
 def test_inputs_that_do_not_fit(call: Any, complaint: str) -> None:

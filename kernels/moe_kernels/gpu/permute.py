@@ -66,14 +66,14 @@ def _(x_TD: Tensor, assignment_R: Tensor, K: int) -> Tensor:
 
 
 @operator("sum_rows")
-def sum_rows(y_RD: Tensor, row_TK: Tensor, weights_TK: Tensor | None) -> Tensor:
-    """out_TD: the sum of each token's rows, each times its weight."""
-    return gather_sum(y_RD, row_TK, weights=weights_TK)
+def sum_rows(y_RD: Tensor, row: Tensor, start: Tensor | None, weights: Tensor | None) -> Tensor:
+    """out_TD: ``sums.gather_sum``, the sum of each token's rows, each times its weight."""
+    return gather_sum(y_RD, row, start, weights)
 
 
 @sum_rows.register_fake
-def _(y_RD: Tensor, row_TK: Tensor, weights_TK: Tensor | None) -> Tensor:
-    return y_RD.new_empty(len(row_TK), y_RD.shape[1])
+def _(y_RD: Tensor, row: Tensor, start: Tensor | None, weights: Tensor | None) -> Tensor:
+    return y_RD.new_empty(len(row) if start is None else len(start) - 1, y_RD.shape[1])
 
 
 @operator("sum_rows_backward")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moetrain.moe.permute import RowOrder, gather_rows, inverse, sum_rows
@@ -71,8 +72,8 @@ def bucket_rows(x_RD: Tensor, expert_R: Tensor, n_experts: int, rotation_HAD: Te
 
 def _from_experts_mean(x_RD: Tensor, expert_R: Tensor, n_experts: int, finite_R: Tensor) -> Tensor:
     """The finite rows minus their mean over each expert; others 0."""
-    R, E = (torch.arange(n, device=x_RD.device) for n in (len(x_RD), n_experts))
-    order = RowOrder(assignment_R=R, row_A=R, token_R=expert_R, start_T=torch.searchsorted(expert_R, E))
+    R, E = (torch.arange(n, device=x_RD.device) for n in (len(x_RD), n_experts + 1))
+    order = RowOrder(assignment_R=R, row_A=R, token_R=expert_R, start=torch.searchsorted(expert_R, E))
     x_RD = x_RD.masked_fill(~finite_R[:, None], 0).to(torch.promote_types(x_RD.dtype, torch.float32))
     n_E1 = sum_rows(finite_R[:, None].to(x_RD.dtype), order).clamp(min=1)
     return x_RD - gather_rows(sum_rows(x_RD, order) / n_E1, order)
@@ -86,10 +87,10 @@ def one_each(expert_R: Tensor) -> Buckets:
 
 def _buckets(bucket_R: Tensor, counts_J: Tensor, expert_R: Tensor) -> Buckets:
     row_A = bucket_R.argsort(stable=True)
-    start_J = counts_J.cumsum(0) - counts_J
+    start = F.pad(counts_J.cumsum(0), (1, 0))
     return Buckets(
-        order=RowOrder(assignment_R=inverse(row_A), row_A=row_A, token_R=bucket_R, start_T=start_J),
-        expert_J=expert_R.index_select(0, row_A.index_select(0, start_J)),
+        order=RowOrder(assignment_R=inverse(row_A), row_A=row_A, token_R=bucket_R, start=start),
+        expert_J=expert_R.index_select(0, row_A.index_select(0, start[:-1])),
         counts_J=counts_J,
         alone_R=counts_J.index_select(0, bucket_R) == 1,
     )

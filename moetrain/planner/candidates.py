@@ -77,8 +77,9 @@ class Mappings:
         return Mappings(**{name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in names})
 
     def take(self, where: Any) -> Mappings:
-        """Those at the places, or with true, in ``where``."""
-        return Mappings(**{f.name: getattr(self, f.name)[where] for f in dataclasses.fields(self)})
+        """Those at the places, or with true, in ``where``; in int64, for bytes are made of their products."""
+        columns = {f.name: getattr(self, f.name)[where] for f in dataclasses.fields(self)}
+        return Mappings(**{name: column.astype(np.int64) for name, column in columns.items()})
 
     def row(self, i: int) -> dict[str, Any]:
         """One mapping, in words and numbers."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields
 
 import numpy as np
 
@@ -73,8 +73,9 @@ def _placed(cfg: Config, m: Mappings) -> Mappings:
     """Those of ``m`` that ``check_placement`` lets have copies of experts, with them."""
     whole = (m.pp == 1) & (m.etp == 1) & (m.edp == 1) & (m.ep > 1)
     sends = (m.offload != OFFLOAD.index("all")) & (m.dispatch == DISPATCH.index("all_to_all"))
-    found = m.take(whole & sends & (cfg.parallel.engine == "torch"))
-    return replace(found, placement=np.full(len(found), PLACEMENT.index("fssdp"), dtype=np.int8))
+    legal = whole & sends & (cfg.parallel.engine == "torch")
+    columns = {field.name: getattr(m, field.name)[legal] for field in fields(m)}
+    return Mappings(**columns | {"placement": np.full(legal.sum(), PLACEMENT.index("fssdp"), dtype=np.int8)})
 
 
 def _grids(cfg: Config, cluster: Cluster, world: int) -> Iterator[tuple[int, ...]]:

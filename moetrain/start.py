@@ -104,13 +104,16 @@ def pick_run_dir(cfg: Config, asked: bool) -> Path:
 
 
 def get_ready(cfg: Config, resume: bool) -> None:
-    """What is better done once, before there are ranks: refuse a taken run directory, prepare and check the data."""
+    """What is better done once, before there are ranks: refuse a taken run directory, and a device or kernels that are
+    not there; prepare and check the data."""
     from moetrain.data.prepare import prepare as prepare_data
+    from moetrain.train.kernels import refuse_what_cannot_run
     from moetrain.train.preflight import preflight
     from moetrain.train.rundir import refuse_taken
 
     if not resume:
         refuse_taken(Path(cfg.run_dir))
+    refuse_what_cannot_run(cfg)
     prepare_data(cfg.data)
     preflight(cfg, resume)
 

@@ -136,6 +136,23 @@ def test_mapping_shows_both_grids_at_once_and_without_torch(capsys: pytest.Captu
     assert shown["stages_of_pp_rank"][15] == [15, 16] and "global_batch" in shown["refused"]
 
 
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("device=cuda", "device=cuda, but torch sees no CUDA device"),
+        ("experts.backend=triton", "expert backend 'triton' cannot run: the Triton kernels need a GPU"),
+        ("model.attention.backend=flash", "model.attention.backend=flash cannot run: it needs CUDA"),
+    ],
+)
+def test_what_cannot_run_here_is_refused_before_any_work(
+    word: str, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No text is prepared, and no folder made."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert cli.main(["train", "experiment=demo", word]) == 2
+    assert says in capsys.readouterr().err and not list(Path().iterdir())
+
+
 def test_resume_takes_the_saved_config_and_further_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything comes from the run directory, which may have moved; single settings may be changed."""
     seen: list[tuple[Config, bool]] = []

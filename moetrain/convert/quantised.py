@@ -52,7 +52,7 @@ def refuse_unread(folder: Path, config: dict[str, Any]) -> None:
     in_blocks = isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)
     if method != "mxfp4" and not (method == "fp8" and in_blocks):
         raise ConvertError(
-            f"'{folder}' is quantised ({method}), and fp8 with weight_block_size and mxfp4 are read only; save it "
+            f"'{folder}' is quantised ({method}); only mxfp4, and fp8 with weight_block_size, are read: save it "
             "dequantised first, and without quantization_config in config.json"
         )
 

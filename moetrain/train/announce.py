@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import logging
 
-import torch
-from moe_kernels import ACTIVATIONS, choose_backend
+from moe_kernels import ACTIVATIONS
 from torch.distributed.tensor import DTensor
 
-from moetrain.config.errors import ConfigError
 from moetrain.config.schema import Config
 from moetrain.data.forecast import describe, warnings
 from moetrain.data.packing import padding
-from moetrain.model.attention.kernels import PACKED, choose
-from moetrain.model.attention.packed import Setting
 from moetrain.moe.dispatch.lsh import LshOptions
 from moetrain.parallel.freeze import frozen_sizes
 from moetrain.parallel.stages import all_stages
+from moetrain.train.kernels import attention_kernel, expert_kernels
 from moetrain.train.trainer import Trainer
 
 log = logging.getLogger("moetrain")
 
 MUCH_PADDING = 0.1
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "bf16": torch.bfloat16}
 
 
 def announce(trainer: Trainer) -> None:
@@ -50,7 +46,7 @@ def announce(trainer: Trainer) -> None:
     if (found := attention_kernel(cfg, trainer.device)) is not None:
         log.info("attention  kernel %s: %s", *found)
     if cfg.model.moe_layers():
-        name, why = kernels(cfg, trainer.device)
+        name, why = expert_kernels(cfg, trainer.device)
         in_fp8 = " in FP8" if cfg.experts.fp8 else ""
         log.info("experts    kernels %s%s: %s", name, in_fp8, why)
         if isinstance(cfg.dispatch, LshOptions):
@@ -92,30 +88,6 @@ def packing(trainer: Trainer) -> list[tuple[int, str]]:
         lines.append((logging.WARNING, f"           {100 * found.share:.0f}% of every step is padding: there is too "
                       f"little text for train.seq_len={seq_len}; use a shorter one, or data.packing=cut"))  # fmt: skip
     return lines
-
-
-def attention_kernel(cfg: Config, device: torch.device) -> tuple[str, str] | None:
-    """(name, why) of the attention kernel, where there is a choice: on CUDA with documents or a window, or asked for.
-    Raises ConfigError when it was asked for and cannot run."""
-    a, split = cfg.model.attention, cfg.parallel.cp != 1 and cfg.parallel.context != "all_to_all"
-    masked = cfg.data.document_mask or a.sliding_window is not None or cfg.data.objective == "ul2"
-    if split or not (a.backend in PACKED or (a.backend == "auto" and device.type == "cuda" and masked)):
-        return None
-    mla = a.kind == "mla"
-    widths = (a.qk_nope_head_dim + a.qk_rope_head_dim, a.v_head_dim) if mla else (a.head_dim, a.head_dim)
-    prefix = cfg.data.objective == "ul2"
-    return choose(a.backend, Setting(device, DTYPES[cfg.train.precision], *widths, a.sinks, prefix, split))
-
-
-def kernels(cfg: Config, device: torch.device) -> tuple[str, str]:
-    """(name, why) of the expert kernels that the run uses. Raises ConfigError when the ones asked for cannot run."""
-    dtype = DTYPES[cfg.train.precision]
-    width = cfg.model.layer_value("expert_dim", cfg.model.moe_layers()[0])
-    try:
-        moe, e = cfg.model.moe, cfg.experts
-        return choose_backend(e.backend, device, dtype, cfg.model.dim, width, moe.activation, moe.bias, e.fp8)
-    except ValueError as error:
-        raise ConfigError(f"experts.backend={cfg.experts.backend}: {error}") from None
 
 
 def state_gib(trainer: Trainer) -> float:

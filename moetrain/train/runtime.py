@@ -31,13 +31,18 @@ ALLOCATOR = (
 )
 
 
+def refuse_no_gpu(name: str) -> None:
+    """Raise ConfigError where ``device: cuda`` is asked for and absent."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda, but torch sees no CUDA device; use device=auto or device=cpu")
+
+
 def pick_device(name: str) -> torch.device:
     """The device of this rank for ``device: auto|cpu|cuda``. Raises ConfigError when cuda is asked for and absent, or
     has not a GPU for every rank of this machine."""
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+    refuse_no_gpu(name)
+    if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ConfigError("device=cuda, but torch sees no CUDA device; use device=auto or device=cpu")
     rank, seen = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     ranks = max(rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if seen == 1 and "SLURM_LOCALID" in os.environ:  # Slurm may show each task its own GPU alone

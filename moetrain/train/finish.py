@@ -14,12 +14,12 @@ from moetrain.convert.export import export_hf
 from moetrain.convert.tokenizer import tokenizer_of
 from moetrain.data.baselines import Baselines, baselines
 from moetrain.data.loader import validation_batches
-from moetrain.train.engine import whole_weights
 from moetrain.train.evaluate import Evaluation
 from moetrain.train.generate import generate
 from moetrain.train.metrics import load_metrics
 from moetrain.train.rundir import write_summary
 from moetrain.train.trainer import Trainer
+from moetrain.train.whole import whole_weights
 
 log = logging.getLogger("moetrain")
 

@@ -30,8 +30,8 @@ from moetrain.data.prepare import prepare
 from moetrain.data.toy import toy_data
 from moetrain.moe.dispatch.lsh import LshOptions
 from moetrain.train import runtime
-from moetrain.train.engine import whole_weights
 from moetrain.train.trainer import Trainer
+from moetrain.train.whole import whole_weights
 
 # Largest relative difference by precision. In bf16 sums are rounded in another order: noise, which grows from step to
 # step as it does between two orders of one process.

@@ -5,14 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from moetrain.config import load
 from moetrain.convert.family import family_named, family_of
 from moetrain.convert.features import differences
 from moetrain.model.count import count_parameters
-from moetrain.model.rope import inverse_frequencies
 
 HUB: dict[str, dict[str, Any]] = {
     "mixtral-8x7b": {
@@ -463,14 +461,3 @@ def test_what_is_written_says_what_was_read(name: str) -> None:
     assert old_rope.items() <= new_rope.items()
     changed = {key: (before[key], after.get(key)) for key in before.keys() - aside if before[key] != after.get(key)}
     assert changed == ({"head_dim": (None, 128)} if name == "mixtral-8x7b" else {})  # absent: hidden_size / heads
-
-
-def test_an_original_length_beside_the_rotary_settings_counts() -> None:
-    lengths = {"max_position_embeddings": 64, "original_max_position_embeddings": 16}
-    config = {"model_type": "llama", "num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 4, **lengths,
-              "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}  # fmt: skip
-    ours = family_named("llama").from_hf_config(config)
-    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).model.rotary_emb
-    angles, factor = inverse_frequencies(ours.rope, 8, torch.float32)
-    torch.testing.assert_close(angles, theirs.inv_freq)
-    assert factor == pytest.approx(theirs.attention_scaling)

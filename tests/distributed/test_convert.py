@@ -21,10 +21,9 @@ from moetrain.config.check import resolve_sizes
 from moetrain.convert.family import family_named
 from moetrain.convert.open import brings, open_weights
 from moetrain.data.toy import toy_data
-from moetrain.train import engine
-from moetrain.train.engine import whole_weights
 from moetrain.train.runtime import timeout_of_new_groups
 from moetrain.train.trainer import Trainer
+from moetrain.train.whole import whole_weights
 from tests.convert.test_round_trip import STOCK, tensors_in
 from tests.distributed.test_resume_elsewhere import ALL, HSDP, PIPELINE
 from tests.distributed.toy_run import BASE, SIGMOID, SOFTMAX, load, one_step
@@ -68,7 +67,7 @@ def test_the_weights_of_a_sharded_checkpoint(
         assert value.nbytes <= limit
         return full_tensor(value)
 
-    monkeypatch.setattr(engine, "STRETCH", limit)
+    monkeypatch.setattr("moetrain.train.whole.STRETCH", limit)
     monkeypatch.setattr(DTensor, "full_tensor", small)
     cfg = load(prepared, [*choice, *settings, "train.precision=float32"])
     held = run_ranks(world, train_and_save, cfg, timeout=300)[0]

@@ -19,8 +19,8 @@ from moetrain.config.check import resolve_sizes
 from moetrain.config.errors import ConfigError
 from moetrain.parallel.freeze import frozen_sizes, is_frozen
 from moetrain.train import parity
-from moetrain.train.engine import whole_weights
 from moetrain.train.trainer import Trainer
+from moetrain.train.whole import whole_weights
 from tests.distributed.test_resume_elsewhere import resume, save_half_way
 from tests.distributed.toy_run import SIGMOID, SOFTMAX, alone, load
 

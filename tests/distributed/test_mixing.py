@@ -21,9 +21,9 @@ from moetrain.config.schema import Config
 from moetrain.data.order import seed_key
 from moetrain.mixture.online import Cost, Decision, Mixer, MixerOptions, Observation
 from moetrain.model.decoder import Decoder
-from moetrain.train.engine import whole_weights
 from moetrain.train.mixing import draw_windows
 from moetrain.train.trainer import Trainer
+from moetrain.train.whole import whole_weights
 from tests.distributed.toy_run import SIGMOID, SOFTMAX, load
 
 EXACT = ["train.precision=float64"]

@@ -35,8 +35,9 @@ from moetrain.moe.routing import Memo, Routing
 from moetrain.optim import offload, orthogonal
 from moetrain.planner.stage_run import Live
 from moetrain.train import parity
-from moetrain.train.engine import TorchEngine, whole_weights
+from moetrain.train.engine import TorchEngine
 from moetrain.train.trainer import Trainer
+from moetrain.train.whole import whole_weights
 from tests.distributed.toy_run import BASE, SIGMOID, load, one_step
 
 STEPS = 5

@@ -122,6 +122,7 @@ def expert_mlp(
     weight_R: Tensor | None = None,
     b13: Tensor | None = None,
     b2: Tensor | None = None,
+    row_TK: Tensor | None = None,
     activation: str = "swiglu",
     backend: str = "auto",
     fp8: bool = False,
@@ -138,6 +139,9 @@ def expert_mlp(
     Parameters share one dtype: that of x, or float32 under a half-precision x. Then they are rounded to x's where they
         are used, without a copy of all of them, and their gradients are float32.
     index_R: int64 (R,) or None. weight_R: float (R,), any float dtype, or None for 1.
+    row_TK: int64 (N, K), R = N K: the rows of each token, where all have equally many, as ``permute`` gives it. The
+        result is then out_ND (N, D), the sum of each token's rows, and no gradient of every row is written for it.
+        Needs index_R, which names the token of each row.
     activation: gated "swiglu", "geglu", "reglu", "gpt_oss", "swiglu_clamped"; plain "gelu", "relu2"
         (``activation.ACTIVATIONS``).
     backend: one of ``BACKENDS``.
@@ -150,7 +154,7 @@ def expert_mlp(
     Raises:
         ValueError: shapes, dtypes or counts do not fit; the backend is unknown or cannot run here.
     """
-    return _run(Operands(x_ND, counts, w13, w2, index_R, weight_R, b13, b2, activation), backend, fp8)
+    return _run(Operands(x_ND, counts, w13, w2, index_R, weight_R, b13, b2, activation, row_TK), backend, fp8)
 
 
 def moe_mlp(

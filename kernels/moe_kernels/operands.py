@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_kernels.activation import ACTIVATIONS
+from moe_kernels.permutation import unpermute
 
 
 class Setting(NamedTuple):
@@ -83,6 +84,11 @@ class Operands(NamedTuple):
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)} where w13 {tuple(w13.shape)} needs {shape}")
         if self.index_R is not None and self.index_R.dtype != torch.int64:
             raise ValueError(f"index_R is int64, not {self.index_R.dtype}")
+        row = self.row_TK
+        if row is not None and (self.index_R is None or row.dtype != torch.int64 or row.dim() != 2):
+            raise ValueError(f"row_TK is int64 (N, K), beside index_R, not {row.dtype} of shape {tuple(row.shape)}")
+        if row is not None and (len(row) != len(x_ND) or row.numel() != R):
+            raise ValueError(f"row_TK has shape {tuple(row.shape)} where {len(x_ND)} tokens have {R} rows")
         self._check_dtypes()
         self._check_counts(e, R)
 
@@ -131,4 +137,4 @@ class Operands(NamedTuple):
             y_RD = (y_RD * self.weight_R[:, None]).to(y_RD.dtype)
         if self.row_TK is None:
             return y_RD
-        return y_RD[self.row_TK.flatten()].view(*self.row_TK.shape, y_RD.shape[1]).sum(1)
+        return unpermute(y_RD, self.row_TK)

@@ -119,7 +119,10 @@ class TensorBoard:
 
 
 class WandB:
-    """Weights & Biases; ``auto`` is online with an API key and offline without."""
+    """Weights & Biases; ``auto`` is online with an API key and offline without.
+
+    A run that goes on is the same run there: ``wandb-id`` in the run directory says which, unless WANDB_RUN_ID does.
+    """
 
     def __init__(self, cfg: Config, run_dir: Path, resolved: dict[str, Any]) -> None:
         import wandb
@@ -127,16 +130,23 @@ class WandB:
         mode: Any = cfg.log.wandb
         if mode == "auto":
             mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
+        file = run_dir / "wandb-id"
+        kept = file.read_text().strip() if file.exists() and "WANDB_RUN_ID" not in os.environ else None
         self._run: Any = wandb.init(
             project=cfg.log.wandb_project,
             name=run_dir.name,
             dir=str(run_dir),
             mode=mode,
             config=resolved,
+            id=kept,
+            resume="allow" if kept else None,
         )
+        if not kept:
+            file.write_text(f"{self._run.id}\n")
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
-        self._run.log(flat(metrics), step=step)
+        if step >= self._run.step:  # one that it has from before a kill it would refuse, with a warning each
+            self._run.log(flat(metrics), step=step)
 
     def close(self) -> None:
         self._run.finish()

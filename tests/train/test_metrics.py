@@ -82,14 +82,19 @@ def test_tensorboard_reads_back_what_was_written(tmp_path: Path) -> None:
     }
 
 
-def test_wandb_is_offline_without_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_is_offline_without_a_key_and_one_run_over_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("WANDB_SILENT", "true")
     cfg = config.load(["log.wandb=auto", "log.progress=false", "log.tensorboard=false"])
-    writer = Writer(cfg, tmp_path, config.to_dict(cfg), resumed_step=0, rank=0)
-    writer.write(1, {"step": 1, "loss": 1.0})
-    writer.close()
-    assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+    for step in (1, 2):
+        writer = Writer(cfg, tmp_path, config.to_dict(cfg), resumed_step=step - 1, rank=0)
+        writer.write(step, {"step": step, "loss": 1.0})
+        writer.close()
+    # of two starts within a second the second takes the first's folder
+    runs = {file.stem for file in tmp_path.glob("wandb/offline-run-*/run-*.wandb")}
+    assert runs == {f"run-{(tmp_path / 'wandb-id').read_text().strip()}"}
 
 
 def test_a_dead_tracker_does_not_stop_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

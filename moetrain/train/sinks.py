@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,26 +36,44 @@ class Jsonl:
     Lines that cannot be written (disk full) are kept and written with the next one; no line is ever there in part.
     """
 
+    BLOCK = 2**24  # bytes; what a crash has damaged was written in the seconds before it
+
     def __init__(self, path: Path, resumed_step: int) -> None:
-        kept = [line for line in self._whole_lines(path) if self._step(line) <= resumed_step]
-        path.with_suffix(".tmp").write_text("".join(kept))
-        path.with_suffix(".tmp").replace(path)
+        path.touch()
+        self._cut(path, resumed_step)
         self._file = path.open("ab", buffering=0)
         self._name = path.name
         self._waiting: list[str] = []
 
-    @staticmethod
-    def _whole_lines(path: Path) -> list[str]:
-        if not path.exists():
-            return []
-        lines = path.read_text(errors="replace").splitlines(keepends=True)
-        return [line for line in lines if line.endswith("}\n")]
+    def _cut(self, path: Path, resumed_step: int) -> None:
+        """Read from the end, as much as it takes to find a line that stays: a run of weeks has gigabytes of them."""
+        size, span = path.stat().st_size, self.BLOCK
+        while True:
+            start = max(0, size - span)
+            with path.open("rb") as file:
+                file.seek(start)
+                start += len(file.readline()) if start else 0  # of which the beginning may be missing
+                lines = file.read().splitlines(keepends=True)
+            if start == 0 or (lines and self._step(lines[0]) <= resumed_step):
+                break
+            span *= 2
+        kept = [line for line in lines if self._step(line) <= resumed_step]
+        if kept == lines[: len(kept)]:
+            os.truncate(path, start + sum(map(len, kept)))
+            return
+        temporary = path.with_suffix(".tmp")
+        with path.open("rb") as file, temporary.open("wb") as whole:
+            shutil.copyfileobj(file, whole)
+            whole.truncate(start)
+            whole.seek(start)
+            whole.writelines(kept)
+        temporary.replace(path)
 
     @staticmethod
-    def _step(line: str) -> float:
-        """Of a line; past all others where it cannot be read."""
+    def _step(line: bytes) -> float:
+        """Of a line; past all others where it cannot be read, or is not whole."""
         try:
-            return float(json.loads(line)["step"])
+            return float(json.loads(line)["step"]) if line.endswith(b"}\n") else math.inf
         except (ValueError, KeyError, TypeError):
             return math.inf
 

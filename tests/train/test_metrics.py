@@ -29,11 +29,17 @@ def test_load_metrics_of_known_loads() -> None:
     assert metrics["load_max_over_mean"] == pytest.approx(2.0)
 
 
-def test_jsonl_keeps_each_step_once_over_a_kill(tmp_path: Path) -> None:
-    """A run killed in the middle of a line, after the checkpoint of step 2, on a machine that crashed before: its disk
-    has zeros, or anything, in place of the end of one line and the beginning of another."""
+@pytest.mark.parametrize("block", [48, 2**24])
+@pytest.mark.parametrize("damage", [b"", b'{"step\0\0\xff: 3}\n'])
+def test_jsonl_keeps_each_step_once_over_a_kill(
+    damage: bytes, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run killed in the middle of a line, after the checkpoint of step 2, perhaps on a machine that crashed before:
+    its disk has zeros, or anything, in place of the end of one line and the beginning of another. Of the file little is
+    read at a time."""
+    monkeypatch.setattr(Jsonl, "BLOCK", block)
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 1}\n{"step\0\0\xff: 3}\n{"step": 2}\n{"step": 3}\n{"ste')
+    path.write_bytes(b'{"step": 1}\n' + damage + b'{"step": 2}\n{"step": 3}\n{"ste')
     sink = Jsonl(path, resumed_step=2)
     sink.write(3, {"step": 3, "again": True})
     sink.close()
@@ -42,6 +48,16 @@ def test_jsonl_keeps_each_step_once_over_a_kill(tmp_path: Path) -> None:
         {"step": 2},
         {"step": 3, "again": True},
     ]
+
+
+def test_jsonl_that_goes_on_reads_the_end_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line of the beginning that is no JSON would be cut off, were it read."""
+    monkeypatch.setattr(Jsonl, "BLOCK", 60)
+    path = tmp_path / "metrics.jsonl"
+    rows = [f'{{"step": {step}}}\n' for step in range(1, 10)]
+    path.write_text("".join(["far away\n", *rows]))
+    Jsonl(path, resumed_step=7).close()
+    assert path.read_text() == "".join(["far away\n", *rows[:7]])
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")

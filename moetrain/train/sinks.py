@@ -123,7 +123,9 @@ class TensorBoard:
     def __init__(self, run_dir: Path, resumed_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1)  # type: ignore[no-untyped-call]
+        folder, first = str(run_dir / "tensorboard"), resumed_step + 1
+        # Within a second: by default within two minutes, and a killed run lost steps of before its last checkpoint.
+        self._writer = SummaryWriter(folder, purge_step=first, flush_secs=1)  # type: ignore[no-untyped-call]
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary

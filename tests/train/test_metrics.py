@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -77,16 +78,18 @@ def test_jsonl_waits_for_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert len(caplog.records) == 1 and "No space left" in caplog.text
 
 
-def test_tensorboard_reads_back_what_was_written(tmp_path: Path) -> None:
+def test_tensorboard_reads_what_was_written_before_a_kill(tmp_path: Path) -> None:
+    """One number, one a domain, one a layer; and events, of which scalars say how many."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    """One number, one a domain, one a layer; and events, of which scalars say how many."""
     sink = TensorBoard(tmp_path, resumed_step=0)
     told = [{"event": "skipped", "step": 1, "samples": [8, 9]}, {"event": "save", "step": 1}]
     by_layer = {"dead_experts_by_layer": [0, 1]}
     sink.write(1, {"loss": 2.5, "val_loss_by_domain": {"code": 3.5}, **by_layer, "events": told})
-    sink.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    end = time.monotonic() + 60
+    while not (events := EventAccumulator(str(tmp_path / "tensorboard")).Reload()).Tags()["scalars"]:
+        assert time.monotonic() < end
+        time.sleep(0.1)
     values = {tag: events.Scalars(tag)[0].value for tag in events.Tags()["scalars"]}
     assert values == {
         "loss": 2.5,
@@ -96,6 +99,7 @@ def test_tensorboard_reads_back_what_was_written(tmp_path: Path) -> None:
         "events/skipped": 1.0,
         "events/save": 1.0,
     }
+    sink.close()
 
 
 def test_wandb_is_offline_without_a_key_and_one_run_over_a_resume(

@@ -199,6 +199,10 @@ def test_submit_status_and_cancel_speak_to_kubectl(tmp_path: Path, monkeypatch: 
     kubernetes.cancel(target)
     last = Path("calls").read_text().splitlines()[-1]
     assert last == "delete jobs,services,configmaps,pytorchjobs -n team -l moetrain-run=olmoe-1b --wait=false"
+    log = 'E1128 02:53:52.580963   13893 memcache.go:265] "Unhandled Error" err="no server"'
+    (tmp_path / "kubectl").write_text(f"#!/bin/sh\necho '{log}\nThe connection was refused' >&2; exit 1\n")
+    with pytest.raises(LaunchError, match=r"^kubectl refused: The connection was refused$"):
+        kubernetes.state(target)
 
 
 def test_a_job_that_is_there_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -287,6 +287,8 @@ def test_a_run_directory_with_another_run_or_one_at_work_is_refused(
 
 
 def test_status_of_what_is_half_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["launch", "status", str(tmp_path / "no")]) == 2
+    assert "there is no such folder" in capsys.readouterr().err
     assert cli.main(["launch", "status", str(tmp_path)]) == 2
     assert "was not started by 'moetrain launch'" in capsys.readouterr().err
     write_note(tmp_path, "local", "1", tmp_path / "log.txt")  # process 1 is not this run

@@ -16,6 +16,7 @@ from moetrain_launch.settings import LaunchConfig
 
 REQUEUE = 85  # exit code of ranks that were told to stop, have saved, and ask to go on
 CANNOT_RUN = 2  # exit code for a config or data that cannot run: to try again is no use
+KLOG = re.compile(r"[IWEF]\d{4} [\d:.]+ ")  # the beginning of lines that kubectl logs before it says what is wrong
 
 
 class LaunchError(ValueError):
@@ -71,6 +72,8 @@ def write_note(run_dir: Path, kind: str, id: str, log: Path) -> None:
 
 def notes(run_dir: Path) -> list[Note]:
     """The notes in ``run_dir``. Raises LaunchError: there are none, or one cannot be read."""
+    if not run_dir.is_dir():
+        raise LaunchError(f"{run_dir}: there is no such folder")
     found = []
     for file in sorted(run_dir.glob("launch*.json")):
         try:
@@ -95,6 +98,7 @@ def ask(words: Sequence[str], absent: str, text: str | None = None) -> str:
         raise LaunchError(f"{words[0]} gave no answer for 60 s; is the scheduler up?") from None
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()
+        said = [line for line in said if not KLOG.match(line)] or said
         raise LaunchError(f"{words[0]} refused: {' '.join(said[-3:])}")
     return done.stdout
 

@@ -55,6 +55,14 @@ class ResourceRequirements(Part):
     limits: dict[LabelKey, Quantity] = {}
 
 
+class Capabilities(Part):
+    add: list[Annotated[str, Field(pattern=r"^[A-Z_]+$")]]
+
+
+class SecurityContext(Part):
+    capabilities: Capabilities
+
+
 class Container(Part):
     name: Label
     image: Annotated[str, Field(pattern=r"^\S+$")]
@@ -62,6 +70,7 @@ class Container(Part):
     env: list[EnvVar] = []
     volumeMounts: list[VolumeMount] = []
     resources: ResourceRequirements | None = None
+    securityContext: SecurityContext | None = None
 
 
 class PersistentVolumeClaimVolumeSource(Part):

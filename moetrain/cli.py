@@ -45,6 +45,7 @@ def train(argv: Sequence[str]) -> int:
     cfg = load_run(
         args.overrides,
         base=base,
+        resumed=bool(args.resume),
         config_dirs=args.config_dir,
         check=lambda cfg: check_mapping(cfg, int(os.environ["WORLD_SIZE"]) if under_launcher() else cfg.launch.ranks),
     )
@@ -73,8 +74,8 @@ def launch(argv: Sequence[str]) -> int:
         return 0
     if args.resume:
         refuse_no_run(args.resume)
-    base = args.resume / "config.yaml" if args.resume else None
-    cfg = load_run(args.overrides, base=base, config_dirs=args.config_dir, check=launching.check_nodes)
+    base, resumed = args.resume / "config.yaml" if args.resume else None, bool(args.resume)
+    cfg = load_run(args.overrides, base=base, resumed=resumed, config_dirs=args.config_dir, check=launching.check_nodes)
     refuse_sweep(cfg)
     if args.resume:
         cfg.run_dir = str(args.resume)

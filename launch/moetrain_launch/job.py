@@ -40,11 +40,6 @@ class Job:
         return plain[:50].rstrip("-")
 
     @property
-    def world(self) -> int:
-        """Ranks on all nodes."""
-        return self.settings.nodes * self.settings.ranks
-
-    @property
     def python(self) -> str:
         """The interpreter of the ranks."""
         return self.settings.python or ("python" if self.settings.container else sys.executable)

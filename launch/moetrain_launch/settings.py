@@ -63,7 +63,7 @@ class KubernetesConfig:
 
 @dataclass(config=STRICT)
 class LaunchConfig:
-    """How 'moetrain launch' starts a run; 'moetrain train' reads only the number of ranks."""
+    """How 'moetrain launch' starts a run; 'moetrain train' reads only the numbers of nodes and ranks."""
 
     kind: Literal["local", "slurm", "kubernetes"] = Field(
         default="local", description="torchrun on this machine, a Slurm job, or a Kubernetes job"
@@ -92,3 +92,8 @@ class LaunchConfig:
     )
     slurm: SlurmConfig = Field(default_factory=SlurmConfig, description="Slurm")
     kubernetes: KubernetesConfig = Field(default_factory=KubernetesConfig, description="Kubernetes")
+
+    @property
+    def world(self) -> int:
+        """Ranks on all nodes."""
+        return self.nodes * self.ranks

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from moetrain.config import load
 from moetrain.config.check import check_mapping
+from moetrain.config.check_mapping import refuse_nodes
 from moetrain.config.errors import ConfigError, DataError
 from moetrain.convert.open import brings
 from moetrain.data.asked import domains_of
@@ -43,8 +44,9 @@ def search(asked: Asked, config_dirs: Sequence[str], console: Console) -> None:
         need(package)
     folder = Path(asked.where)
     words = [*asked.settings, f"seed={asked.seed}"]
-    cfg = load(words, config_dirs=config_dirs, check=lambda cfg: check_mapping(cfg, cfg.launch.ranks), start=brings)
+    cfg = load(words, config_dirs=config_dirs, check=lambda cfg: check_mapping(cfg, cfg.launch.world), start=brings)
     plot = asked.plot or str(folder / "mixture.png")
+    refuse_nodes(cfg)
     refuse_changes(cfg)
     prepare(cfg.data)
     data = TokenData.open(cfg.data.dir, vocab_size=cfg.model.vocab_size, domain_of=domains_of(cfg.data))

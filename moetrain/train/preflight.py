@@ -44,7 +44,7 @@ def preflight(cfg: Config, resume: bool = False) -> None:
             "max_epochs, give more text, or set data.exhausted=repeat"
         )
     build_mixer(cfg, sampler)
-    world = dist.get_world_size() if dist.is_initialized() else cfg.launch.ranks
+    world = dist.get_world_size() if dist.is_initialized() else cfg.launch.world
     frozen_sizes(cfg, resolve_sizes(cfg.parallel, world))
     if cfg.export.at_end:
         family_of(cfg.model, "bias" in cfg.balance)

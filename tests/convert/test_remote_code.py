@@ -46,7 +46,7 @@ MODELS: dict[str, tuple[list[str], str]] = {
     "clamped experts, sinks": (
         ["model=tiny-gpt-oss", "model.attention.qk_norm=head", "model.rope.interleaved=true", "model.moe.every=2",
          "model.dense_dim=40", "model.activation=swiglu_clamped", "model.attention.sliding_layers=[1]", *YARN,
-         "model.rope.truncate=false"],
+         "model.rope.truncate=false", "model.rope.beta_slow=4"],
         "model.rope.interleaved=true",
     ),
     "sigmoid, gated shared": (

@@ -119,7 +119,8 @@ def frequencies(rope: dict[str, Any], width: int) -> tuple[Tensor, float]:
         if rope["truncate"]:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, width - 1)
-        ramp = ((torch.arange(width // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
+        span = high - low or 0.001  # below 0 after a context so short that no frequency makes beta_slow rotations
+        ramp = ((torch.arange(width // 2, dtype=torch.float32) - low) / span).clamp(0, 1)
         inv = inv / factor * ramp + inv * (1 - ramp)
         if rope["mscale"] and rope["mscale_all_dim"]:
             return inv, mscale(factor, rope["mscale"]) / mscale(factor, rope["mscale_all_dim"])

@@ -110,13 +110,13 @@ def get_ready(cfg: Config, resume: bool) -> None:
     not there; prepare and check the data."""
     from moetrain.data.prepare import prepare as prepare_data
     from moetrain.train.kernels import refuse_what_cannot_run
-    from moetrain.train.preflight import preflight
+    from moetrain.train.preflight import began_with, preflight
     from moetrain.train.rundir import refuse_taken
 
     if not resume:
         refuse_taken(Path(cfg.run_dir))
     refuse_what_cannot_run(cfg)
-    prepare_data(cfg.data)
+    prepare_data(cfg.data, began=began_with(cfg) if resume else None)
     preflight(cfg, resume)
 
 

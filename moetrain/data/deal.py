@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from moetrain.config.errors import DataError
@@ -187,7 +187,9 @@ class Dealer:
         }
 
     def _begin(self, phase: Phase) -> None:
-        """Add a phase, with what each source got before it."""
+        """Add a phase, with what each source got before it. Its weights are put in the order of the sources: that of a
+        sum decides its last bit, by which a sample may go to another source, and a checkpoint keeps none but this."""
+        phase = replace(phase, weights={name: phase.weights.get(name, 0.0) for name in self.sources})
         before = _Before(dict.fromkeys(self.sources, 0), dict.fromkeys(self.sources, 0))
         if len(self.history):
             counts, owed = self.counts(phase.first_sample), dict(self._before[-1].owed)

@@ -17,7 +17,7 @@ from moetrain.train import runtime
 from moetrain.train.announce import announce
 from moetrain.train.finish import finish, stopped
 from moetrain.train.lock import locked
-from moetrain.train.preflight import preflight, refuse_replaced
+from moetrain.train.preflight import began_with, preflight, refuse_replaced
 from moetrain.train.rundir import STOPPED, claim
 from moetrain.train.signals import Requeue, Signals, listening
 from moetrain.train.trainer import Trainer
@@ -52,7 +52,7 @@ def _run(cfg: Config, resume: bool, signals: Signals) -> None:
         sizes = resolve_sizes(cfg.parallel, dist.get_world_size())
         run_dir = Path(cfg.run_dir) if resume else claim(cfg, resume)
         runtime.set_up_log(run_dir, dist.get_rank())
-        prepared = prepare_once(cfg.data)
+        prepared = prepare_once(cfg.data, began_with(cfg) if resume else None)
         preflight(cfg, resume)
         trainer = Trainer(cfg, sizes, run_dir)
         refuse_replaced(trainer.data, prepared)

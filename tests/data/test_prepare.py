@@ -142,6 +142,30 @@ def test_prepared_data_outlives_its_sources(tmp_path: Path, caplog: pytest.LogCa
     assert "going on with the data that was prepared" in caplog.text
 
 
+def test_a_run_that_goes_on_keeps_the_data_that_it_began_with(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Text that has grown, and a new source beside a tokenizer that is trained here: what was prepared stays, since
+    the run could not go on with anything else."""
+    cfg = config(tmp_path, write_corpus(tmp_path / "text", documents=10))
+    first, before = prepare(cfg, progress=False), contents(Path(cfg.dir))
+    began = {name: info.train.sha256["bin"] for name, info in first.domains.items()}
+    with open(tmp_path / "text/sea.txt", "a", encoding="utf-8") as file:
+        file.write(document("sea", 1000))
+    assert prepare(cfg, progress=False, began=began) == first and contents(Path(cfg.dir)) == before
+    assert "the text has changed since" in caplog.text
+    (tmp_path / "new.txt").write_text(document("food", 2000) * 3, encoding="utf-8")
+    cfg.sources["new"] = SourceConfig(paths=[str(tmp_path / "new.txt")])
+    with pytest.raises(DataError, match=r"a new tokenizer would be trained; keep the run's with data.tokenizer.path="):
+        prepare(cfg, progress=False, began=began)
+    cfg.tokenizer.path = f"{cfg.dir}/tokenizer.json"
+    with pytest.raises(DataError, match=r"source 'sea' is not the text, .* that this run began with, so '.*' was left"):
+        prepare(cfg, progress=False, began=began)
+    assert contents(Path(cfg.dir)) == before
+    write_corpus(tmp_path / "text", documents=10)
+    again = prepare(cfg, progress=False, began=began)
+    assert {name: again.domains[name].train for name in began} == {name: i.train for name, i in first.domains.items()}
+    assert "new" in again.domains
+
+
 @pytest.mark.parametrize(("delimiter", "warns"), [("^=====$", True), ("^=====\\r?$", False)])
 def test_a_delimiter_that_divides_nothing_is_warned_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, delimiter: str, warns: bool

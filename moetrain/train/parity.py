@@ -145,7 +145,6 @@ def curve(cfg: Config) -> Curve:
 def one_step(trainer: Trainer) -> tuple[dict[str, float], list[list[int]]]:
     """(losses and gradient norm, loads by MoE layer) of the next step."""
     figures = trainer.train_step()
-    trainer.refuse_lost()
     row = {k: v for k, v in figures.items() if k == "grad_norm" or "loss" in k}
     return row, [counts.tolist() for counts in trainer.last_loads.counts.values()]
 

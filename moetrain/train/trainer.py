@@ -98,22 +98,19 @@ class Trainer:
             if tracer is not None:
                 tracer.count(self.step, self.last_loads)
 
-            done, stop, lost = self.step == self.last_step, self.guard.stop, self.guard.exhausted
-            if (self._due(cfg.train.eval_every) or done) and not lost:
+            done, stop = self.step == self.last_step, self.guard.stop
+            if self._due(cfg.train.eval_every) or done:
                 watch = RoutingWatch(self.engine.model, cfg.model, self.data, self.dims, cfg.train.seq_len)
                 with watch.on():
                     evaluation = self.evaluate(watch=watch)
                 metrics |= evaluation.metrics() | watch.collect(self.step, self.run_dir)
-            saves = (self._due(cfg.checkpoint.every) or (cfg.checkpoint.at_end and done) or stop > 0) and not lost
+            saves = self._due(cfg.checkpoint.every) or (cfg.checkpoint.at_end and done) or stop > 0
             metrics |= self._told(saves)
             if self._due(cfg.log.every):
                 metrics |= compression_metrics(self.engine.model, cfg)
-            if self._due(cfg.log.every) or lost or metrics.keys() & {"val_loss", "mixture", "events"}:
+            if self._due(cfg.log.every) or metrics.keys() & {"val_loss", "mixture", "events"}:
                 metrics |= spans.read(metrics["step_s"], metrics["data_wait_s"])
                 writer.write(self.step, metrics | meter.read() | self.read() | load_metrics(self.last_loads))
-            if lost:
-                writer.close()
-            self.refuse_lost()
             if (saves or self._due(cfg.faults.checksum_every)) and cfg.faults.checksum_every:
                 self.checks.run(self.engine.model, self.step, self.checkpointer.last_good())
             if tracer is not None and (saves or done):
@@ -140,7 +137,8 @@ class Trainer:
         return evaluate(self.engine, self.data, *lengths, self.dims, self.step, masked, watch=watch)
 
     def train_step(self) -> dict[str, Any]:
-        """One optimizer step; its figures by name, of the whole model. Call ``refuse_lost`` after it."""
+        """One optimizer step; its figures by name, of the whole model. Raises TrainError when it and those before it
+        were bad."""
         cfg, step = self.cfg, self.step
         mixed = self.mixing.before_step(step, self.last_step - step)
         began = time.perf_counter()
@@ -156,6 +154,9 @@ class Trainer:
         run = self._runs(batches, step, factor)
         figures, events = self.guard.attempt(step, samples, run)
         self.events += events
+        if self.guard.exhausted:
+            self.checkpointer.wait()
+            raise bad_step(self.guard.why, step, samples, self.guard.in_a_row, self.checkpointer.last_good())
         self.last_loads = figures.loads
         self.step += 1
         self.tokens += figures.tokens
@@ -168,13 +169,6 @@ class Trainer:
                 "grad_norm": number(figures.grad_norm), "lr": self.peak_lr * factor, **aux,
                 "step_s": seconds, "data_wait_s": waited,
                 "step_tokens": figures.tokens, **padding, **mixed}  # fmt: skip
-
-    def refuse_lost(self) -> None:
-        """Raise TrainError when the last step and those before it were bad. Collective."""
-        if self.guard.exhausted:
-            self.checkpointer.wait()
-            step, good = self.step - 1, self.checkpointer.last_good()
-            raise bad_step(self.guard.why, step, self.loader.sample_ids(step), self.guard.in_a_row, good)
 
     def read(self) -> dict[str, Any]:
         """Sequences of each domain that the run has read so far."""

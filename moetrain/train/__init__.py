@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from pathlib import Path
@@ -22,6 +23,8 @@ from moetrain.train.rundir import STOPPED, claim
 from moetrain.train.signals import Requeue, Signals, listening
 from moetrain.train.trainer import Trainer
 from moetrain.train.watch import watched
+
+log = logging.getLogger("moetrain")
 
 
 def run(cfg: Config, resume: bool = False) -> None:
@@ -74,7 +77,12 @@ def _run(cfg: Config, resume: bool, signals: Signals) -> None:
             trainer.snapshots.forget()
             raise
         except KeyboardInterrupt:
+            if dist.get_world_size() == 1:  # of several, those may be gone that it needs; Ctrl-C again ends this wait
+                trainer.checkpointer.wait()
             trainer.snapshots.forget()
+            good, again = trainer.checkpointer.last_good(), f"moetrain train --resume {quote(str(run_dir))}"
+            log.info("stopped    by Ctrl-C after step %d; last good checkpoint: %s; to go on: %s",
+                     trainer.step, good, again)  # fmt: skip
             raise
         if evaluation is not None and trainer.step in trainer.checkpointer.failed:
             good = trainer.checkpointer.last_good()

@@ -31,7 +31,8 @@ class Sink(Protocol):
 
 class Jsonl:
     """``metrics.jsonl``: one object per log step. On resume, lines of steps that will be run again are cut off, and
-    those that a machine's crash has damaged.
+    those that a machine's crash has damaged. Where none would stay, as there is no checkpoint any more, all are kept
+    beside it.
 
     Lines that cannot be written (disk full) are kept and written with the next one; no line is ever there in part.
     """
@@ -39,6 +40,9 @@ class Jsonl:
     BLOCK = 2**24  # bytes; what a crash has damaged was written in the seconds before it
 
     def __init__(self, path: Path, resumed_step: int) -> None:
+        if resumed_step == 0 and path.exists() and path.stat().st_size:
+            n = len(list(path.parent.glob(f"{path.stem}-before-*.jsonl"))) + 1
+            path.rename(path.with_name(f"{path.stem}-before-{n}.jsonl"))
         path.touch()
         self._cut(path, resumed_step)
         self._file = path.open("ab", buffering=0)

@@ -61,6 +61,15 @@ def test_jsonl_that_goes_on_reads_the_end_alone(tmp_path: Path, monkeypatch: pyt
     assert path.read_text() == "".join(["far away\n", *rows[:7]])
 
 
+def test_jsonl_of_a_run_whose_checkpoints_are_gone_is_kept_beside_the_new_one(tmp_path: Path) -> None:
+    for n in (1, 2):
+        sink = Jsonl(tmp_path / "metrics.jsonl", resumed_step=0)
+        sink.write(1, {"step": 1, "start": n})
+        sink.close()
+    files = {file.name: json.loads(file.read_text())["start"] for file in tmp_path.iterdir()}
+    assert files == {"metrics-before-1.jsonl": 1, "metrics.jsonl": 2}
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
 def test_jsonl_waits_for_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Writes to /dev/full fail with ENOSPC; once there is room, all lines are there in order, after one warning."""

@@ -14,7 +14,7 @@ from moe_kernels.fastest import fastest
 from moe_kernels.fp8_experts import fp8_expert_mlp
 from moe_kernels.gpu.available import triton_obstacle
 from moe_kernels.grouped import grouped_expert_mlp, grouped_mm_obstacle
-from moe_kernels.operands import Operands, Setting
+from moe_kernels.operands import Operands, Setting, check_counts
 from moe_kernels.packages import PACKAGES
 from moe_kernels.permutation import check_ids, order_by_expert
 from moe_kernels.reference import loop_expert_mlp
@@ -148,7 +148,8 @@ def expert_mlp(
     numbers are rounded to 4 bits, and gradients are what these products give.
 
     Raises:
-        ValueError: shapes, dtypes or counts do not fit; the backend is unknown or cannot run here.
+        ValueError: shapes, dtypes, devices or counts do not fit; the backend is unknown or cannot run here.
+        IndexError: index_R names a row that x does not have. Not looked at on a GPU.
     """
     return _run(Operands(x_ND, counts, w13, w2, index_R, weight_R, b13, b2, activation), backend, fp8)
 
@@ -193,8 +194,7 @@ def _run(o: Operands, backend: str, fp8: bool) -> Tensor:
     """Check, choose and call."""
     name, _ = _choose(backend, o.setting._replace(fp8=fp8))
     if isinstance(o.counts, Tensor):
-        if o.counts.dim() != 1 or o.counts.is_floating_point():
-            raise ValueError(f"counts must be integers (e,), not {o.counts.dtype} of shape {tuple(o.counts.shape)}")
+        check_counts(o.counts, len(o.w13), 0)
         stay = name == "triton" or (name == "grouped_mm" and o.counts.device.type != "cpu")
         o = o if stay else o._replace(counts=o.row_counts)
     o.check()

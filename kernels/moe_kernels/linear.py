@@ -18,7 +18,9 @@ def linear(x: Tensor, w_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
     processor has such products; where it has none, the compiled kernels take these too.)
     """
     fits = w_NK.dim() == 2 and x.shape[-1:] == w_NK.shape[1:]
-    fits = fits and (bias_N is None or (bias_N.dtype == x.dtype and bias_N.shape == w_NK.shape[:1]))
+    fits = fits and (
+        bias_N is None or (bias_N.dtype == x.dtype and bias_N.device == x.device and bias_N.shape == w_NK.shape[:1])
+    )
     fits = fits and takes_native(x, w_NK, x.numel() // max(w_NK.shape[1], 1))
     if fits and (x.dtype == torch.float32 or widens_halves()):
         return native_linear(x, w_NK, bias_N)

@@ -157,9 +157,15 @@ def linear_cross_entropy(
     """
     if reduction not in ("sum", "none"):
         raise ValueError(f"reduction is 'sum' or 'none', not {reduction!r}")
-    if h_TD.dim() != 2 or w_VD.dim() != 2 or h_TD.shape[1] != w_VD.shape[1] or targets_T.shape != h_TD.shape[:1]:
+    if (
+        h_TD.dim() != 2
+        or w_VD.dim() != 2
+        or h_TD.shape[1] != w_VD.shape[1]
+        or targets_T.shape != h_TD.shape[:1]
+        or len(w_VD) == 0
+    ):
         raise ValueError(
-            f"linear_cross_entropy needs h (T, D), w (V, D) and targets (T,), not {tuple(h_TD.shape)}, "
+            f"linear_cross_entropy needs h (T, D), w (V, D) and targets (T,), V > 0, not {tuple(h_TD.shape)}, "
             f"{tuple(w_VD.shape)} and {tuple(targets_T.shape)}"
         )
     if h_TD.dtype != w_VD.dtype:
@@ -176,7 +182,7 @@ def linear_cross_entropy(
         if wrong_T.any():
             first = int(targets_T[wrong_T][0])
             raise ValueError(f"targets must be class numbers below {V} or {ignore_index}; one is {first}")
-    triton = takes_triton("linear_cross_entropy", backend, h_TD)
+    triton = takes_triton("linear_cross_entropy", backend, h_TD, w_VD, targets_T)
     native = not triton and dense.takes_native(h_TD, w_VD, len(h_TD))
     if native or triton:
         h_TD, w_VD = h_TD.contiguous(), w_VD.contiguous()

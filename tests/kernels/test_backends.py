@@ -88,6 +88,12 @@ def _change(case: Case, name: str) -> dict[str, object]:
         "x": {"x_ND": case.inputs["x_ND"][:, 1:]},
         "bias": {"b13": case.inputs["w13"][..., 0].flatten(1)},
         "index": {"index_R": torch.arange(5, dtype=torch.int32)},
+        "floats": {"counts": [2.5, 2.5]},
+        "table": {"counts": torch.tensor([[2], [3]])},
+        "device": {"w2": case.inputs["w2"].to("meta")},
+        "index's device": {"index_R": torch.arange(5, device="meta")},
+        "no experts": {name: case.inputs[name][:0] for name in ("w13", "w2")} | {"counts": []},
+        "no width": {"w13": case.inputs["w13"][:, :, :0], "w2": case.inputs["w2"][..., :0]},
     }
     return args | changes[name]
 
@@ -111,6 +117,12 @@ def _change(case: Case, name: str) -> dict[str, object]:
         ("x", "x has shape"),
         ("bias", "b13 has shape"),
         ("index", "index_R is int64, not torch.int32"),
+        ("floats", "counts must be integers, not floats"),
+        ("table", r"counts must be integers \(2,\), not torch.int64 of shape \(2, 1\)"),
+        ("device", "experts: tensors are on cpu and on meta; bring them to one device"),
+        ("index's device", "tensors are on cpu and on meta"),
+        ("no experts", r"w13 has shape \(0, 2, 8, 16\); \(e, 2, F, D\) are all 1 or more"),
+        ("no width", r"w13 has shape \(2, 2, 0, 16\)"),
     ],
 )
 def test_inputs_that_do_not_fit(change: str, complaint: str) -> None:

@@ -202,6 +202,8 @@ def test_full_logits_never_exist() -> None:
         ({"h_TD": torch.zeros(3, 4)}, "needs h .T, D., w .V, D. and targets .T,."),
         ({"targets_T": torch.zeros(3, dtype=torch.int64)}, "targets"),
         ({"w_VD": torch.zeros(VOCAB, DIM)}, "needs one dtype"),
+        ({"w_VD": torch.zeros(0, DIM)}, "V > 0"),
+        ({"w_VD": torch.zeros(VOCAB, DIM, dtype=torch.float64, device="meta")}, "tensors are on cpu and on meta"),
         ({"targets_T": torch.zeros(TOKENS, dtype=torch.int32)}, "targets are int64, not torch.int32"),
         ({"targets_T": torch.full((TOKENS,), VOCAB)}, "targets must be class numbers below 37 or -100; one is"),
         ({"targets_T": torch.full((TOKENS,), -1)}, "targets must be class numbers below 37 or -100; one is"),

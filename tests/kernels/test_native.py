@@ -16,7 +16,10 @@ from hypothesis import strategies as st
 from moe_kernels import expert_mlp, linear, linear_cross_entropy, rms_norm, rope
 from moe_kernels.native import dense, library
 from moe_kernels.native.attention import native_attention
+from moe_kernels.native.experts import rows_times_weights
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.testing._internal.two_tensor import TwoTensor
 
 from tests.kernels.expert_cases import make_case, refused_twice
 
@@ -139,6 +142,18 @@ def test_large_results_that_are_written_past_the_cache(dtype: torch.dtype) -> No
     got, want = case.run("cpu", dtype), case.run("loop", torch.float64)
     for name in want:
         assert (got[name] - want[name]).norm() <= (1e-5 if dtype == torch.float32 else 0.02) * want[name].norm(), name
+
+
+@needs_compiler
+def test_only_memory_of_the_cpu_is_read() -> None:
+    """A pointer into a GPU, or that of a tensor that wraps others, would end the process."""
+    x = torch.ones(4, 8)
+    pair = TwoTensor(x, x)
+    with pytest.raises(RuntimeError, match=r"take plain tensors on the CPU .*, not a TwoTensor on cpu"):
+        rows_times_weights(pair, None, torch.ones(1, 8, 8), torch.tensor([4]), True, out=torch.empty(4, 8))
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(RuntimeError, match="a FakeTensor on cuda"):
+        w = torch.ones(1, 8, 8, device="cuda")
+        rows_times_weights(x, None, w, torch.tensor([4]), True, out=torch.empty(4, 8))
 
 
 @needs_compiler

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from moe_kernels.choice import takes_triton
 from moe_kernels.loss_softmax import VocabularyPart, part_softmax_, scratch_for, softmax_
 from moe_kernels.native import dense
+from moe_kernels.operands import autocasts
 
 # Logits that exist at a time unless the caller says otherwise, but never fewer than those of so many tokens: each
 # chunk's weight gradient is added to a (V, D) sum, which must cost less than the products. A GPU needs larger products.
@@ -79,6 +80,9 @@ def _run(
     h_TD: Tensor, w_VD: Tensor, targets_T: Tensor, above_T: Tensor | None, need_h: bool, need_w: bool, how: _How
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Losses (T,), and the gradients of <above, losses> in h (its dtype) and in w (float32 or wider), where needed."""
+    if autocasts(h_TD.device):
+        with torch.autocast(h_TD.device.type, enabled=False):
+            return _run(h_TD, w_VD, targets_T, above_T, need_h, need_w, how)
     T, V = len(h_TD), len(w_VD)
     valid_T = targets_T != how.ignore_index
     targets_T1 = targets_T.where(valid_T, 0)[:, None]
@@ -143,7 +147,7 @@ def linear_cross_entropy(
     chunk: tokens whose logits exist at a time; None: as many as make 8 million logits (on a GPU 256 million), at least
         256.
     Returns the sum over tokens (a scalar) or, with ``reduction="none"``, the loss of each (T,), zero where ignored. It,
-    the softmax and all sums are float32, or float64 for float64 inputs.
+    the softmax and all sums are float32, or float64 for float64 inputs; under torch.autocast too.
 
     part: w_VD has the weights of some classes only; h_TD and targets_T are the same everywhere. The result is the share
     of the tokens ``part.own_T`` (zero for the others), the gradients are those of all shares together: complete in the

@@ -43,6 +43,12 @@ def check_one_device(op: str, *tensors: Tensor | None) -> None:
             raise ValueError(f"{op}: tensors are on {first} and on {device}; bring them to one device")
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether torch.autocast is on. Then what an op makes of torch's operators runs without: it computes in the dtypes
+    that it is given, as compiled code does."""
+    return device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type)
+
+
 class Operands(NamedTuple):
     """See ``moe_kernels.expert_mlp``. counts: a list, but a tensor of integers where the path takes one.
 

@@ -14,7 +14,7 @@ from moe_kernels.gpu.available import triton_obstacle
 from moe_kernels.grouped import grouped_mm_obstacle, torch_grouped_mm
 from moe_kernels.native import experts as native
 from moe_kernels.native.library import native_obstacle
-from moe_kernels.operands import check_counts, check_one_device
+from moe_kernels.operands import autocasts, check_counts, check_one_device
 
 
 class Passes(NamedTuple):
@@ -47,6 +47,9 @@ def grouped_mm(x_RK: Tensor, w_eNK: Tensor, counts: list[int] | Tensor, *, backe
     Raises:
         ValueError: shapes, dtypes, devices or counts do not fit; the backend is unknown or cannot run here.
     """
+    if autocasts(x_RK.device):
+        with torch.autocast(x_RK.device.type, enabled=False):
+            return grouped_mm(x_RK, w_eNK, counts, backend=backend)
     _check(x_RK, w_eNK)
     name = _choose(backend, x_RK, w_eNK)
     check_counts(counts, len(w_eNK), len(x_RK))

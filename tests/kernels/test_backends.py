@@ -9,7 +9,7 @@ from typing import get_args
 
 import pytest
 import torch
-from moe_kernels import ACTIVATIONS, BACKENDS, choose_backend, expert_mlp
+from moe_kernels import ACTIVATIONS, BACKENDS, choose_backend, expert_mlp, grouped_mm
 
 from moetrain.config.schema import Activation, ExpertBackend
 from tests.kernels.expert_cases import Case, make_case
@@ -129,6 +129,22 @@ def test_inputs_that_do_not_fit(change: str, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint) as error:
         expert_mlp(**_change(make_case([2, 3]), change))  # type: ignore[arg-type]
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("backend", ["loop", "grouped_mm", "cpu"])
+def test_autocast_changes_nothing(backend: str) -> None:
+    """In no backend: in some torch's operators would be cast, others are compiled."""
+    case = make_case([5, 0, 9], bias=True)
+    inputs = {name: t.float() for name, t in case.inputs.items()}
+
+    def run() -> list[torch.Tensor]:
+        y = expert_mlp(**inputs, counts=case.counts, index_R=case.index_R, backend=backend)
+        return [y, grouped_mm(y, inputs["w13"].flatten(1, 2), case.counts, backend=backend)]
+
+    want = run()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = run()
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(got, want, strict=True))
 
 
 def test_a_config_can_ask_for_every_activation_and_backend() -> None:

@@ -237,6 +237,8 @@ def test_a_large_linear_layer_is_torchs_in_float64(monkeypatch: pytest.MonkeyPat
     grads, wanted = torch.autograd.grad(got, mine, above), torch.autograd.grad(want, exact, above.double())
     for a, b in zip((got, *grads), (want, *wanted), strict=True):
         assert (a.double() - b).norm() < 1e-6 * b.norm()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(*mine).dtype == torch.bfloat16  # as a small one, which is torch's
 
 
 @needs_compiler

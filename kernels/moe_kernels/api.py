@@ -14,7 +14,7 @@ from moe_kernels.fastest import fastest
 from moe_kernels.fp8_experts import fp8_expert_mlp
 from moe_kernels.gpu.available import triton_obstacle
 from moe_kernels.grouped import grouped_expert_mlp, grouped_mm_obstacle
-from moe_kernels.operands import Operands, Setting
+from moe_kernels.operands import Operands, Setting, autocasts, check_counts
 from moe_kernels.packages import PACKAGES
 from moe_kernels.permutation import check_ids, order_by_expert
 from moe_kernels.reference import loop_expert_mlp
@@ -148,11 +148,13 @@ def expert_mlp(
     fp8: all products in FP8 as DeepSeek-V3 makes them (``moe_kernels.fp8_experts``): "triton" on a GPU of compute
         capability 9.0 or later, emulated by "cpu". Not float64.
 
-    Differentiable once in x, w13, w2, b13, b2 and weight_R. Deterministic. All paths agree up to rounding; with fp8
+    Computed in these dtypes under torch.autocast too. Differentiable once in x, w13, w2, b13, b2 and weight_R.
+    Deterministic. All paths agree up to rounding; with fp8
     numbers are rounded to 4 bits, and gradients are what these products give.
 
     Raises:
-        ValueError: shapes, dtypes or counts do not fit; the backend is unknown or cannot run here.
+        ValueError: shapes, dtypes, devices or counts do not fit; the backend is unknown or cannot run here.
+        IndexError: index_R names a row that x does not have. Not looked at on a GPU.
     """
     return _run(Operands(x_ND, counts, w13, w2, index_R, weight_R, b13, b2, activation, row_TK), backend, fp8)
 
@@ -195,10 +197,12 @@ def moe_mlp(
 
 def _run(o: Operands, backend: str, fp8: bool) -> Tensor:
     """Check, choose and call."""
+    if autocasts(o.x_ND.device):
+        with torch.autocast(o.x_ND.device.type, enabled=False):
+            return _run(o, backend, fp8)
     name, _ = _choose(backend, o.setting._replace(fp8=fp8))
     if isinstance(o.counts, Tensor):
-        if o.counts.dim() != 1 or o.counts.is_floating_point():
-            raise ValueError(f"counts must be integers (e,), not {o.counts.dtype} of shape {tuple(o.counts.shape)}")
+        check_counts(o.counts, len(o.w13), 0)
         stay = name == "triton" or (name == "grouped_mm" and o.counts.device.type != "cpu")
         o = o if stay else o._replace(counts=o.row_counts)
     o.check()

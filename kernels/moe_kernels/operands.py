@@ -24,6 +24,32 @@ class Setting(NamedTuple):
     fp8: bool = False
 
 
+def check_counts(counts: list[int] | Tensor, e: int, R: int) -> None:
+    """Raises ValueError unless counts are e integers; those of a list are 0 or more and sum to R."""
+    if isinstance(counts, Tensor):
+        if counts.shape != (e,) or counts.is_floating_point():
+            raise ValueError(f"counts must be integers ({e},), not {counts.dtype} of shape {tuple(counts.shape)}")
+    elif any(isinstance(count, float) for count in counts):
+        raise ValueError("counts must be integers, not floats")
+    elif len(counts) != e or any(count < 0 for count in counts) or sum(counts) != R:
+        found = f"{len(counts)} that sum to {sum(counts)}"
+        raise ValueError(f"counts must be {e} row numbers that sum to {R}, not {found}")
+
+
+def check_one_device(op: str, *tensors: Tensor | None) -> None:
+    """Raises ValueError where they are not all on one. Compiled code would read wherever their pointers lead."""
+    first, *others = (tensor.device for tensor in tensors if tensor is not None)
+    for device in others:
+        if device != first:
+            raise ValueError(f"{op}: tensors are on {first} and on {device}; bring them to one device")
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether torch.autocast is on. Then what an op makes of torch's operators runs without: it computes in the dtypes
+    that it is given, as compiled code does."""
+    return device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type)
+
+
 class Operands(NamedTuple):
     """See ``moe_kernels.expert_mlp``. counts: a list, but a tensor of integers where the path takes one.
 
@@ -89,8 +115,11 @@ class Operands(NamedTuple):
             raise ValueError(f"row_TK is int64 (N, K), beside index_R, not {row.dtype} of shape {tuple(row.shape)}")
         if row is not None and (len(row) != len(x_ND) or row.numel() != R):
             raise ValueError(f"row_TK has shape {tuple(row.shape)} where {len(x_ND)} tokens have {R} rows")
+        if 0 in w13.shape:
+            raise ValueError(f"w13 has shape {tuple(w13.shape)}; (e, {n}, F, D) are all 1 or more")
         self._check_dtypes()
-        self._check_counts(e, R)
+        check_one_device("experts", x_ND, row, *(tensor for _, tensor, _ in expected[1:]))
+        check_counts(self.counts, e, R)
 
     def _check_dtypes(self) -> None:
         x, w13 = self.x_ND.dtype, self.w13.dtype
@@ -100,15 +129,6 @@ class Operands(NamedTuple):
         for name, tensor in (("w2", self.w2), ("b13", self.b13), ("b2", self.b2)):
             if tensor is not None and tensor.dtype != w13:
                 raise ValueError(f"{name} is {tensor.dtype} but w13 is {w13}; parameters need one dtype")
-
-    def _check_counts(self, e: int, R: int) -> None:
-        counts = self.counts
-        if isinstance(counts, Tensor):
-            if len(counts) != e:
-                raise ValueError(f"counts must be {e} row numbers, not {len(counts)}")
-        elif len(counts) != e or any(count < 0 for count in counts) or sum(counts) != R:
-            found = f"{len(counts)} that sum to {sum(counts)}"
-            raise ValueError(f"counts must be {e} row numbers that sum to {R}, not {found}")
 
     def in_one_dtype(self) -> Operands:
         """Parameters rounded to x's dtype."""

@@ -34,6 +34,7 @@ SMALL = ["model.vocab_size=2048", "train.seq_len=4096", "train.micro_batch=1", "
 MIXTRAL = "model=mixtral-8x7b model.n_layers=2 train.global_batch=8"
 DEEPSEEK = "model=deepseek-v3 model.moe.num_experts=64 train.global_batch=8"
 QWEN = "model=qwen3-30b-a3b train.global_batch=8"
+SHARED = "model=qwen2-57b-a14b model.n_layers=2 model.moe.num_experts=16 train.micro_batch=4 train.global_batch=32"
 
 
 def config(*words: str) -> Config:
@@ -63,6 +64,9 @@ def config(*words: str) -> Config:
         (8, f"{QWEN} model.n_layers=2 parallel.ep=8 dispatch=two_step dispatch.node_size=4"),
         (8, f"{QWEN} model.n_layers=2 parallel.ep=8 experts.fp8=true"),
         (8, f"{QWEN} model.n_layers=4 parallel.ep=4 experts.backend=grouped_mm"),
+        (4, f"{SHARED} parallel.ep=4 train.recompute=full"),
+        (4, f"{SHARED} parallel.ep=4 train.recompute=selective"),
+        (4, f"{SHARED} parallel.ep=4 train.recompute=selective dispatch=all_gather experts.backend=grouped_mm"),
     ],
 )
 def test_memory_is_that_of_a_dry_run(world: int, words: str) -> None:

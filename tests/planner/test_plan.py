@@ -258,6 +258,13 @@ def test_a_run_of_several_machines_is_checked_against_all_its_ranks(tmp_path: Pa
         ("cluster=h100 gpus=8 --plot x.txt", "ends in .png"),
         ("cluster=h100 gpus=8 --emit name", "experiment=NAME"),
         ("cluster=h100 gpus=8 moe.experts=8", "not a setting"),
+        ("cluster=h100 gpus=8 gpus=16", "gpus= is there twice"),
+        ("cluster=h100 gpus=8 mapping=ep=2,ep=4", "mapping has ep twice"),
+        ("cluster=h100 gpus=8 parallel.ep=4", "parallel.ep is searched"),
+        ("cluster=h100 gpus=8 train.micro_batch=2 mapping=ep=2", "train.micro_batch is a word of mapping="),
+        ("cluster=h100 gpus=8 seq=256 train.seq_len=512", "seq= and train.seq_len say the same"),
+        ("cluster=v100 gpus=8 seq=256 precision=fp8", "GPUs of v100 have no FP8"),
+        ("cluster=a100 gpus=8 seq=256 mapping=ep=2,precision=fp8", "GPUs of a100 have no FP8"),
         ("cluster=h100 gpus=8 ~balance.aux_loss --emit experiment=new", "a preset takes nothing out"),
     ],
 )

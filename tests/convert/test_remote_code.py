@@ -159,6 +159,8 @@ def test_what_fine_tuning_asks_of_a_model(tmp_path: Path) -> None:
         assert plain.hidden_states[0].shape == plain.hidden_states[-1].shape and len(plain.hidden_states) == 5
         torch.testing.assert_close(F.linear(plain.hidden_states[-1], (model.head or model.embed).weight), plain.logits)
         assert model(ids).hidden_states is None
+        loss, logits = model(ids, labels=ids, return_dict=False)
+        assert torch.equal(loss, plain.loss) and torch.equal(logits, plain.logits)
 
         expected = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
         model.zero_grad()

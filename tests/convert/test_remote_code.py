@@ -19,7 +19,7 @@ from moetrain.config import load
 from moetrain.config.errors import ConvertError
 from moetrain.config.schema import AttentionConfig, ExpertsConfig, ModelConfig, MoEConfig, RopeConfig
 from moetrain.convert.export import export_hf
-from moetrain.convert.family import family_of
+from moetrain.convert.family import family_of, lacking_features
 from moetrain.convert.features import features
 from moetrain.convert.load import load_hf, read_hf_config
 from moetrain.convert.remote import modeling_moetrain
@@ -281,6 +281,7 @@ print(json.dumps([float((plain - pad).abs().max()), out[0].tolist()]))
 def test_it_can_be_asked_for_and_has_to_be_whole(tmp_path: Path) -> None:
     cfg = load(["model=tiny", "model.family=moetrain"]).model
     assert family_of(cfg).name == "moetrain"
+    assert lacking_features(cfg) == "model.family=moetrain, though qwen3_moe of transformers computes the same"
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "moetrain"}))
     with pytest.raises(ConvertError, match="no entry 'moetrain'"):
         read_hf_config(tmp_path)

@@ -439,7 +439,7 @@ class MoetrainForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         """input_ids (B, S), or inputs_embeds (B, S, D), rows of the embedding; labels, with -100 for none, are shifted
         here. Returns logits (B, S, V), and the loss: the mean over labels, or the sum over ``num_items_in_batch``, the
         labels of all batches that make a step, which transformers' Trainer gives. The hidden states, where asked for,
-        are those before each block, and the last one's after the final norm. With ``return_dict=False`` it is a tuple."""
+        are those before each block, and the last one's after the final norm. ``return_dict=False``: as a tuple."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         m = self.config.moetrain

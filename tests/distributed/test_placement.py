@@ -116,7 +116,7 @@ FSSDP_ON: list[tuple[int, bool, list[Variant]]] = [
         (FREES, {"copies", "moved"}),
         ([*FREES, "train.recompute=selective"], {"copies"}),
         ([*MOVING, "train.recompute=full"], {"copies"}),
-        (CALIBRATES, {"copies", "added"}),
+        ([*CALIBRATES, "train.recompute=full"], {"copies", "added"}),
     ]),
     (4, True, [
         (MOVING, {"copies", "moved"}),

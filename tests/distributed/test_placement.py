@@ -298,6 +298,13 @@ def test_what_cannot_be_placed_is_refused(world: int, settings: list[str], messa
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_config_that_is_loaded_is_refused_as_well() -> None:
+    """As where a model is built from Python: its options no longer tell their kind, so nothing can be tried."""
+    cfg = load_config([*BASE, "experts/placement=fssdp", "parallel.ep=2", "parallel.offload=all"])
+    with pytest.raises(ConfigError, match=r"not parallel.offload=all; change parallel.offload or experts.placement"):
+        check_mapping(cfg, 2)
+
+
 def no_slots(cfg: Config) -> tuple[dict[str, bool], int]:
     with capture("moetrain") as lines:
         trainer = build(cfg, True)

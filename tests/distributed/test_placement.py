@@ -285,6 +285,7 @@ REFUSED = [
     (2, ["parallel.ep=2", "experts.placement.slots=-1"], "experts.placement.slots"),
     (2, ["parallel.ep=2", "experts.placement.budget=0"], "experts.placement.budget"),
     (2, ["parallel.ep=2", "experts.placement.kind=fsdp"], "did you mean 'fssdp'?"),
+    (2, ["parallel.ep=2", "experts.placement=fssdp"], "choose a preset with experts/placement=NAME"),
 ]  # fmt: skip
 
 

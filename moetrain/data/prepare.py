@@ -61,6 +61,10 @@ def prepare(cfg: DataConfig, progress: bool = True, began: Mapping[str, str] | N
     """
     _check(cfg)
     out = Path(cfg.dir)
+    if not out.name or out.name == "..":
+        raise DataError(
+            f"data.dir '{cfg.dir}' names no folder that could be made; give one such as prepared/{cfg.name}"
+        )
     out = Path(os.path.realpath(out)) if out.is_symlink() else out  # built where the link leads, and renamed there
     partial = out.with_name(f".{out.name}.partial")
     try:
@@ -73,7 +77,7 @@ def prepare(cfg: DataConfig, progress: bool = True, began: Mapping[str, str] | N
         with _locked(out):
             found = _current(cfg, out, began)  # another process may just have made it
             if isinstance(found, Manifest):
-                return _regrouped(cfg, out, found)
+                return found
             done = Progress(partial, _recipe(cfg))
             try:
                 manifest = Build(cfg, found, partial, _recipe(cfg), progress, done).run()
@@ -87,13 +91,15 @@ def prepare(cfg: DataConfig, progress: bool = True, began: Mapping[str, str] | N
         logger.info("prepared '%s':\n%s", out, manifest.table())
         return manifest
     except OSError as error:
-        what = (
-            "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error.strerror or error).lower()
-        )
-        raise DataError(
-            f"cannot write prepared data to '{out}': {what}; free space and run again, which goes on from "
-            f"'{partial}', or choose another data.dir and delete that"
-        ) from None
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            what = (
+                f"the disk is full; free space and run again, which goes on from '{partial}', or choose another "
+                f"data.dir and delete that"
+            )
+        else:
+            what = f"{str(error.strerror or error).lower()}"
+            what += f" ('{error.filename or out}'); see to that, or choose another data.dir"
+        raise DataError(f"cannot write prepared data to '{out}': {what}") from None
 
 
 def prepare_once(cfg: DataConfig, began: Mapping[str, str] | None = None) -> Manifest:
@@ -138,13 +144,20 @@ def _check_licences(cfg: DataConfig) -> None:
 
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    """Hold the lock of ``out``; the system frees it when the process ends, however it ends."""
+    """Hold the lock of ``out``; the system frees it when the process ends, however it ends. Where the file system knows
+    no locks, there is none."""
     with open(out.with_name(f".{out.name}.lock"), "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             logger.info("waiting for another process that prepares '%s'", out)
             fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:  # Lustre that is mounted without flock, some NFS
+            logger.warning(
+                "the file system of '%s' has no locks (%s): see that no other process prepares it now",
+                out,
+                error.strerror,
+            )
         yield
 
 

@@ -226,10 +226,12 @@ def test_kernels_are_tuned_at_the_first_call(monkeypatch: pytest.MonkeyPatch) ->
 
 @interpreted
 @pytest.mark.parametrize("fp8", [False, True])
-def test_a_dry_run_knows_what_backward_holds_beside_its_results(fp8: bool) -> None:
-    """All that is made in the operator, counted, against ``planner.fused.scratch``."""
+def test_a_dry_run_knows_what_backward_holds_beside_its_results(fp8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that is made in the operator, counted, against ``planner.fused.scratch``. What kernels would write into it
+    does not matter, and they do not run."""
     from moe_kernels.gpu import experts, fp8_experts
 
+    monkeypatch.setattr("triton.runtime.interpreter.GridExecutor.__call__", lambda *args, **kwargs: None)
     e, F, D, N, R = 2, 256, 256, 256, 512
     w13, w2, counts_e = torch.randn(e, 2, F, D), torch.randn(e, D, F), torch.tensor([R // 2, R // 2])
     x_ND, index_R, s_R = torch.randn(N, D).half(), torch.arange(R) // 2, torch.rand(R)

@@ -9,12 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moe_kernels.checks import autocasts, check_counts
 from moe_kernels.cpu import cpu_expert_mlp
 from moe_kernels.fastest import fastest
 from moe_kernels.fp8_experts import fp8_expert_mlp
 from moe_kernels.gpu.available import triton_obstacle
 from moe_kernels.grouped import grouped_expert_mlp, grouped_mm_obstacle
-from moe_kernels.operands import Operands, Setting, autocasts, check_counts
+from moe_kernels.operands import Operands, Setting
 from moe_kernels.packages import PACKAGES
 from moe_kernels.permutation import check_ids, order_by_expert
 from moe_kernels.reference import loop_expert_mlp

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from moe_kernels.checks import check_one_device
 from moe_kernels.gpu.available import triton_obstacle
-from moe_kernels.operands import check_one_device
 
 OP_BACKENDS = ("auto", "torch", "triton")
 # Ops whose Triton kernels were faster than torch's operators where both were timed on a GPU (docs/gpu-results.md); of

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_kernels.checks import autocasts
 from moe_kernels.choice import takes_triton
 from moe_kernels.loss_softmax import VocabularyPart, part_softmax_, scratch_for, softmax_
 from moe_kernels.native import dense
-from moe_kernels.operands import autocasts
 
 # Logits that exist at a time unless the caller says otherwise, but never fewer than those of so many tokens: each
 # chunk's weight gradient is added to a (V, D) sum, which must cost less than the products. A GPU needs larger products.

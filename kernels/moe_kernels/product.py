@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_kernels.checks import autocasts, check_counts, check_one_device
 from moe_kernels.gpu.available import triton_obstacle
 from moe_kernels.grouped import grouped_mm_obstacle, torch_grouped_mm
 from moe_kernels.native import experts as native
 from moe_kernels.native.library import native_obstacle
-from moe_kernels.operands import autocasts, check_counts, check_one_device
 
 
 class Passes(NamedTuple):

@@ -46,7 +46,8 @@ def domains_of(cfg: DataConfig) -> dict[str, str]:
 
 def ask(cfg: Config, tokens: Mapping[str, int], step: int = 0, sample: int = 0) -> Asked:
     """What ``cfg`` asks of sources with ``tokens`` (source -> training tokens), in a run whose step ``step`` begins
-    with sample ``sample``. Raises DataError for weights that leave nothing, for the whole or for a domain."""
+    with sample ``sample``. Raises DataError for weights that leave nothing, for the whole or for a domain, and for a
+    schedule that is out of order from there on."""
     t, d = cfg.train, cfg.data
     shares = _first_shares(d, tokens, t.steps * t.global_batch * t.seq_len)
     phases = [Phase(0, shares.of_sources(), "config")]
@@ -55,6 +56,11 @@ def ask(cfg: Config, tokens: Mapping[str, int], step: int = 0, sample: int = 0) 
             first = sample + (entry.from_step - step) * t.global_batch
         else:
             first = -(-(entry.from_tokens or 0) // t.seq_len)
+        if sample <= first <= phases[-1].first_sample:  # a resumed run with another global_batch counts steps anew
+            raise DataError(
+                f"data.schedule[{n}] begins at sample {first:,}, not later than the entry before it, which begins at "
+                f"{phases[-1].first_sample:,}; correct from_step or from_tokens"
+            )
         try:
             shares = _changed(shares, entry.weights)
         except DataError as error:

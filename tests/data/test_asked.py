@@ -117,6 +117,19 @@ def test_a_schedule_changes_some_weights_and_the_others_share_the_rest() -> None
         ask(too_much, dict.fromkeys(sources, 9))
 
 
+def test_a_schedule_that_another_batch_size_puts_out_of_order_is_refused() -> None:
+    """Steps count on from where a run is resumed with another batch, tokens from its start."""
+    schedule = [MixtureStepConfig({"math": 0.6}, from_tokens=360), MixtureStepConfig({"math": 0.2}, from_step=10)]
+    cfg = config({"web": {}, "math": {}}, schedule=schedule)
+    tokens = {"web": 900, "math": 100}
+    assert [phase.first_sample for phase in ask(cfg, tokens).phases] == [0, 36, 40]
+    assert [phase.first_sample for phase in ask(cfg, tokens, step=20, sample=60).phases] == [0, 36, 20]  # both are past
+    with pytest.raises(
+        DataError, match=r"schedule\[1\] begins at sample 36, not later than the entry before it, .* 36;"
+    ):
+        ask(cfg, tokens, step=5, sample=16)
+
+
 def test_caps_are_those_of_the_source_its_domain_or_all() -> None:
     sources = {"a": {"domain": "d"}, "b": {"domain": "d", "max_epochs": 3}, "c": {}}
     caps = ask(config(sources, {"d": {"max_epochs": 2}}, max_epochs=7.5), dict.fromkeys(sources, 9)).max_epochs

@@ -397,9 +397,12 @@ def test_tokenizers_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
             '{"version":"1.0","added_tokens":[],"model":{"type":"BPE","vocab":{"a":0},"merges":[]}}',
             "no token that ends",
         ),
+        (None, "has no token '</s>', which its tokenizer_config.json names as eos_token"),
     ]:
         if content is not None:
             bad.write_text(content)
+        elif bad.exists():
+            (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
         cfg.tokenizer.path = str(bad)
         with pytest.raises(DataError, match=message) as error:
             prepare(cfg, progress=False)

@@ -174,8 +174,8 @@ def _say(cls: type, tree: dict[str, Any], path: str, problem: Any) -> str:
         inner = field.annotation if field is not None else cls
         if dataclasses.is_dataclass(inner):
             parent, field = inner, fields_of(inner).get(str(part))  # type: ignore[arg-type]
-        elif get_origin(inner) is dict and dataclasses.is_dataclass(get_args(inner)[1]):
-            field = FieldInfo(annotation=get_args(inner)[1])
+        elif get_origin(inner) is dict:
+            field = FieldInfo.from_annotation(get_args(inner)[1])
     where = ".".join([path, *keys] if path else keys)
     if problem["type"] == "unexpected_keyword_argument":
         return _unknown(where, parent, tree, path)

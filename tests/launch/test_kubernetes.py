@@ -126,7 +126,7 @@ def test_a_manifest_reads_back_whole_and_starts_every_rank(form: str, tmp_path: 
         ({"kubernetes": {"claims": {"data": "/dat"}}}, "run_dir /data/runs/OLMoE_1b lies on no claim"),
         ({"kubernetes": {"namespace": "My Team"}}, "ConfigMap at metadata.namespace"),
         ({"kubernetes": {"memory": "500 GB"}}, "limits.memory"),
-        ({"kubernetes": {"memory": "500GiB"}}, "limits.memory"),
+        ({"kubernetes": {"memory": "500GiB"}}, "limits.memory: not a quantity, as 500Gi; got '500GiB'"),
         ({"kubernetes": {"node_selector": {"gpu": "a b"}}}, "nodeSelector.gpu"),
         ({"kubernetes": {"rdma": {"my card": 1}}}, "limits.my card"),
         ({"env": {"A=B": "1"}}, "env.0.name"),

@@ -147,6 +147,7 @@ class WandB:
     """Weights & Biases; ``auto`` is online with an API key and offline without.
 
     A run that goes on is the same run there: ``wandb-id`` in the run directory says which, unless WANDB_RUN_ID does.
+    Not offline: of two parts with one id, the one that is sent later takes the place of the other (wandb issue 3841).
     """
 
     def __init__(self, cfg: Config, run_dir: Path, resolved: dict[str, Any]) -> None:
@@ -156,7 +157,8 @@ class WandB:
         if mode == "auto":
             mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
         file = run_dir / "wandb-id"
-        kept = file.read_text().strip() if file.exists() and "WANDB_RUN_ID" not in os.environ else None
+        keeps = mode == "online" and "WANDB_RUN_ID" not in os.environ
+        kept = file.read_text().strip() if keeps and file.exists() else None
         self._run: Any = wandb.init(
             project=cfg.log.wandb_project,
             name=run_dir.name,
@@ -166,7 +168,7 @@ class WandB:
             id=kept,
             resume="allow" if kept else None,
         )
-        if not kept:
+        if keeps and not kept:
             file.write_text(f"{self._run.id}\n")
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -111,19 +114,38 @@ def test_tensorboard_reads_what_was_written_before_a_kill(tmp_path: Path) -> Non
     sink.close()
 
 
-def test_wandb_is_offline_without_a_key_and_one_run_over_a_resume(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("key", ["", "a-key"], ids=["offline", "online"])
+def test_wandb_is_one_run_over_a_resume_where_it_is_online(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("WANDB_SILENT", "true")
+    """Offline each start has its own: two parts with one id take each other's place when they are sent."""
+    asked: list[dict[str, Any]] = []
+
+    def init(**given: Any) -> Any:
+        asked.append(given)
+        return SimpleNamespace(id=given["id"] or f"run{len(asked)}", step=0, log=lambda *a, **k: None, finish=lambda: 0)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", key)
     cfg = config.load(["log.wandb=auto", "log.progress=false", "log.tensorboard=false"])
     for step in (1, 2):
         writer = Writer(cfg, tmp_path, config.to_dict(cfg), resumed_step=step - 1, rank=0)
         writer.write(step, {"step": step, "loss": 1.0})
         writer.close()
-    # of two starts within a second the second takes the first's folder
-    runs = {file.stem for file in tmp_path.glob("wandb/offline-run-*/run-*.wandb")}
-    assert runs == {f"run-{(tmp_path / 'wandb-id').read_text().strip()}"}
+    assert [(a["mode"], a["id"], a["resume"]) for a in asked] == (
+        [("online", None, None), ("online", "run1", "allow")] if key else [("offline", None, None)] * 2
+    )
+
+
+def test_wandb_leaves_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    cfg = config.load(["log.wandb=auto", "log.progress=false", "log.tensorboard=false"])
+    writer = Writer(cfg, tmp_path, config.to_dict(cfg), resumed_step=0, rank=0)
+    writer.write(1, {"step": 1, "loss": 1.0})
+    writer.close()
+    assert len(list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))) == 1
 
 
 def test_a_dead_tracker_does_not_stop_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

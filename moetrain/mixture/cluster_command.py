@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 import yaml
@@ -77,7 +78,7 @@ def cluster(asked: Asked, config_dirs: Sequence[str]) -> None:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     print(table(counts, words))
-    print(f"use it: moetrain train --config-dir {asked.where}/presets data={folder.name}")
+    print(f"use it: moetrain train --config-dir {quote(f'{asked.where}/presets')} data={folder.name}")
     sizes_by_cluster = {name: count.total() for name, count in counts.items()}
     print(json.dumps({"clusters": sizes_by_cluster, "from": {name: dict(count) for name, count in counts.items()}}))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 from rich.console import Console
@@ -43,7 +44,7 @@ def collect(asked: Asked) -> None:
     runs = collect_sweep(folder)
     write_runs(folder, runs)
     print(f"{len(runs.weights)} runs of {len(runs.domains)} domains: {folder}/train_mixture.csv, train_loss.csv")
-    print(f"next: moetrain mixture fit={folder}")
+    print(f"next: moetrain mixture {quote(f'fit={folder}')}")
 
 
 def fit(asked: Asked, console: Console) -> None:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from shlex import quote
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ def run(asked: Asked, say: Callable[[str], None] = print) -> None:
     form = write(made.model, asked, opened[0].tokenizer, optimizer)
     say(f"{asked.out}: {form}, {_shape(made.model)}; step 0: {made.note}")
     if made.settings:
-        say(f"to train it as the method does: moetrain train init={asked.out} {made.settings}")
+        say(f"to train it as the method does: moetrain train {quote(f'init={asked.out}')} {made.settings}")
     figures = made.figures()
     if figures:
         say("on text held out: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))

@@ -170,6 +170,10 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="one small shape and model: to see that all parts run")
     parser.add_argument("--only", choices=["checks", "times", "train"], help="this part alone")
     args = parser.parse_args()
+    if args.json is not None and not args.json.parent.is_dir():
+        parser.error(f"--json: there is no folder '{args.json.parent}'")
+    if args.minutes <= 0:
+        parser.error(f"--minutes is more than 0, not {args.minutes:g}")
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("gpu_check: torch sees no GPU here; it needs one of compute capability 8.0 or later, or --device cpu")
     if args.cache is not None:

@@ -89,6 +89,21 @@ def test_kernels_alone(tmp_path: Path) -> None:
     assert "no attention, no training: there is no moetrain/" in run(tmp_path, "--only", "train")
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "complaint"), [("--json", "none/a", "no folder"), ("--minutes", "0", "more")]
+)
+def test_options_are_refused_before_the_minutes_are_spent(
+    option: str, value: str, complaint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    import gpu_check
+
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--device", "cpu", option, value])
+    monkeypatch.setattr(gpu_check, "Parts", None)
+    with pytest.raises(SystemExit, match="2"):
+        gpu_check.main()
+    assert complaint in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_wheels_bring_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without an index; behind what is installed."""
     monkeypatch.setattr(sys, "path", list(sys.path))

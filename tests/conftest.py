@@ -21,11 +21,11 @@ os.environ.setdefault("MOETRAIN_SEED", str(random.SystemRandom().randrange(10**6
 
 class ByFile(LoadScopeScheduling):
     """A file stays with one worker, which makes its fixtures once. Mappings are long, have none, and go where there is
-    room, at the end."""
+    room, at the end: each with all its precisions, which are held against the same run of one process."""
 
     def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.partition("::")[0]
-        return nodeid if file.endswith("test_parity.py") else file
+        file, _, test = nodeid.partition("::")
+        return f"{file} {test.partition('[')[2] or test}" if file.endswith("test_parity.py") else file
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from moetrain.cli import main
+
 STEPS = 24
 SMALL = [
     "experiment=demo",
@@ -127,7 +129,10 @@ def test_non_finite_loss_stops_with_a_way_back(straight: Path) -> None:
     assert "Traceback" not in output
 
 
-def test_a_run_directory_is_never_overwritten(straight: Path) -> None:
-    process = start(straight, *SMALL, "run_dir=a")
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode != 0 and "already holds a run" in output and "Traceback" not in output
+def test_a_run_directory_is_never_overwritten(
+    straight: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(straight)
+    assert main(["train", *SMALL, "run_dir=a"]) != 0
+    output = capsys.readouterr().err
+    assert "already holds a run" in output and "Traceback" not in output

@@ -27,8 +27,12 @@ from moetrain.config.errors import ConfigError
 from moetrain.train import parity
 from moetrain.train.engine_deepspeed import DeepSpeedEngine
 from moetrain.train.trainer import Trainer
+from tests.distributed import toy_run
 from tests.distributed.test_resume_elsewhere import resume, save_half_way
-from tests.distributed.toy_run import SIGMOID, SOFTMAX, STEPS, alone, check_float32, curve_of, load, one_step
+from tests.distributed.toy_run import STEPS, alone, check_float32, curve_of, load, one_step
+
+# One dense layer and two of experts.
+SIGMOID, SOFTMAX = ([*choice, "model.n_layers=3"] for choice in (toy_run.SIGMOID, toy_run.SOFTMAX))
 
 
 def ds(zero: int, *overrides: str) -> list[str]:
@@ -85,10 +89,10 @@ def test_bf16_equals_the_torch_engine(prepared: Path, monkeypatch: pytest.Monkey
     rounds to a neighbour; rounded master weights are 1e-3 off from the second step on. Without the compiled kernels,
     which give float32 weights gradients that were never rounded: DeepSpeed's experts have bfloat16 weights."""
     monkeypatch.setenv("MOE_KERNELS_NATIVE", "0")
-    common = [*SIGMOID, "train.precision=bf16", EP, EDP, "schedule.warmup_steps=0"]
-    want = run_ranks(2, train, load(prepared, common))[0]
+    common = [*SIGMOID, "model.n_layers=2", "train.precision=bf16", EP, EDP, "schedule.warmup_steps=0"]
+    want = run_ranks(2, train, load(prepared, common), timeout=300)[0]
     for zero in (1, 2, 3):
-        got = run_ranks(2, train, load(prepared, [*common, *ds(zero)]))[0]
+        got = run_ranks(2, train, load(prepared, [*common, *ds(zero)]), timeout=300)[0]
         for step in range(STEPS):
             tolerance = 1e-5 if step < 8 else 2e-2
             assert got[step]["loss"] == pytest.approx(want[step]["loss"], rel=tolerance), step
@@ -98,10 +102,10 @@ def test_bf16_equals_the_torch_engine(prepared: Path, monkeypatch: pytest.Monkey
 def test_checkpoint_goes_on_under_torch(prepared: Path, zero: int, world: int) -> None:
     """DeepSpeed saves; the torch engine resumes on one rank, and on two with ep 2."""
     cfg = load(prepared, [*SIGMOID, *ds(zero, EP, "train.micro_batch=2")])
-    expected = run_ranks(world, save_half_way, cfg)[0]
+    expected = run_ranks(world, save_half_way, cfg, timeout=300)[0]
     for ranks, mapping in ((1, ["train.micro_batch=8"]), (2, [EP, "train.micro_batch=4"])):
         check_float32(
-            [curve_of(rows) for rows in run_ranks(ranks, resume, load(prepared, [*SIGMOID, *mapping]))],
+            [curve_of(rows) for rows in run_ranks(ranks, resume, load(prepared, [*SIGMOID, *mapping]), timeout=300)],
             curve_of(expected),
         )
     shutil.rmtree(prepared / "run")
@@ -110,7 +114,7 @@ def test_checkpoint_goes_on_under_torch(prepared: Path, zero: int, world: int) -
 def test_checkpoint_of_torch_goes_on_under_deepspeed(prepared: Path) -> None:
     """The torch engine saves on edp 2 x ep 2; DeepSpeed resumes on other sizes at every stage."""
     cfg = load(prepared, [*SIGMOID, EP, "train.micro_batch=2"])
-    expected = run_ranks(4, save_half_way, cfg)[0]
+    expected = run_ranks(4, save_half_way, cfg, timeout=300)[0]
     for world, overrides in (
         (2, ds(1, EP, "train.micro_batch=4")),
         (2, ds(2, "train.micro_batch=2", "parallel.offload=optimizer")),
@@ -119,7 +123,7 @@ def test_checkpoint_of_torch_goes_on_under_deepspeed(prepared: Path) -> None:
         (4, ds(2, "parallel.ep=4", "train.micro_batch=1")),
     ):
         check_float32(
-            [curve_of(rows) for rows in run_ranks(world, resume, load(prepared, [*SIGMOID, *overrides]))],
+            [curve_of(rows) for rows in run_ranks(world, resume, load(prepared, [*SIGMOID, *overrides]), timeout=300)],
             curve_of(expected),
         )
     shutil.rmtree(prepared / "run")

@@ -15,7 +15,7 @@ from moetrain.config.check import resolve_sizes
 from moetrain.train.trainer import Trainer
 from tests.distributed.toy_run import SIGMOID, SOFTMAX, load, one_step
 
-HALF = 5
+HALF = 3
 ONE: tuple[int, list[str]] = (1, ["train.micro_batch=8"])
 EP = (2, ["parallel.ep=2", "train.micro_batch=2"])
 PIPELINE = (4, ["parallel.pp=2", "parallel.ep=2", "parallel.schedule=zbv_zero_bubble", "train.micro_batch=1"])
@@ -34,7 +34,7 @@ def go_on(trainer: Trainer) -> list[dict[str, Any]]:
 
 
 def save_half_way(cfg: config.Config) -> list[dict[str, Any]]:
-    """Five steps, a checkpoint, and the five steps that must follow it."""
+    """Three steps, a checkpoint, and the three steps that must follow it."""
     trainer = build(cfg)
     go_on(trainer)
     progress = {"step": trainer.step, "tokens": trainer.tokens, "seconds": 0.0}

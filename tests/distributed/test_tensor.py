@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from moetrain.parallel.apply import initialize
 from moetrain.parallel.fsdp import shard
 from moetrain.train.step import clip_gradients
 
+T = TypeVar("T")
 B, N = 4, 16
 BALANCE = {"z_loss": {"coef": 0.1}}
 MLA = {"kind": "mla", "n_heads": 4, "kv_lora_rank": 6, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2, "v_head_dim": 5}
@@ -150,14 +152,25 @@ def split_equals_one_process(reference: Decoder, cfg: ModelConfig, reduction: st
         same(losses, want_losses[:, own], "losses of the tokens")
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS)
+def for_all(check: Callable[..., T], models: dict[str, tuple[Decoder, ModelConfig]], *args: Any) -> dict[str, T]:
+    """``check`` of every model, one after the other on the same ranks: what torch learns once, it keeps."""
+    found = {}
+    for name, (model, cfg) in models.items():
+        try:
+            found[name] = check(model, cfg, *args)
+        except Exception as error:
+            error.add_note(f"attention: {name}")
+            raise
+    return found
+
+
 @pytest.mark.parametrize(
     ("tp", "tied", "reduction", "recompute"),
     [(2, True, "sum", "none"), (2, False, "none", "full"), (4, True, "none", "selective"), (4, False, "sum", "none")],
 )
-def test_split_equals_one_process(attention: str, tp: int, tied: bool, reduction: str, recompute: str) -> None:
-    cfg = config(attention, tied)
-    run_ranks(tp, split_equals_one_process, build(cfg), cfg, reduction, recompute)
+def test_split_equals_one_process(tp: int, tied: bool, reduction: str, recompute: str) -> None:
+    models = {name: (build(cfg), cfg) for name in ATTENTIONS for cfg in [config(name, tied)]}
+    run_ranks(tp, for_all, split_equals_one_process, models, reduction, recompute, timeout=300)
 
 
 @pytest.mark.parametrize(
@@ -228,11 +241,11 @@ def half_precision_runs(reference: Decoder, cfg: ModelConfig) -> tuple[float, fl
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
-@pytest.mark.parametrize("attention", ATTENTIONS)
-def test_other_precisions(attention: str, dtype: torch.dtype, tolerance: float) -> None:
-    cfg = config(attention)
-    for got, want in run_ranks(2, half_precision_runs, build(cfg, dtype), cfg):
-        assert got == pytest.approx(want, rel=tolerance)
+def test_other_precisions(dtype: torch.dtype, tolerance: float) -> None:
+    models = {name: (build(cfg, dtype), cfg) for name in ATTENTIONS for cfg in [config(name)]}
+    for rank in run_ranks(2, for_all, half_precision_runs, models, timeout=300):
+        for name, (got, want) in rank.items():
+            assert got == pytest.approx(want, rel=tolerance), name
 
 
 # FSDP's shards do not all divide evenly: 11 rows of the tables, 5 inner features, on 2 ranks.

@@ -13,7 +13,19 @@ if triton.knobs.runtime.interpret:
 
 from moe_kernels.gpu import fp8  # noqa: E402
 
-from tests.kernels.test_triton_compiles import BF16, CHIPS, FP32, I64, PLACED, D, E, F, compiled, machine_code  # noqa: E402
+from tests.kernels.test_triton_compiles import (  # noqa: E402
+    BF16,
+    CHIPS,
+    FP32,
+    I64,
+    PLACED,
+    D,
+    E,
+    F,
+    compiled,
+    instructions,
+    usage_of,
+)
 
 FP8 = "*fp8e4nv"
 TILES = {name: PLACED[name] for name in ("expert", "row", "start")}
@@ -75,7 +87,7 @@ OTHERS: dict[str, Kernel] = {
 def test_products(name: str, tmp_path: Path) -> None:
     kernel, types, constants = PRODUCTS[name]
     binary = compiled(kernel, 90, types, constants, warps=8, stages=3)
-    usage, code = machine_code(binary, tmp_path)
+    usage, code = usage_of(binary, tmp_path), instructions(binary, tmp_path)
     assert usage["STACK"] == usage["LOCAL"] == 0, f"spills: {usage}"
     assert binary.metadata.shared <= CHIPS[90][0], f"{binary.metadata.shared} bytes of shared memory"
     assert "QGMMA" in code
@@ -86,5 +98,5 @@ def test_products(name: str, tmp_path: Path) -> None:
 def test_other_kernels(name: str, rows: str, tmp_path: Path) -> None:
     kernel, types, constants = OTHERS[name]
     types = {argument: rows if kind == BF16 else kind for argument, kind in types.items()}
-    usage, _ = machine_code(compiled(kernel, 90, types, constants, WARPS.get(kernel, 4)), tmp_path)
+    usage = usage_of(compiled(kernel, 90, types, constants, WARPS.get(kernel, 4)), tmp_path)
     assert usage["STACK"] == usage["LOCAL"] == 0, f"spills: {usage}"

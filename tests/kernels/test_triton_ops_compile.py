@@ -14,7 +14,7 @@ if triton.knobs.runtime.interpret:
 
 from moe_kernels.gpu import loss, norm, permute, rotary, router, sums  # noqa: E402
 
-from tests.kernels.test_triton_compiles import BF16, CHIPS, FP32, I64, compiled, machine_code  # noqa: E402
+from tests.kernels.test_triton_compiles import BF16, CHIPS, FP32, I64, compiled, instructions, usage_of  # noqa: E402
 
 NORM = {"x": BF16, "weight": BF16, "rstd": FP32, "N": "i32", "offset": "fp32"}
 NORM_FORWARD = NORM | {"y": BF16, "eps": "fp32"}
@@ -68,7 +68,7 @@ KERNELS |= {
 def test_compiles(name: str, capability: int, tmp_path: Path) -> None:
     kernel, types, constants = KERNELS[name]
     binary = compiled(kernel, capability, types, constants, constants.get("num_warps", 4))
-    usage, _ = machine_code(binary, tmp_path)
+    usage = usage_of(binary, tmp_path)
     assert usage["STACK"] == usage["LOCAL"] == 0, f"spills: {usage}"
     assert binary.metadata.shared <= CHIPS[capability][0]
 
@@ -77,7 +77,7 @@ def test_the_loss_reads_sixteen_bytes_at_a_time(tmp_path: Path) -> None:
     """Of a vocabulary that 16 divides."""
     kernel, types, constants = KERNELS["softmax of 151936"]
     binary = compiled(kernel, 90, types, constants, constants["num_warps"], divisible="V")
-    usage, code = machine_code(binary, tmp_path)
+    usage, code = usage_of(binary, tmp_path), instructions(binary, tmp_path)
     assert usage["STACK"] == usage["LOCAL"] == 0, f"spills: {usage}"
     assert "LDG.E.128" in code and "STG.E.128" in code and "STG.E.U16" not in code
 
@@ -85,7 +85,7 @@ def test_the_loss_reads_sixteen_bytes_at_a_time(tmp_path: Path) -> None:
 def test_rope_reads_and_writes_neighbours_together(tmp_path: Path) -> None:
     for interleaved, back in ((False, False), (True, False), (True, True)):
         kernel, types, constants = KERNELS[f"rope of 32 heads of 128, interleaved={interleaved}, back={back}"]
-        _, code = machine_code(compiled(kernel, 90, types, constants), tmp_path)
+        code = instructions(compiled(kernel, 90, types, constants), tmp_path)
         assert "LDG.E.128" in code and "STG.E.128" in code and not re.search(r"(LDG|STG)\.E\.U16", code)
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch.distributed as dist
 from moetrain_launch.fork import run_ranks
 
-from moetrain import config
+from moetrain import cli, config
 from moetrain.checkpoint import Checkpointer
 from moetrain.config.check import resolve_sizes
 from moetrain.data.prepare import prepare
@@ -43,9 +43,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def all_words(folder: Path) -> list[str]:
+    return [*WORDS, *(f"data.sources.{name}={{paths:['{folder / name}.txt']}}" for name in ("letters", "digits"))]
+
+
 def start(folder: Path, *words: str) -> subprocess.Popen[str]:
-    sources = [f"data.sources.{name}={{paths:['{folder / name}.txt']}}" for name in ("letters", "digits")]
-    return train(folder, *WORDS, *sources, *words)
+    return train(folder, *all_words(folder), *words)
 
 
 def train(folder: Path, *words: str) -> subprocess.Popen[str]:
@@ -106,14 +109,17 @@ def test_a_run_that_goes_on_after_its_end_has_not_ended(folder: Path) -> None:
     assert run_ranks(1, claimed_again) == [True]
 
 
-def test_a_run_that_was_refused_before_its_first_step_holds_no_folder(folder: Path) -> None:
+def test_a_run_that_was_refused_before_its_first_step_holds_no_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """By what only ranks find out. The corrected command is given the same folder; a third finds a run there."""
     words = ("run_dir=refused", "launch.ranks=1", "parallel.ep=1", "train.steps=1")
     refused = start(folder, *words, "experts.backend=triton")
     assert refused.communicate()[1].count("the Triton kernels need a GPU") == 1 and refused.returncode == 2
     assert start(folder, *words).wait() == 0
-    taken = start(folder, *words)
-    assert "refused already holds a run" in taken.communicate()[1] and taken.returncode == 2
+    monkeypatch.chdir(folder)
+    assert cli.main(["train", *all_words(folder), *words]) == 2
+    assert "refused already holds a run" in capsys.readouterr().err
 
 
 def test_a_config_that_cannot_be_written_takes_none_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

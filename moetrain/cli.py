@@ -45,8 +45,9 @@ def train(argv: Sequence[str]) -> int:
     cfg = load_run(
         args.overrides,
         base=base,
+        resumed=bool(args.resume),
         config_dirs=args.config_dir,
-        check=lambda cfg: check_mapping(cfg, int(os.environ["WORLD_SIZE"]) if under_launcher() else cfg.launch.ranks),
+        check=lambda cfg: check_mapping(cfg, int(os.environ["WORLD_SIZE"]) if under_launcher() else cfg.launch.world),
     )
     if cfg.dry_run:
         return show_dry_run(cfg)
@@ -73,8 +74,8 @@ def launch(argv: Sequence[str]) -> int:
         return 0
     if args.resume:
         refuse_no_run(args.resume)
-    base = args.resume / "config.yaml" if args.resume else None
-    cfg = load_run(args.overrides, base=base, config_dirs=args.config_dir, check=launching.check_nodes)
+    base, resumed = args.resume / "config.yaml" if args.resume else None, bool(args.resume)
+    cfg = load_run(args.overrides, base=base, resumed=resumed, config_dirs=args.config_dir, check=launching.check_nodes)
     refuse_sweep(cfg)
     if args.resume:
         cfg.run_dir = str(args.resume)
@@ -141,7 +142,7 @@ def mapping(argv: Sequence[str]) -> int:
         return show_help(parser, "mapping", args.overrides or ["parallel"])
     numbers, overrides = take_numbers(args.overrides, ("world", "node"))
     cfg = load_run(overrides, config_dirs=args.config_dir, kinds=False)
-    sizes = resolve_sizes(cfg.parallel, numbers.get("world", cfg.launch.ranks))
+    sizes = resolve_sizes(cfg.parallel, numbers.get("world", cfg.launch.world))
     try:
         refused = ""
         check_mapping(cfg, sizes.world)
@@ -170,7 +171,7 @@ def parity(argv: Sequence[str]) -> int:
     if args.help:
         return show_help(parser, "parity", args.overrides or ["parallel"])
     numbers, overrides = take_numbers(args.overrides, ("world", "steps"))
-    ranks = lambda cfg: numbers.get("world", cfg.launch.ranks)  # noqa: E731
+    ranks = lambda cfg: numbers.get("world", cfg.launch.world)  # noqa: E731
     cfg = load_run(overrides, config_dirs=args.config_dir, check=lambda cfg: check_mapping(cfg, ranks(cfg)))
     from moetrain.train import parity
 
@@ -427,11 +428,11 @@ def report(error: Exception) -> int:
 def show_dry_run(cfg: Config) -> int:
     """Print what every rank of ``cfg`` would hold and send, then all numbers as one line of JSON."""
     if "WORLD_SIZE" in os.environ:
-        raise ConfigError("dry_run=true is one process for any launch.ranks; start it without a launcher")
+        raise ConfigError("dry_run=true is one process for any number of ranks; start it without a launcher")
     from moetrain.planner.dry_report import as_json, as_tables
     from moetrain.planner.dry_run import dry_run
 
-    sizes = check_mapping(cfg, cfg.launch.ranks)
+    sizes = check_mapping(cfg, cfg.launch.world)
     figures = dry_run(cfg, sizes)
     tables = as_tables(cfg, sizes, figures)
     wide_console(tables).print(tables)

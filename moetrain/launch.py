@@ -10,6 +10,7 @@ import os
 import shlex
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -177,17 +178,24 @@ def progress(run_dir: Path) -> str:
         ended = f"; {reason}"
     except (OSError, ValueError, KeyError, TypeError):
         ended = ""
-    try:
-        lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    except OSError:
-        lines = []
-    for line in reversed(lines[-2:]):
+    for line in reversed(last_lines(run_dir / "metrics.jsonl")):
         try:
             row = json.loads(line)
-            return f"step {row['step']}, loss {row['loss']:.4f}{ended}"
+            loss = "loss bad" if row["loss"] is None else f"loss {row['loss']:.4f}"
+            return f"step {row['step']}, {loss}{ended}"
         except (ValueError, KeyError, TypeError):
             continue
     return f"no step yet{ended}"
+
+
+def last_lines(file: Path) -> list[bytes]:
+    """Lines of the last MiB of a file that may have gigabytes; none where there is no such file."""
+    try:
+        with file.open("rb") as lines:
+            lines.seek(max(0, file.stat().st_size - 2**20))
+            return lines.read().splitlines()
+    except OSError:
+        return []
 
 
 def cancel(target: str) -> str:
@@ -212,7 +220,7 @@ def logs(target: str, lines: int, follow: bool) -> None:
         raise LaunchError(f"{target} is a sweep: each run has its own log.txt, and Slurm's are in {note.log}")
     try:
         with open(note.log, errors="replace") as file:
-            sys.stdout.writelines(file.readlines()[-lines:] if lines > 0 else [])
+            sys.stdout.writelines(deque(file, maxlen=max(0, lines)))
             while follow:
                 sys.stdout.flush()
                 over = all(_is_over(one) for one in notes(Path(target)))  # of several machines, this one's may be any

@@ -15,6 +15,7 @@ from typing import Any
 from moetrain_launch import local
 
 from moetrain.config import Config, load, save
+from moetrain.config.check_mapping import refuse_nodes
 from moetrain.config.errors import ConfigError
 
 
@@ -61,6 +62,7 @@ def start_run(cfg: Config, resume: Path | None, asked: bool, show_traceback: boo
     if local.reports_for_me() or local.ENDS_WITH_PARENT in os.environ:
         local.end_with_parent()
     if not under_launcher():
+        refuse_nodes(cfg)
         if not resume:
             cfg.run_dir = str(pick_run_dir(cfg, asked))
             resume = Path(cfg.run_dir) if goes_on(cfg) else None
@@ -108,13 +110,13 @@ def get_ready(cfg: Config, resume: bool) -> None:
     not there; prepare and check the data."""
     from moetrain.data.prepare import prepare as prepare_data
     from moetrain.train.kernels import refuse_what_cannot_run
-    from moetrain.train.preflight import preflight
+    from moetrain.train.preflight import began_with, preflight
     from moetrain.train.rundir import refuse_taken
 
     if not resume:
         refuse_taken(Path(cfg.run_dir))
     refuse_what_cannot_run(cfg)
-    prepare_data(cfg.data)
+    prepare_data(cfg.data, began=began_with(cfg) if resume else None)
     preflight(cfg, resume)
 
 
@@ -170,6 +172,7 @@ def sweep(overrides: Sequence[str], config_dirs: Sequence[str], resume: Path | N
         run_sweep(read_sweep(resume, overrides))
         return 0
     planned, cfg = plan_sweep(overrides, config_dirs)
+    refuse_nodes(cfg)
     asked = asks("run_dir", overrides)
     if not asked:
         cfg.run_dir += "-sweep"

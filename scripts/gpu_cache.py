@@ -107,9 +107,10 @@ def layers(tiny: bool) -> None:
     D, F, E, K = (32, 16, 8, 2) if tiny else (2048, 1024, 64, 8)  # OLMoE's
     x_ND, index_R = torch.zeros(256, D).bfloat16().requires_grad_(), torch.arange(256 * K) % 256
     w13, w2 = torch.empty(E, 2, F, D).requires_grad_(), torch.empty(E, D, F).requires_grad_()
-    weight_R = torch.zeros(256 * K).requires_grad_()
+    weight_R, row_TK = torch.zeros(256 * K).requires_grad_(), torch.arange(256 * K).view(K, 256).t()
     counts = torch.full((E,), 256 * K // E)
-    out = expert_mlp(x_ND, counts, w13, w2, index_R=index_R, weight_R=weight_R, backend="triton")
+    rows = {"index_R": index_R, "weight_R": weight_R, "row_TK": row_TK}
+    out = expert_mlp(x_ND, counts, w13, w2, backend="triton", **rows)  # type: ignore[arg-type]
     torch.autograd.grad(out, [x_ND, w13, w2, weight_R], torch.zeros_like(out))
 
 

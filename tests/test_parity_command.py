@@ -43,6 +43,7 @@ def test_a_mapping_that_changes_the_loss_is_found(capfd: pytest.CaptureFixture[s
     code, lines, _ = parity(capfd, "world=2", "steps=3", "model=tiny", "model.moe.capacity_factor=1.0", "parallel.ep=2")
     result = json.loads(lines[-1])
     assert code == 1 and not result["within"] and result["loss_rel"] > 1e-6
+    assert "capacity_factor drops rows rank by rank" in lines[1]
 
 
 def test_fp8_is_left_out(capfd: pytest.CaptureFixture[str]) -> None:

@@ -138,7 +138,15 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def activate(parts: Sequence[Tensor], activation: str) -> Tensor:
-    """The activation of what an expert's input matrices give: gate and up, or up alone. Tensors of one shape."""
+    """The activation of what an expert's input matrices give: gate and up, or up alone. Tensors of one shape.
+
+    Raises:
+        ValueError: no activation is called that, or it takes another number of tensors.
+    """
+    if activation not in ACTIVATIONS or ACTIVATIONS[activation].matrices != len(parts):
+        raise ValueError(
+            f"no activation of {len(parts)} tensors is called {activation!r}; known: {', '.join(ACTIVATIONS)}"
+        )
     return ACTIVATIONS[activation].value(*parts)
 
 

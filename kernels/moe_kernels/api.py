@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moe_kernels.checks import autocasts, check_counts
 from moe_kernels.cpu import cpu_expert_mlp
 from moe_kernels.fastest import fastest
 from moe_kernels.fp8_experts import fp8_expert_mlp
@@ -122,6 +123,7 @@ def expert_mlp(
     weight_R: Tensor | None = None,
     b13: Tensor | None = None,
     b2: Tensor | None = None,
+    row_TK: Tensor | None = None,
     activation: str = "swiglu",
     backend: str = "auto",
     fp8: bool = False,
@@ -138,19 +140,24 @@ def expert_mlp(
     Parameters share one dtype: that of x, or float32 under a half-precision x. Then they are rounded to x's where they
         are used, without a copy of all of them, and their gradients are float32.
     index_R: int64 (R,) or None. weight_R: float (R,), any float dtype, or None for 1.
+    row_TK: int64 (N, K), R = N K: the rows of each token, where all have equally many, as ``permute`` gives it. The
+        result is then out_ND (N, D), the sum of each token's rows, and no gradient of every row is written for it.
+        Needs index_R, which names the token of each row.
     activation: gated "swiglu", "geglu", "reglu", "gpt_oss", "swiglu_clamped"; plain "gelu", "relu2"
         (``activation.ACTIVATIONS``).
     backend: one of ``BACKENDS``.
     fp8: all products in FP8 as DeepSeek-V3 makes them (``moe_kernels.fp8_experts``): "triton" on a GPU of compute
         capability 9.0 or later, emulated by "cpu". Not float64.
 
-    Differentiable once in x, w13, w2, b13, b2 and weight_R. Deterministic. All paths agree up to rounding; with fp8
+    Computed in these dtypes under torch.autocast too. Differentiable once in x, w13, w2, b13, b2 and weight_R.
+    Deterministic. All paths agree up to rounding; with fp8
     numbers are rounded to 4 bits, and gradients are what these products give.
 
     Raises:
-        ValueError: shapes, dtypes or counts do not fit; the backend is unknown or cannot run here.
+        ValueError: shapes, dtypes, devices or counts do not fit; the backend is unknown or cannot run here.
+        IndexError: index_R names a row that x does not have. Not looked at on a GPU.
     """
-    return _run(Operands(x_ND, counts, w13, w2, index_R, weight_R, b13, b2, activation), backend, fp8)
+    return _run(Operands(x_ND, counts, w13, w2, index_R, weight_R, b13, b2, activation, row_TK), backend, fp8)
 
 
 def moe_mlp(
@@ -191,10 +198,12 @@ def moe_mlp(
 
 def _run(o: Operands, backend: str, fp8: bool) -> Tensor:
     """Check, choose and call."""
+    if autocasts(o.x_ND.device):
+        with torch.autocast(o.x_ND.device.type, enabled=False):
+            return _run(o, backend, fp8)
     name, _ = _choose(backend, o.setting._replace(fp8=fp8))
     if isinstance(o.counts, Tensor):
-        if o.counts.dim() != 1 or o.counts.is_floating_point():
-            raise ValueError(f"counts must be integers (e,), not {o.counts.dtype} of shape {tuple(o.counts.shape)}")
+        check_counts(o.counts, len(o.w13), 0)
         stay = name == "triton" or (name == "grouped_mm" and o.counts.device.type != "cpu")
         o = o if stay else o._replace(counts=o.row_counts)
     o.check()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_kernels.checks import autocasts
 from moe_kernels.choice import takes_triton
 from moe_kernels.loss_softmax import VocabularyPart, part_softmax_, scratch_for, softmax_
 from moe_kernels.native import dense
@@ -79,6 +80,9 @@ def _run(
     h_TD: Tensor, w_VD: Tensor, targets_T: Tensor, above_T: Tensor | None, need_h: bool, need_w: bool, how: _How
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Losses (T,), and the gradients of <above, losses> in h (its dtype) and in w (float32 or wider), where needed."""
+    if autocasts(h_TD.device):
+        with torch.autocast(h_TD.device.type, enabled=False):
+            return _run(h_TD, w_VD, targets_T, above_T, need_h, need_w, how)
     T, V = len(h_TD), len(w_VD)
     valid_T = targets_T != how.ignore_index
     targets_T1 = targets_T.where(valid_T, 0)[:, None]
@@ -143,7 +147,7 @@ def linear_cross_entropy(
     chunk: tokens whose logits exist at a time; None: as many as make 8 million logits (on a GPU 256 million), at least
         256.
     Returns the sum over tokens (a scalar) or, with ``reduction="none"``, the loss of each (T,), zero where ignored. It,
-    the softmax and all sums are float32, or float64 for float64 inputs.
+    the softmax and all sums are float32, or float64 for float64 inputs; under torch.autocast too.
 
     part: w_VD has the weights of some classes only; h_TD and targets_T are the same everywhere. The result is the share
     of the tokens ``part.own_T`` (zero for the others), the gradients are those of all shares together: complete in the
@@ -157,9 +161,15 @@ def linear_cross_entropy(
     """
     if reduction not in ("sum", "none"):
         raise ValueError(f"reduction is 'sum' or 'none', not {reduction!r}")
-    if h_TD.dim() != 2 or w_VD.dim() != 2 or h_TD.shape[1] != w_VD.shape[1] or targets_T.shape != h_TD.shape[:1]:
+    if (
+        h_TD.dim() != 2
+        or w_VD.dim() != 2
+        or h_TD.shape[1] != w_VD.shape[1]
+        or targets_T.shape != h_TD.shape[:1]
+        or len(w_VD) == 0
+    ):
         raise ValueError(
-            f"linear_cross_entropy needs h (T, D), w (V, D) and targets (T,), not {tuple(h_TD.shape)}, "
+            f"linear_cross_entropy needs h (T, D), w (V, D) and targets (T,), V > 0, not {tuple(h_TD.shape)}, "
             f"{tuple(w_VD.shape)} and {tuple(targets_T.shape)}"
         )
     if h_TD.dtype != w_VD.dtype:
@@ -176,7 +186,7 @@ def linear_cross_entropy(
         if wrong_T.any():
             first = int(targets_T[wrong_T][0])
             raise ValueError(f"targets must be class numbers below {V} or {ignore_index}; one is {first}")
-    triton = takes_triton("linear_cross_entropy", backend, h_TD)
+    triton = takes_triton("linear_cross_entropy", backend, h_TD, w_VD, targets_T)
     native = not triton and dense.takes_native(h_TD, w_VD, len(h_TD))
     if native or triton:
         h_TD, w_VD = h_TD.contiguous(), w_VD.contiguous()

@@ -25,11 +25,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, back
     Differentiable once in x and weight, whose gradient is a sum in two stages, in a fixed order.
 
     Raises:
-        ValueError: the weight does not fit x; the backend is unknown or cannot run here.
+        ValueError: x has no floats or no width; the weight does not fit it; the backend is unknown or cannot run here.
     """
+    if not x.is_floating_point() or x.shape[-1:] in ((), (0,)):
+        raise ValueError(f"x has floats, (..., D) with D > 0, not {x.dtype} {tuple(x.shape)}")
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"weight has shape {tuple(weight.shape)} where x {tuple(x.shape)} needs {tuple(x.shape[-1:])}")
-    triton = takes_triton("rms_norm", backend, x)
+    triton = takes_triton("rms_norm", backend, x, weight)
     if triton or x.device.type in ("cpu", "meta"):  # on meta: what is kept, for a dry run
         return _RMSNorm.apply(x.reshape(-1, x.shape[-1]), weight, eps, offset, triton).view(x.shape)
     wide = x.dtype if weight.dtype == x.dtype and offset == 0 else torch.promote_types(x.dtype, torch.float32)

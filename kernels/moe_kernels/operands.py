@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from moe_kernels.activation import ACTIVATIONS
+from moe_kernels.checks import check_counts, check_one_device
+from moe_kernels.permutation import unpermute
 
 
 class Setting(NamedTuple):
@@ -83,8 +85,16 @@ class Operands(NamedTuple):
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)} where w13 {tuple(w13.shape)} needs {shape}")
         if self.index_R is not None and self.index_R.dtype != torch.int64:
             raise ValueError(f"index_R is int64, not {self.index_R.dtype}")
+        row = self.row_TK
+        if row is not None and (self.index_R is None or row.dtype != torch.int64 or row.dim() != 2):
+            raise ValueError(f"row_TK is int64 (N, K), beside index_R, not {row.dtype} of shape {tuple(row.shape)}")
+        if row is not None and (len(row) != len(x_ND) or row.numel() != R):
+            raise ValueError(f"row_TK has shape {tuple(row.shape)} where {len(x_ND)} tokens have {R} rows")
+        if 0 in w13.shape:
+            raise ValueError(f"w13 has shape {tuple(w13.shape)}; (e, {n}, F, D) are all 1 or more")
         self._check_dtypes()
-        self._check_counts(e, R)
+        check_one_device("experts", x_ND, row, *(tensor for _, tensor, _ in expected[1:]))
+        check_counts(self.counts, e, R)
 
     def _check_dtypes(self) -> None:
         x, w13 = self.x_ND.dtype, self.w13.dtype
@@ -94,15 +104,6 @@ class Operands(NamedTuple):
         for name, tensor in (("w2", self.w2), ("b13", self.b13), ("b2", self.b2)):
             if tensor is not None and tensor.dtype != w13:
                 raise ValueError(f"{name} is {tensor.dtype} but w13 is {w13}; parameters need one dtype")
-
-    def _check_counts(self, e: int, R: int) -> None:
-        counts = self.counts
-        if isinstance(counts, Tensor):
-            if len(counts) != e:
-                raise ValueError(f"counts must be {e} row numbers, not {len(counts)}")
-        elif len(counts) != e or any(count < 0 for count in counts) or sum(counts) != R:
-            found = f"{len(counts)} that sum to {sum(counts)}"
-            raise ValueError(f"counts must be {e} row numbers that sum to {R}, not {found}")
 
     def in_one_dtype(self) -> Operands:
         """Parameters rounded to x's dtype."""
@@ -131,4 +132,4 @@ class Operands(NamedTuple):
             y_RD = (y_RD * self.weight_R[:, None]).to(y_RD.dtype)
         if self.row_TK is None:
             return y_RD
-        return y_RD[self.row_TK.flatten()].view(*self.row_TK.shape, y_RD.shape[1]).sum(1)
+        return unpermute(y_RD, self.row_TK)

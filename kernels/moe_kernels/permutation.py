@@ -31,7 +31,7 @@ def permute(x_TD: Tensor, ids_TK: Tensor, num_experts: int, *, backend: str = "a
     if x_TD.dim() != 2 or ids_TK.dim() != 2 or ids_TK.shape[1] == 0 or len(ids_TK) != len(x_TD):
         raise ValueError(f"x is (T, D) and ids (T, K), K > 0, not {tuple(x_TD.shape)} and {tuple(ids_TK.shape)}")
     check_ids(ids_TK, num_experts)
-    triton = takes_triton("permute", backend, x_TD)
+    triton = takes_triton("permute", backend, x_TD, ids_TK)
     counts_e, row_TK, assignment_R = order_by_expert(ids_TK, num_experts)
     return _Permute.apply(x_TD, row_TK, assignment_R, triton), counts_e, row_TK
 
@@ -49,7 +49,8 @@ def unpermute(y_RD: Tensor, row_TK: Tensor, weights_TK: Tensor | None = None, *,
     if y_RD.dim() != 2 or row_TK.dim() != 2 or row_TK.numel() != len(y_RD) or weights_shape != row_TK.shape:
         shapes = f"{tuple(y_RD.shape)}, {tuple(row_TK.shape)} and {tuple(weights_shape)}"
         raise ValueError(f"y is (T K, D), rows and weights (T, K), not {shapes}")
-    return _Unpermute.apply(y_RD, row_TK, weights_TK, takes_triton("unpermute", backend, y_RD))
+    triton = takes_triton("unpermute", backend, y_RD, row_TK, weights_TK)
+    return _Unpermute.apply(y_RD, row_TK, weights_TK, triton)
 
 
 @torch.no_grad()
@@ -68,7 +69,8 @@ def sum_rows(
     if not shapes_fit or (weight_A is not None and weight_A.shape != row_A.shape):
         shapes = f"{tuple(y_RD.shape)}, {tuple(row_A.shape)} and {tuple(start.shape)}"
         raise ValueError(f"y is (R, D), row and weight (A,), start (T + 1,), not {shapes}")
-    return _sum_rows(y_RD, row_A, weight_A, takes_triton("sum_rows", backend, y_RD), start)
+    triton = takes_triton("sum_rows", backend, y_RD, row_A, start, weight_A)
+    return _sum_rows(y_RD, row_A, weight_A, triton, start)
 
 
 def check_ids(ids_TK: Tensor, num_experts: int) -> None:

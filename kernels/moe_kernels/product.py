@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_kernels.checks import autocasts, check_counts, check_one_device
 from moe_kernels.gpu.available import triton_obstacle
 from moe_kernels.grouped import grouped_mm_obstacle, torch_grouped_mm
 from moe_kernels.native import experts as native
@@ -44,15 +45,17 @@ def grouped_mm(x_RK: Tensor, w_eNK: Tensor, counts: list[int] | Tensor, *, backe
     Differentiable once in x and w: dx_r = W_e^T dy_r, and dW_e = sum over its rows of dy_r x_r^T. Deterministic.
 
     Raises:
-        ValueError: shapes, dtypes or counts do not fit; the backend is unknown or cannot run here.
+        ValueError: shapes, dtypes, devices or counts do not fit; the backend is unknown or cannot run here.
     """
+    if autocasts(x_RK.device):
+        with torch.autocast(x_RK.device.type, enabled=False):
+            return grouped_mm(x_RK, w_eNK, counts, backend=backend)
     _check(x_RK, w_eNK)
     name = _choose(backend, x_RK, w_eNK)
+    check_counts(counts, len(w_eNK), len(x_RK))
     if isinstance(counts, Tensor) and name != "triton":
         counts = counts.tolist()
-    if not isinstance(counts, Tensor) and (len(counts) != len(w_eNK) or min(counts) < 0 or sum(counts) != len(x_RK)):
-        wanted = f"{len(w_eNK)} row numbers that sum to {len(x_RK)}"
-        raise ValueError(f"counts must be {wanted}, not {len(counts)} that sum to {sum(counts)}")
+        check_counts(counts, len(w_eNK), len(x_RK))
     if name == "triton":
         from moe_kernels.gpu.grouped import TRITON  # needs triton
 
@@ -91,8 +94,10 @@ class _Product(torch.autograd.Function):
 
 
 def _check(x_RK: Tensor, w_eNK: Tensor) -> None:
-    if x_RK.dim() != 2 or w_eNK.dim() != 3 or x_RK.shape[1] != w_eNK.shape[2] or len(w_eNK) == 0:
-        raise ValueError(f"x is (R, K) and w (e, N, K), e > 0, not {tuple(x_RK.shape)} and {tuple(w_eNK.shape)}")
+    if x_RK.dim() != 2 or w_eNK.dim() != 3 or x_RK.shape[1] != w_eNK.shape[2] or 0 in w_eNK.shape:
+        shapes = f"{tuple(x_RK.shape)} and {tuple(w_eNK.shape)}"
+        raise ValueError(f"x is (R, K) and w (e, N, K), all but R 1 or more, not {shapes}")
+    check_one_device("grouped_mm", x_RK, w_eNK)
     half = x_RK.dtype in (torch.bfloat16, torch.float16)
     if w_eNK.dtype != x_RK.dtype and not (half and w_eNK.dtype == torch.float32):
         raise ValueError(f"w is {w_eNK.dtype} but x is {x_RK.dtype}; a product needs one dtype, or float32 weights")

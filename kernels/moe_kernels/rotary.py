@@ -15,7 +15,7 @@ from moe_kernels.native import rows
 def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, backend: str = "auto") -> Tensor:
     """x with its pairs turned by their angles: (a, b) -> (a cos - b sin, b cos + a sin). Shape and dtype of x.
 
-    x: (B, S, H, d). cos, sin: (S, 1, r/2), or (B, S, 1, r/2) where sequences differ; r <= d, even, in x's dtype.
+    x: (B, S, H, d). cos, sin: (S, 1, r/2), or (B, S, 1, r/2) where sequences differ; 0 < r <= d, even, in x's dtype.
     interleaved: the pairs are neighbours, elements (2i, 2i + 1) (DeepSeek); else (i, i + r/2) (Llama). Either way all
         first elements come out before all second ones: where queries and keys are permuted alike, products stay the
         same, and writes are contiguous. Elements from r on stay as they are.
@@ -28,12 +28,12 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, back
         ValueError: the tables do not fit x; the backend is unknown or cannot run here.
     """
     shapes = ((x.shape[1], 1), (*x.shape[:2], 1)) if x.dim() == 4 else ()
-    if cos.shape != sin.shape or tuple(cos.shape[:-1]) not in shapes or 2 * cos.shape[-1] > x.shape[-1]:
+    if cos.shape != sin.shape or tuple(cos.shape[:-1]) not in shapes or not 0 < 2 * cos.shape[-1] <= x.shape[-1]:
         found = f"{tuple(x.shape)}, {tuple(cos.shape)} and {tuple(sin.shape)}"
-        raise ValueError(f"x is (B, S, H, d), cos and sin (S, 1, r/2) or (B, S, 1, r/2) with r <= d, not {found}")
+        raise ValueError(f"x is (B, S, H, d), cos and sin (S, 1, r/2) or (B, S, 1, r/2) with 0 < r <= d, not {found}")
     if cos.dtype != x.dtype or sin.dtype != x.dtype:
         raise ValueError(f"cos is {cos.dtype} and sin {sin.dtype}, but x is {x.dtype}; rope needs one dtype")
-    return _Rope.apply(x, cos, sin, interleaved, takes_triton("rope", backend, x))
+    return _Rope.apply(x, cos, sin, interleaved, takes_triton("rope", backend, x, cos, sin))
 
 
 class _Rope(torch.autograd.Function):

@@ -73,7 +73,7 @@ def router_topk(
     rule = _Rule(
         k, score == "softmax", groups, top_groups, group_score == "top2_sum", renormalize, float(scale), with_scores
     )
-    if takes_triton("router_topk", backend, logits_TE):
+    if takes_triton("router_topk", backend, logits_TE, bias_E, ids_TK):
         bias_E = None if bias_E is None else bias_E.contiguous()
         weights_TK, ids_TK, counts_E, scores_TE = _TritonTopK.apply(logits_TE.contiguous(), bias_E, ids_TK, rule)
         return Choice(weights_TK, ids_TK, counts_E, scores_TE if with_scores else None)

@@ -16,6 +16,7 @@ from moetrain_launch.settings import LaunchConfig
 
 REQUEUE = 85  # exit code of ranks that were told to stop, have saved, and ask to go on
 CANNOT_RUN = 2  # exit code for a config or data that cannot run: to try again is no use
+KLOG = re.compile(r"[IWEF]\d{4} [\d:.]+ ")  # the beginning of lines that kubectl logs before it says what is wrong
 
 
 class LaunchError(ValueError):
@@ -37,11 +38,6 @@ class Job:
         plain = re.sub(r"[^a-z0-9]+", "-", self.run_dir.name.lower()).strip("-")
         plain = plain if plain[:1].isalpha() else f"run-{plain}"
         return plain[:50].rstrip("-")
-
-    @property
-    def world(self) -> int:
-        """Ranks on all nodes."""
-        return self.settings.nodes * self.settings.ranks
 
     @property
     def python(self) -> str:
@@ -71,6 +67,8 @@ def write_note(run_dir: Path, kind: str, id: str, log: Path) -> None:
 
 def notes(run_dir: Path) -> list[Note]:
     """The notes in ``run_dir``. Raises LaunchError: there are none, or one cannot be read."""
+    if not run_dir.is_dir():
+        raise LaunchError(f"{run_dir}: there is no such folder")
     found = []
     for file in sorted(run_dir.glob("launch*.json")):
         try:
@@ -95,6 +93,7 @@ def ask(words: Sequence[str], absent: str, text: str | None = None) -> str:
         raise LaunchError(f"{words[0]} gave no answer for 60 s; is the scheduler up?") from None
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()
+        said = [line for line in said if not KLOG.match(line)] or said
         raise LaunchError(f"{words[0]} refused: {' '.join(said[-3:])}")
     return done.stdout
 

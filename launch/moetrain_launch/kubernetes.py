@@ -190,6 +190,7 @@ def _pod(job: Job, node: str, address: str, port: str) -> dict[str, Any]:
     limits: dict[str, Any] = {"nvidia.com/gpu": s.gpus} if s.gpus else {}
     limits |= {"cpu": s.cpus * s.ranks} if s.cpus else {}
     limits |= {"memory": k.memory} if k.memory else {}
+    limits |= k.rdma
     mounts = [{"name": f"claim-{claim}", "mountPath": path} for claim, path in k.claims.items()]
     volumes: list[dict[str, Any]] = [
         {"name": f"claim-{claim}", "persistentVolumeClaim": {"claimName": claim}} for claim in k.claims
@@ -209,6 +210,8 @@ def _pod(job: Job, node: str, address: str, port: str) -> dict[str, Any]:
     }
     if limits:
         container["resources"] = {"limits": limits}
+    if k.rdma:  # a network card reads and writes memory that is locked, of which a container may lock 64 KiB
+        container["securityContext"] = {"capabilities": {"add": ["IPC_LOCK"]}}
     spec: dict[str, Any] = {
         "terminationGracePeriodSeconds": k.grace_s, "containers": [container], "volumes": volumes
     }  # fmt: skip

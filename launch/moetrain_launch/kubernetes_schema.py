@@ -7,9 +7,10 @@ batch/v1 Job) and the training operator's API reference (kubeflow.org/v1 PyTorch
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from moetrain_launch.job import LaunchError
 
@@ -19,8 +20,18 @@ Subdomain = Annotated[str, Field(pattern=r"^[a-z0-9]([-.a-z0-9]*[a-z0-9])?$", ma
 LabelKey = Annotated[str, Field(pattern=r"^([-.a-z0-9]{1,253}/)?[A-Za-z0-9]([-_.A-Za-z0-9]{0,61}[A-Za-z0-9])?$")]
 LabelValue = Annotated[str, Field(pattern=r"^([A-Za-z0-9]([-_.A-Za-z0-9]{0,61}[A-Za-z0-9])?)?$")]
 EnvName = Annotated[str, Field(pattern=r"^[-._a-zA-Z][-._a-zA-Z0-9]*$")]
-# resource.Quantity: a number with a binary or decimal suffix, or an exponent
-Quantity = int | Annotated[str, Field(pattern=r"^[+]?(\d+(\.\d*)?|\.\d+)(([KMGTPE]i)|[numkMGTPE]|([eE][+-]?\d+))?$")]
+
+
+def _quantity(value: int | str) -> int | str:
+    """resource.Quantity: a number with a binary or decimal suffix, or an exponent."""
+    if isinstance(value, str) and not re.fullmatch(
+        r"[+]?(\d+(\.\d*)?|\.\d+)(([KMGTPE]i)|[numkMGTPE]|([eE][+-]?\d+))?", value
+    ):
+        raise ValueError("not a quantity, as 500Gi")
+    return value
+
+
+Quantity = Annotated[int | str, AfterValidator(_quantity)]
 AbsolutePath = Annotated[str, Field(pattern=r"^/[^:]*$")]
 Count = Annotated[int, Field(ge=0)]
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -55,6 +66,14 @@ class ResourceRequirements(Part):
     limits: dict[LabelKey, Quantity] = {}
 
 
+class Capabilities(Part):
+    add: list[Annotated[str, Field(pattern=r"^[A-Z_]+$")]]
+
+
+class SecurityContext(Part):
+    capabilities: Capabilities
+
+
 class Container(Part):
     name: Label
     image: Annotated[str, Field(pattern=r"^\S+$")]
@@ -62,6 +81,7 @@ class Container(Part):
     env: list[EnvVar] = []
     volumeMounts: list[VolumeMount] = []
     resources: ResourceRequirements | None = None
+    securityContext: SecurityContext | None = None
 
 
 class PersistentVolumeClaimVolumeSource(Part):
@@ -230,7 +250,5 @@ def check(manifest: dict[str, Any]) -> None:
         KINDS[kind].model_validate(manifest)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
-        where = ".".join(map(str, problem["loc"]))
-        raise LaunchError(
-            f"Kubernetes would refuse {kind} at {where}: {problem['msg']}; got {problem['input']!r:.60}"
-        ) from None
+        where, why = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
+        raise LaunchError(f"Kubernetes would refuse {kind} at {where}: {why}; got {problem['input']!r:.60}") from None

@@ -52,6 +52,10 @@ class KubernetesConfig:
     )
     memory: str | None = Field(default=None, description="memory per pod, as 500Gi; null: no limit")
     shm: str = Field(default="16Gi", description="size of /dev/shm, through which NCCL and data workers share memory")
+    rdma: dict[str, Positive] = Field(
+        default_factory=dict,
+        description="RDMA devices per pod, as {rdma/hca: 8} or {vpc.amazonaws.com/efa: 4}; pods may then lock memory",
+    )
     node_selector: dict[str, str] = Field(default_factory=dict, description="labels that nodes must have")
     service_account: str | None = Field(default=None, description="service account of the pods")
     grace_s: Positive = Field(default=120, description="seconds that an evicted pod has to save")
@@ -59,7 +63,7 @@ class KubernetesConfig:
 
 @dataclass(config=STRICT)
 class LaunchConfig:
-    """How 'moetrain launch' starts a run; 'moetrain train' reads only the number of ranks."""
+    """How 'moetrain launch' starts a run; 'moetrain train' reads only the numbers of nodes and ranks."""
 
     kind: Literal["local", "slurm", "kubernetes"] = Field(
         default="local", description="torchrun on this machine, a Slurm job, or a Kubernetes job"
@@ -88,3 +92,8 @@ class LaunchConfig:
     )
     slurm: SlurmConfig = Field(default_factory=SlurmConfig, description="Slurm")
     kubernetes: KubernetesConfig = Field(default_factory=KubernetesConfig, description="Kubernetes")
+
+    @property
+    def world(self) -> int:
+        """Ranks on all nodes."""
+        return self.nodes * self.ranks

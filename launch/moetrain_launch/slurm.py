@@ -83,7 +83,7 @@ def script(job: Job) -> str:
     for option in options:
         if re.search(r"[\n\r]", option):
             raise LaunchError(f"launch.slurm: {option!r} has a line break")
-    step = [f"--nodes={s.nodes}", f"--ntasks={job.world}", *filter(None, (cpus,)), "--kill-on-bad-exit=0", "--wait=120"]
+    step = [f"--nodes={s.nodes}", f"--ntasks={s.world}", *filter(None, (cpus,)), "--kill-on-bad-exit=0", "--wait=120"]
     command = [job.python, "-m", *job.command]
     if s.container and s.slurm.container_with == "pyxis":
         step.append(f"--container-image={s.container}")
@@ -94,7 +94,7 @@ def script(job: Job) -> str:
     body = BODY.format(
         environment="".join(f"export {name}={shlex.quote(value)}\n" for name, value in sorted(s.env.items())),
         setup="".join(f"{line}\n" for line in s.setup),
-        world=job.world,
+        world=s.world,
         ranks=s.ranks,
         srun=shlex.join(step),
         command=shlex.join(command),

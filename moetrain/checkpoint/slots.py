@@ -56,7 +56,7 @@ class Slot:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.bytes_N = torch.empty(0, dtype=torch.uint8)
+        self.bytes_N = self._locked = torch.empty(0, dtype=torch.uint8)
         if path.exists():
             self._map()
 
@@ -73,6 +73,20 @@ class Slot:
                 self.path.unlink(missing_ok=True)
                 raise
             self._map()
+
+    def lock(self) -> None:
+        """Have GPUs write to it at full speed: lock its pages in memory, which takes a while, but once only. Where it
+        fails, copies are as right, and slower."""
+        if self._locked is self.bytes_N:
+            return
+        cuda, failed = torch.cuda.cudart(), 0
+        if len(self._locked):  # it has grown
+            failed = int(cuda.cudaHostUnregister(self._locked.data_ptr()))
+        failed |= int(cuda.cudaHostRegister(self.bytes_N.data_ptr(), len(self.bytes_N), 1))  # 1: for all GPUs
+        if failed:
+            with suppress(RuntimeError):  # the next kernel raises the error: let it be this one
+                torch.ones(1, device="cuda")
+        self._locked = self.bytes_N
 
     def header(self) -> Header | None:
         """The header, None where there is none that holds."""

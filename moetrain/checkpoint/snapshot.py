@@ -138,7 +138,12 @@ class Snapshots:
         header = replace(header, size=sum(_padded(t) for t in locals_.values()), about=len(about))
         slot = self._older("own", header)
         targets = _views(slot, {name: (shape, dtype) for name, shape, dtype in spec})
-        torch._foreach_copy_([targets[name] for name in locals_], list(locals_.values()))
+        on_gpu = any(t.is_cuda for t in locals_.values())
+        if on_gpu:
+            slot.lock()
+        torch._foreach_copy_([targets[name] for name in locals_], list(locals_.values()), non_blocking=on_gpu)
+        if on_gpu:
+            torch.cuda.current_stream().synchronize()
         slot.about(header.size, header.about).copy_(torch.frombuffer(bytearray(about), dtype=torch.uint8))
         return slot, header
 

@@ -71,6 +71,8 @@ def _replaced(part: Any, names: Sequence[str], value: Any) -> Any:
 def _advice(rules: Sequence[Rule], rule: Rule, broken: Broken, cfg: Config, sizes: Sizes) -> str:
     """The nearest values of each setting that break no rule at all; where there are none, those that mend ``rule``,
     and at last those that mend it once another size changes along."""
+    if not all(_is_told(cfg, key) for key in broken.change):
+        return f"change {' or '.join(broken.change)}"
     for mends, free in ((rules, False), ([rule], False), ([rule], True)):
         choices = []
         for key, values in broken.change.items():
@@ -79,6 +81,15 @@ def _advice(rules: Sequence[Rule], rule: Rule, broken: Broken, cfg: Config, size
         if choices:
             return f"nearest legal: {' or '.join(choices)}"
     return f"no other {' or '.join(broken.change)} is legal"
+
+
+def _is_told(cfg: Config, key: str) -> bool:
+    """Whether ``cfg`` has the setting ``key``: once a registry's options are made, they no longer tell their kind."""
+    try:
+        setting(cfg, key)
+    except AttributeError:
+        return False
+    return True
 
 
 def _current(cfg: Config, sizes: Sizes, key: str) -> Any:

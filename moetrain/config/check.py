@@ -20,8 +20,9 @@ FP8_BACKENDS = ("auto", "cpu", "triton")
 PER_LAYER = ("num_experts", "top_k", "expert_dim", "shared_dim", "capacity_factor")
 
 
-def check_config(cfg: Config) -> None:
-    """Every check that needs no number of ranks. Raises ConfigError for the first rule that is broken."""
+def check_config(cfg: Config, resumed: bool = False) -> None:
+    """Every check that needs no number of ranks. resumed: the run has begun, maybe with other settings. Raises
+    ConfigError for the first rule that is broken."""
     check_model(cfg.model)
     _check_fp8(cfg)
     train, model, tokenizer = cfg.train, cfg.model, cfg.data.tokenizer
@@ -43,7 +44,7 @@ def check_config(cfg: Config) -> None:
             f"train.snapshot.every={cfg.train.snapshot.every} is for parallel.engine=torch; set it to 0, and "
             "checkpoint.every to what may be lost"
         )
-    check_data(cfg)
+    check_data(cfg, resumed)
 
 
 def check_model(model: ModelConfig) -> None:

@@ -12,12 +12,15 @@ from moetrain.config.schema import Config
 from moetrain.config.schema_data import DataConfig, SourceConfig
 
 
-def check_data(cfg: Config) -> None:
-    """Raises ConfigError for the first setting of the mixture that cannot be meant."""
+def check_data(cfg: Config, resumed: bool = False) -> None:
+    """Raises ConfigError for the first setting of the mixture that cannot be meant. resumed: of a run that has begun,
+    where only the run tells which entry of the schedule comes first (``check_order``)."""
     _check_names(cfg.data)
     _check_weights(cfg.data)
     _check_domains(cfg.data)
-    _check_schedule(cfg)
+    _check_schedule(cfg.data)
+    if not resumed:
+        check_order(cfg)
     data = cfg.data
     if data.packing == "best_fit" and not data.document_mask:
         raise ConfigError(
@@ -92,10 +95,8 @@ def _check_domains(data: DataConfig) -> None:
             raise ConfigError(f"data.domains.{name}.weight={domain.weight:g}, but all its sources have weight 0")
 
 
-def _check_schedule(cfg: Config) -> None:
-    data, train = cfg.data, cfg.train
+def _check_schedule(data: DataConfig) -> None:
     known = {source.domain or name for name, source in data.sources.items()} | set(data.sources)
-    last = 0.0
     for n, entry in enumerate(data.schedule):
         here = f"data.schedule[{n}]"
         if (entry.from_step is None) == (entry.from_tokens is None):
@@ -107,11 +108,27 @@ def _check_schedule(cfg: Config) -> None:
                 raise ConfigError(f"{here}.weights.{name}: no domain or source has this name; {_near(name, known)}")
             if not (math.isfinite(weight) and weight >= 0):
                 raise ConfigError(f"{here}.weights.{name}={weight} must be a share of 0 or more")
-        tokens = entry.from_tokens
-        first = (entry.from_step or 0) * train.global_batch if tokens is None else math.ceil(tokens / train.seq_len)
-        if first <= last:
+
+
+def first_samples(cfg: Config, step: int = 0, sample: int = 0) -> list[int]:
+    """The sample from which each entry of the schedule holds, in a run whose step ``step`` begins with sample
+    ``sample``. Of steps before it, which may have had another batch, they are below ``sample`` and no more is known."""
+    return [
+        -(-(entry.from_tokens or 0) // cfg.train.seq_len)
+        if entry.from_step is None
+        else sample + (entry.from_step - step) * cfg.train.global_batch
+        for entry in cfg.data.schedule
+    ]
+
+
+def check_order(cfg: Config, step: int = 0, sample: int = 0) -> None:
+    """Raise ConfigError where the schedule's entries to come do not begin one after the other. step, sample: as for
+    ``first_samples``."""
+    last = 0
+    for n, first in enumerate(first_samples(cfg, step, sample)):
+        if first <= last and max(first, last) >= sample:
             before = "the start, whose weights are those of the sources" if n == 0 else f"data.schedule[{n - 1}]"
-            raise ConfigError(f"{here} must begin later than {before}")
+            raise ConfigError(f"data.schedule[{n}] must begin later than {before}")
         last = first
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from moetrain.config.advice import Broken, Rule, enforce
 from moetrain.config.check_deepspeed import check_deepspeed
 from moetrain.config.check_placement import placement
+from moetrain.config.errors import ConfigError
 from moetrain.config.schema import PLAIN, Config
 from moetrain.config.sizes import STAGES_PER_RANK, ZERO_BUBBLE, Sizes, divisors, resolve_sizes
 
@@ -24,6 +25,15 @@ def check_mapping(cfg: Config, world: int) -> Sizes:
     check_deepspeed(cfg, sizes)
     enforce(RULES, cfg, sizes)
     return sizes
+
+
+def refuse_nodes(cfg: Config) -> None:
+    """Raise ConfigError for a run of several machines, where its ranks are to start on this one."""
+    if cfg.launch.nodes > 1:
+        raise ConfigError(
+            f"launch.nodes={cfg.launch.nodes}: 'moetrain train' starts ranks on this machine alone; 'moetrain launch' "
+            "with the same words starts a run on several, or set launch.nodes=1"
+        )
 
 
 def _sizes(sizes: Sizes, *names: str) -> dict[str, Sequence[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import is_dataclass
 from typing import Any
 
 from moetrain.config.advice import Broken
@@ -20,6 +21,8 @@ def placement_kind(cfg: Config) -> str:
 
 def placement(cfg: Config, sizes: Sizes) -> Iterator[Broken]:
     """Experts that move are whole, and one rank owns each."""
+    if not isinstance(cfg.experts.placement, dict) and not is_dataclass(cfg.experts.placement):
+        return  # no options at all, which is refused when the registries are read
     kind, p = placement_kind(cfg), cfg.parallel
     if kind == "ep":
         return

@@ -26,6 +26,7 @@ def load(
     overrides: Sequence[str] = (),
     *,
     base: Path | str | None = None,
+    resumed: bool = False,
     config_dirs: Sequence[Path | str] = (),
     check: Callable[[Config], object] | None = None,
     kinds: bool = True,
@@ -35,6 +36,7 @@ def load(
 
     overrides: words of Hydra's grammar, ``model=olmoe_1b_7b`` (a preset) or ``train.steps=10`` (a setting).
     base: a saved config to start from instead of the presets; then overrides can be settings only.
+    resumed: the run has begun; what depends on how it went so far is left to it to check.
     config_dirs: folders of further presets, laid out like ``configs/``.
     check: called with the config before the registries, and with them torch, are imported; it sees ``Kind`` fields as
         plain mappings. The place for checks against the number of ranks.
@@ -48,7 +50,7 @@ def load(
         settings = presets.parse(overrides)
         presets.refuse_presets(settings)
         tree = presets.apply_settings(OmegaConf.create(_read_tree(Path(base))), settings)
-    return _finish(presets.resolve(tree), check, kinds)
+    return _finish(presets.resolve(tree), check, kinds, resumed)
 
 
 def as_text(cfg: Config) -> str:
@@ -76,12 +78,12 @@ def save(cfg: Config, path: Path | str) -> None:
 
 def read(path: Path | str) -> Config:
     """The config that ``save`` wrote. Raises ConfigError when it is missing, damaged, or of another version."""
-    return _finish(presets.resolve(OmegaConf.create(_read_tree(Path(path)))), None, True)
+    return _finish(presets.resolve(OmegaConf.create(_read_tree(Path(path)))), None, True, True)
 
 
-def _finish(tree: dict[str, Any], check: Callable[[Config], object] | None, kinds: bool) -> Config:
+def _finish(tree: dict[str, Any], check: Callable[[Config], object] | None, kinds: bool, resumed: bool) -> Config:
     cfg = validate(Config, tree)
-    check_config(cfg)
+    check_config(cfg, resumed)
     if check is not None:
         check(cfg)
     if kinds:

@@ -394,7 +394,7 @@ class Config:
     )
     dry_run: bool = Field(
         default=False,
-        description="only print memory and communication per rank, from one process, for any launch.ranks",
+        description="only print memory and communication per rank, from one process, for any number of ranks",
     )
     model: ModelConfig = Field(default_factory=ModelConfig, description="the model")
     balance: dict[str, Kind] = Field(

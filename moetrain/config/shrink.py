@@ -28,6 +28,7 @@ def shrink(cfg: Config, sizes: Sizes) -> Config:
     small.experts.fp8 = False  # rows that share a scale follow the mapping: no two mappings round alike
     _batch(small, cfg, sizes)
     _layers(small.model, cfg, sizes)
+    _layout(small, sizes)
     _attention(small.model, cfg, sizes)
     _moe(small.model, sizes)
     model, tp = small.model, sizes.tp
@@ -69,6 +70,14 @@ def _layers(model: ModelConfig, cfg: Config, sizes: Sizes) -> None:
         windowed = model.attention.sliding_layers
         model.attention.sliding_layers = [i for i, layer in enumerate(kept) if layer in windowed]
     moe.first_dense, model.n_layers = dense, n
+
+
+def _layout(small: Config, sizes: Sizes) -> None:
+    """One layer for each stage, and what is left for the one that has most."""
+    layout = small.parallel.layout
+    if layout is not None:
+        longest, extra = layout.index(max(layout)), small.model.n_layers - sizes.stages
+        small.parallel.layout = [1 + (extra if stage == longest else 0) for stage in range(sizes.stages)]
 
 
 def _attention(model: ModelConfig, cfg: Config, sizes: Sizes) -> None:

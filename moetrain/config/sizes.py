@@ -127,8 +127,8 @@ def _infer(sizes: dict[str, int], total: int, what: str) -> dict[str, int]:
     if total % product or (not unknown and product != total):
         shown = " x ".join(f"{name} {size}" for name, size in known.items())
         raise ConfigError(
-            f"parallel: {shown} = {product} must {'divide' if unknown else 'equal'} the {what} (launch.ranks, or the "
-            f"ranks that a launcher started); {_single_changes(known, total, bool(unknown))}"
+            f"parallel: {shown} = {product} must {'divide' if unknown else 'equal'} the {what} (launch.nodes x "
+            f"launch.ranks, or the ranks that a launcher started); {_single_changes(known, total, bool(unknown))}"
         )
     return {name: total // product if size == -1 else size for name, size in sizes.items()}
 

@@ -70,7 +70,8 @@ def to_dict(value: Any) -> Any:
 def type_name(annotation: Any, metadata: tuple[Any, ...] | list[Any] = ()) -> str:
     """A type as a reader of help and errors sees it: "int >= 1", "float or null", "one of: a, b"."""
     bounds = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-    limits = [f"{sign} {getattr(m, name)}" for m in metadata for name, sign in bounds.items() if hasattr(m, name)]
+    single = [each for m in metadata for each in getattr(m, "metadata", [m])]  # a Field of pydantic holds several
+    limits = [f"{sign} {getattr(m, name)}" for m in single for name, sign in bounds.items() if hasattr(m, name)]
     bare, null, rest = _bare_type(annotation).partition(" or null")
     return bare + (" " if limits else "") + " and ".join(limits) + null + rest
 
@@ -173,8 +174,8 @@ def _say(cls: type, tree: dict[str, Any], path: str, problem: Any) -> str:
         inner = field.annotation if field is not None else cls
         if dataclasses.is_dataclass(inner):
             parent, field = inner, fields_of(inner).get(str(part))  # type: ignore[arg-type]
-        elif get_origin(inner) is dict and dataclasses.is_dataclass(get_args(inner)[1]):
-            field = FieldInfo(annotation=get_args(inner)[1])
+        elif get_origin(inner) is dict:
+            field = FieldInfo.from_annotation(get_args(inner)[1])
     where = ".".join([path, *keys] if path else keys)
     if problem["type"] == "unexpected_keyword_argument":
         return _unknown(where, parent, tree, path)

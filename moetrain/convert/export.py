@@ -63,8 +63,8 @@ def export_hf(
     family = family_of(cfg, has_bias)
     _note_training_only(cfg)
     if not family.stock:
-        log.warning("no class of transformers has this model (%s): the export carries its own, which is loaded with "
-                    "trust_remote_code=True", lacking_features(cfg, has_bias))  # fmt: skip
+        why = lacking_features(cfg, has_bias)
+        log.warning("%s: the export carries its own class, which is loaded with trust_remote_code=True", why)
     plan = _plan(family, cfg, source.specs, dtype, layout)
     with output(Path(out), sum(spec.nbytes for spec in plan.specs.values())) as partial:
         eos_id = None if tokenizer is None else write_tokenizer(tokenizer, cfg, partial, eos_token)

@@ -192,9 +192,11 @@ def family_of(cfg: ModelConfig, has_bias: bool = False) -> Family:
 
 
 def lacking_features(cfg: ModelConfig, has_bias: bool = False) -> str:
-    """Which features of ``cfg`` the class of transformers that comes nearest lacks, in words for a log line."""
+    """Why ``cfg`` has no class of transformers, for a log line: what the nearest lacks, or that it was asked for."""
     lacking, family = _nearest(cfg, has_bias)
-    return f"the nearest, {family.name}, lacks {', '.join(lacking)}" if lacking else f"but {family.name} has it"
+    if lacking:
+        return f"no class of transformers has this model (the nearest, {family.name}, lacks {', '.join(lacking)})"
+    return f"model.family={cfg.family}, though {family.name} of transformers computes the same"
 
 
 def _lacking(family: Family, cfg: ModelConfig, has_bias: bool) -> list[str]:

@@ -21,7 +21,9 @@ def refuse_output(out: Path, nbytes: int) -> None:
         raise ConvertError(f"'{out}' is there already; write to another name or remove it first")
     if os.path.ismount(out):  # what is written beside it could not take its place
         raise ConvertError(f"'{out}' is where a disk is mounted; write to a folder in it, as {out / 'model'}")
-    disk = next(folder for folder in out.resolve().parents if folder.is_dir())
+    disk = next(folder for folder in out.resolve().parents if folder.exists())
+    if not disk.is_dir():
+        raise ConvertError(f"'{out}' cannot be written: '{disk}' is a file, not a folder")
     free = shutil.disk_usage(disk).free
     if nbytes > free:
         raise ConvertError(f"'{out}' will take {size(nbytes)}, and the disk of '{disk}' has {size(free)} free")

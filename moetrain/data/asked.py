@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from moetrain.config.check_data import first_samples
 from moetrain.config.errors import DataError
 from moetrain.config.schema import Config
 from moetrain.config.schema_data import DataConfig
@@ -50,11 +51,7 @@ def ask(cfg: Config, tokens: Mapping[str, int], step: int = 0, sample: int = 0) 
     t, d = cfg.train, cfg.data
     shares = _first_shares(d, tokens, t.steps * t.global_batch * t.seq_len)
     phases = [Phase(0, shares.of_sources(), "config")]
-    for n, entry in enumerate(d.schedule):
-        if entry.from_step is not None:
-            first = sample + (entry.from_step - step) * t.global_batch
-        else:
-            first = -(-(entry.from_tokens or 0) // t.seq_len)
+    for n, (entry, first) in enumerate(zip(d.schedule, first_samples(cfg, step, sample), strict=True)):
         try:
             shares = _changed(shares, entry.weights)
         except DataError as error:

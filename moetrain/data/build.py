@@ -26,7 +26,7 @@ from moetrain.data.progress import Progress, Survey, Written
 from moetrain.data.read import Document, DocumentReader
 from moetrain.data.readers import check_files, open_reader
 from moetrain.data.shards import dtype_for
-from moetrain.data.sources import SourceFile, kind_of
+from moetrain.data.sources import SourceFile, kind_of, left_out
 from moetrain.data.split import DocumentKey, HeldOut, Keys, choose_held_out, cut
 from moetrain.data.tokenizer import LoadedTokenizer, describe_tokenizer, load_tokenizer, train_tokenizer
 from moetrain.data.workers import Workers, look_at, tokenize
@@ -127,6 +127,8 @@ class Build:
         """Fill ``out``; the manifest comes last."""
         for source, found in self.files.items():
             check_files(self.cfg, source, found)
+            if others := left_out(self.cfg.sources[source]):
+                logger.info("source '%s': files with other endings are left out: %s", source, removed_line(others))
         began = time.perf_counter()
         with Workers(self.cfg.processes) as workers:
             with self._bar("read") as bar:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from moetrain.config.errors import DataError
@@ -55,7 +55,7 @@ class Dealer:
         self.history = WeightHistory()
         self.end: int | None = None
         self.dealt = 0  # samples that have been used: what dealt them is past changing
-        self._asked = sorted(asked, key=lambda phase: phase.first_sample)
+        self._asked = _in_order(asked)
         self._first = self._asked[0].weights
         self._before: list[_Before] = []
         self._trees: dict[int, Mixture] = {}
@@ -98,15 +98,14 @@ class Dealer:
         if first_sample < self.dealt:
             raise DataError(f"weights cannot change at sample {first_sample}: {self.dealt} samples have been dealt")
         phase = Phase(first_sample, usable(weights, self.sources), why)
-        self._asked = [p for p in self._asked if p.first_sample != first_sample] + [phase]
-        self._asked.sort(key=lambda p: p.first_sample)
+        self._asked = _in_order([*self._asked, phase])
         self._cut(first_sample)
         self._extend()
 
     def restore(self, history: WeightHistory, samples: int, asked: Iterable[Phase]) -> None:
         """Take ``history``, of which ``samples`` samples were dealt, as it is; ``asked`` holds from there on."""
         self._cut(0)
-        self._asked = sorted(asked, key=lambda phase: phase.first_sample)
+        self._asked = _in_order(asked)
         self.dealt = samples
         for phase in history:
             self._begin(phase)
@@ -188,7 +187,9 @@ class Dealer:
         }
 
     def _begin(self, phase: Phase) -> None:
-        """Add a phase, with what each source got before it."""
+        """Add a phase, with what each source got before it. Its weights are put in the order of the sources: that of a
+        sum decides its last bit, by which a sample may go to another source, and a checkpoint keeps none but this."""
+        phase = replace(phase, weights={name: phase.weights.get(name, 0.0) for name in self.sources})
         before = _Before(dict.fromkeys(self.sources, 0), dict.fromkeys(self.sources, 0))
         if len(self.history):
             counts, owed = self.counts(phase.first_sample), dict(self._before[-1].owed)
@@ -219,6 +220,12 @@ class Dealer:
                 while len(self._trees) > KEPT_TREES:
                     del self._trees[next(iter(self._trees))]
             return tree
+
+
+def _in_order(phases: Iterable[Phase]) -> list[Phase]:
+    """``phases`` by their first samples; of those that begin together the one that was said last. A schedule can have
+    such until it is known at which sample a resumed run stands."""
+    return sorted({phase.first_sample: phase for phase in phases}.values(), key=lambda phase: phase.first_sample)
 
 
 def usable(weights: Mapping[str, float], known: Iterable[str]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -74,7 +75,10 @@ class Manifest:
                     del content["domains"][name][key]
             content["domains"][name]["bytes_per_token"] = round(domain.bytes_per_token, 4)
         temporary = folder / f"{FILE}.tmp"
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # it may take the place of one that cannot be made again
         temporary.replace(folder / FILE)
 
     @classmethod

@@ -34,15 +34,15 @@ class BestFit:
 
     def __init__(self, lengths: np.ndarray, seq_len: int, block: int = BLOCK) -> None:
         self.seq_len = seq_len
-        first, starts, sizes, bounds = 0, [], [], [np.zeros(1, dtype=np.int64)]
+        first, pieces, starts, sizes, bounds = 0, 0, [], [], [np.zeros(1, dtype=np.int64)]
         self.cut = 0  # documents that are longer than a window
         for begin in range(0, len(lengths), block):
             some = np.asarray(lengths[begin : begin + block], dtype=np.int64)
             start, size, windows = _pack(some, seq_len)
             starts.append(start + first)
             sizes.append(size)
-            bounds.append(bounds[-1][-1] + windows)
-            first += int(some.sum())
+            bounds.append(windows + pieces)
+            first, pieces = first + int(some.sum()), pieces + len(size)
             self.cut += int((some > seq_len + 1).sum())
         self._starts = np.concatenate(starts) if starts else np.zeros(0, dtype=np.int64)
         self._sizes = np.concatenate(sizes) if sizes else np.zeros(0, dtype=np.int32)

@@ -51,10 +51,11 @@ def restore(sampler: Sampler, asked: Asked, saved: dict[str, Any]) -> list[str]:
     """Take up ``saved`` (of ``position``): every sample is then what it would have been without the stop, unless the
     config asks for other weights or caps than it did; these hold from the next sample on. Returns lines that say so.
 
-    Raises DataError when seed, windows or text of a source differ, since samples would be repeated or left out.
+    Raises DataError when seed, grouping, or windows or text of a source differ: samples would be repeated or left out.
     """
     refuse_other_order(sampler, saved)
-    samples, names = saved["samples"], list(sampler.windows)
+    samples, names = saved["samples"], list(dict.fromkeys([*saved["sources"], *sampler.windows]))
+    sampler.dealer.sources = {name: sampler.dealer.sources[name] for name in names}  # as then
     phases = WeightHistory.from_json(saved["history"])
     known = WeightHistory(Phase(p.first_sample, {n: p.weights.get(n, 0.0) for n in names}, p.why) for p in phases)
     coming = [phase for phase in asked.phases if phase.first_sample >= samples]
@@ -111,6 +112,16 @@ def refuse_other_order(sampler: Sampler, saved: dict[str, Any]) -> None:
                 f"source '{name}' is not the text that this run began with, or is cut otherwise (now {len(cut):,} "
                 f"windows, then {source['windows']:,}): samples would be repeated or left out; restore it and "
                 "data.packing, or give new text as a source of another name"
+            )
+    new_of: dict[str, str] = {}
+    old_of: dict[str, str] = {}
+    for name, source in saved["sources"].items():
+        old, new = source["domain"], sampler.data.domain_of[name]
+        if new_of.setdefault(old, new) != new or old_of.setdefault(new, old) != old:  # a new name for all is none
+            raise DataError(
+                f"source '{name}' shares its domain '{new}' with others than when this run began (in '{old}'), and "
+                f"samples are dealt by domain: some would be repeated and others left out; group data.sources as they "
+                f"were, or start a new run"
             )
 
 

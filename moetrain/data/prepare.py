@@ -15,7 +15,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from moetrain.comm.ranks import Ranks
 from moetrain.config.errors import DataError
 from moetrain.config.schema_data import DataConfig, SourceConfig
 from moetrain.data.build import Build, fingerprint, known_sources, remember_sources
-from moetrain.data.manifest import FILE, SPLITS, VERSION, Manifest
+from moetrain.data.manifest import FILE, SPLITS, TOKENIZER_FILE, VERSION, Manifest
 from moetrain.data.objectives import special_tokens
 from moetrain.data.progress import Progress, remove_notes
 from moetrain.data.readers import check_source, digest_of, find_sources
@@ -48,8 +48,11 @@ SINCE_FIRST = (
 )
 
 
-def prepare(cfg: DataConfig, progress: bool = True) -> Manifest:
+def prepare(cfg: DataConfig, progress: bool = True, began: Mapping[str, str] | None = None) -> Manifest:
     """Turn the text of ``cfg.sources`` into token shards in ``cfg.dir`` and return their manifest.
+
+    ``began``: of a run that goes on, source -> SHA-256 of the training tokens that it began with. Data that holds these
+    is kept although its text has changed since, and never replaced by other.
 
     For one process; the others wait for it. Calls from several jobs at once wait for each other (a lock file beside
     ``cfg.dir``). ``progress`` shows a bar on a terminal. Raises DataError, one line, for text, tokenizers, weights or
@@ -58,17 +61,21 @@ def prepare(cfg: DataConfig, progress: bool = True) -> Manifest:
     """
     _check(cfg)
     out = Path(cfg.dir)
+    if not out.name or out.name == "..":
+        raise DataError(
+            f"data.dir '{cfg.dir}' names no folder that could be made; give one such as prepared/{cfg.name}"
+        )
     out = Path(os.path.realpath(out)) if out.is_symlink() else out  # built where the link leads, and renamed there
     partial = out.with_name(f".{out.name}.partial")
     try:
-        found = _current(cfg, out)
+        found = _current(cfg, out, began)
         if isinstance(found, Manifest):  # also on a read-only disk
             return _regrouped(cfg, out, found)
         if os.path.ismount(out):
             raise DataError(f"data.dir '{out}' is a mount point, which cannot be renamed; choose a folder below it")
         out.parent.mkdir(parents=True, exist_ok=True)
         with _locked(out):
-            found = _current(cfg, out)  # another process may just have made it
+            found = _current(cfg, out, began)  # another process may just have made it
             if isinstance(found, Manifest):
                 return found
             done = Progress(partial, _recipe(cfg))
@@ -78,26 +85,29 @@ def prepare(cfg: DataConfig, progress: bool = True) -> Manifest:
                 if not done.any():
                     shutil.rmtree(partial, ignore_errors=True)
                 raise
+            _refuse_other_text(out, manifest, began)
             _replace(out, partial)
             remove_notes(out)
         logger.info("prepared '%s':\n%s", out, manifest.table())
         return manifest
     except OSError as error:
-        what = (
-            "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error.strerror or error).lower()
-        )
-        raise DataError(
-            f"cannot write prepared data to '{out}': {what}; free space and run again, which goes on from "
-            f"'{partial}', or choose another data.dir and delete that"
-        ) from None
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            what = (
+                f"the disk is full; free space and run again, which goes on from '{partial}', or choose another "
+                f"data.dir and delete that"
+            )
+        else:
+            what = f"{str(error.strerror or error).lower()}"
+            what += f" ('{error.filename or out}'); see to that, or choose another data.dir"
+        raise DataError(f"cannot write prepared data to '{out}': {what}") from None
 
 
-def prepare_once(cfg: DataConfig) -> Manifest:
+def prepare_once(cfg: DataConfig, began: Mapping[str, str] | None = None) -> Manifest:
     """``prepare`` for all ranks of the default process group: rank 0 does the work, the others wait. Collective.
 
     Every rank raises the DataError that rank 0 met.
     """
-    return Ranks().first_for_long(lambda: prepare(cfg))
+    return Ranks().first_for_long(lambda: prepare(cfg, began=began))
 
 
 def _check(cfg: DataConfig) -> None:
@@ -134,18 +144,26 @@ def _check_licences(cfg: DataConfig) -> None:
 
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    """Hold the lock of ``out``; the system frees it when the process ends, however it ends."""
+    """Hold the lock of ``out``; the system frees it when the process ends, however it ends. Where the file system knows
+    no locks, there is none."""
     with open(out.with_name(f".{out.name}.lock"), "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             logger.info("waiting for another process that prepares '%s'", out)
             fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:  # Lustre that is mounted without flock, some NFS
+            logger.warning(
+                "the file system of '%s' has no locks (%s): see that no other process prepares it now",
+                out,
+                error.strerror,
+            )
         yield
 
 
-def _current(cfg: DataConfig, out: Path) -> Manifest | dict[str, list[SourceFile]]:
-    """The manifest of ``out`` if nothing has to be done, else the files of every domain. Writes nothing."""
+def _current(cfg: DataConfig, out: Path, began: Mapping[str, str] | None) -> Manifest | dict[str, list[SourceFile]]:
+    """The manifest of ``out`` if nothing has to be done, else the files of every domain. Writes nothing. ``began``: see
+    ``prepare``."""
     old, recipe = _existing(cfg.name, out), _recipe(cfg)
     try:
         files = {name: find_sources(name, source) for name, source in cfg.sources.items()}
@@ -154,7 +172,37 @@ def _current(cfg: DataConfig, out: Path) -> Manifest | dict[str, list[SourceFile
             raise DataError(f"{error}; make the text with: {cfg.made_by}" if cfg.made_by else str(error)) from None
         logger.warning("%s; going on with the data that was prepared from it in '%s'", error, out)
         return old
-    return old if old is not None and old.recipe == recipe and _unchanged(cfg, out, old, files) else files
+    if old is None:
+        return files
+    if old.recipe == recipe and _whole(out, old):
+        if _unchanged(cfg, out, old, files):
+            return old
+        if began is not None and _other_text(old, began) is None:
+            logger.warning("the text has changed since '%s' was prepared; the run goes on with that", out)
+            return old
+    if old.recipe != recipe and began is not None and cfg.tokenizer.path is None and _other_text(old, began) is None:
+        raise DataError(
+            f"data settings differ from those of '{out}', with which this run began, so that a new tokenizer would be "
+            f"trained; keep the run's with data.tokenizer.path={out / TOKENIZER_FILE}"
+        )
+    return files
+
+
+def _other_text(manifest: Manifest, began: Mapping[str, str]) -> str | None:
+    """The first source whose training tokens are not those of ``began`` (see ``prepare``), None where all are."""
+    now = manifest.domains
+    return next((n for n, sha256 in began.items() if n not in now or now[n].train.sha256["bin"] != sha256), None)
+
+
+def _refuse_other_text(out: Path, manifest: Manifest, began: Mapping[str, str] | None) -> None:
+    """Raise DataError where a run that goes on could not do so with what was made for it."""
+    source = None if began is None else _other_text(manifest, began)
+    if source is not None:
+        raise DataError(
+            f"source '{source}' is not the text, or not in the tokens, that this run began with, so '{out}' was left "
+            f"as it is; restore text and data settings, give new text as a source of another name, and one that is not "
+            f"wanted weight 0"
+        )
 
 
 def _existing(name: str, out: Path) -> Manifest | None:
@@ -194,9 +242,8 @@ def _changed(cfg: DataConfig | SourceConfig, *names: str) -> list[dict[str, obje
     return [found] if found else []
 
 
-def _unchanged(cfg: DataConfig, out: Path, manifest: Manifest, files: dict[str, list[SourceFile]]) -> bool:
-    """Whether the shards are whole and the text is what they were made from; reads only text files whose size or
-    time differ, and remembers these where ``out`` can be written."""
+def _whole(out: Path, manifest: Manifest) -> bool:
+    """Whether the shards are those of the manifest, by their sizes."""
     for name, domain in manifest.domains.items():
         for split in SPLITS:
             try:
@@ -205,6 +252,12 @@ def _unchanged(cfg: DataConfig, out: Path, manifest: Manifest, files: dict[str, 
                 return False
             if (shard.documents, len(shard.tokens)) != (domain.split(split).documents, domain.split(split).tokens):
                 return False
+    return True
+
+
+def _unchanged(cfg: DataConfig, out: Path, manifest: Manifest, files: dict[str, list[SourceFile]]) -> bool:
+    """Whether the text is what the shards were made from; reads only files whose size or time differ, and remembers
+    these where ``out`` can be written."""
     known, hashed = known_sources(out), False
     digests: dict[str, list[str]] = {}
     for name, found in files.items():

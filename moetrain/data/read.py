@@ -329,6 +329,8 @@ class Reader:
         field = self.options.field
         if field not in schema.names:
             raise self._no_field("(its columns)", schema.names)
+        if schema.names.count(field) > 1:
+            raise DataError(f"'{self.path}' has several columns '{field}'; rename all but one of them")
         kind = schema.field(field).type
         text = kind.value_type if arrow.types.is_dictionary(kind) else kind
         if text not in (arrow.string(), arrow.large_string(), arrow.string_view()):

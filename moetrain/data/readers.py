@@ -9,7 +9,7 @@ from moetrain.config.errors import DataError
 from moetrain.config.schema_data import DataConfig, SourceConfig
 from moetrain.data.hub import DatasetReader, find_dataset
 from moetrain.data.read import DocumentReader, Reader, ReadOptions, check_packages, file_digest
-from moetrain.data.sources import SourceFile, compile_delimiter, find_files, resolve
+from moetrain.data.sources import SourceFile, compile_delimiter, find_files, kind_of, resolve
 from moetrain.data.tokenizer import LoadedTokenizer, load_tokenizer
 from moetrain.data.tokens import TokenReader, find_tokens, token_digest
 
@@ -29,6 +29,7 @@ def check_source(cfg: DataConfig, name: str) -> None:
     ):
         if given and given[0] != owner and getattr(source, key) is not None:
             raise DataError(f"{where}.{key} is for {owner}, but the source has {given[0]}; remove it")
+    compile_delimiter(name, source)
     if source.tokens and source.filter != "none":
         raise DataError(f"{where}.filter={source.filter} needs text, but the source has tokens; remove it")
     if source.tokens and cfg.tokenizer.path is None:
@@ -46,6 +47,12 @@ def find_sources(name: str, source: SourceConfig) -> list[SourceFile]:
 
 def check_files(cfg: DataConfig, name: str, files: list[SourceFile]) -> None:
     """Raise DataError for what can be seen of a source's files before any is read through."""
+    field, default = cfg.sources[name].field, SourceConfig().field
+    if field != default and all(file.form == "text" and kind_of(file.path) == "text" for file in files):
+        raise DataError(
+            f"data.sources.{name}.field={field} is for JSON lines and parquet, but none of its files is: "
+            f"'{files[0].path}' is text by its ending; remove field, or rename the files, for example to .jsonl"
+        )
     for file in files:
         if file.form == "text":
             check_packages(file.path)

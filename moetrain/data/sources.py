@@ -6,6 +6,7 @@ import glob
 import importlib.resources
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ TEXT_SUFFIXES = frozenset(
 COMPRESSIONS = (".gz", ".zst")
 JSON_LINES = (".jsonl", ".ndjson")
 SAVED_MARKS = ("state.json", "dataset_dict.json")  # in folders that save_to_disk of 'datasets' wrote
+PREPARED_MARKS = {"manifest.json", "sources.json", "tokenizer.json"}  # in folders that prepare wrote
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,13 @@ def find_files(domain: str, source: SourceConfig) -> list[SourceFile]:
     return list(found.values())
 
 
+def left_out(source: SourceConfig) -> Counter[str]:
+    """Ending -> files of the source's folders that are not read, since it is not known; hidden ones are not counted."""
+    folders = [name for path in source.paths if os.path.isdir(name := resolve(path))]
+    every = (Path(p).relative_to(folder) for folder in folders for p in _below(folder))
+    return Counter(p.suffix or p.name for p in every if not _in_folder(p) and not _hidden(p))
+
+
 def matching(
     source: str, path: str, wanted: Callable[[Path], bool] = _in_folder, field: str = "paths", what: str = "text"
 ) -> list[Path]:
@@ -124,11 +133,12 @@ def matching(
 
 def _below(folder: str) -> Iterator[str]:
     """All files below a folder, also where it links to folders elsewhere: corpora are put together so. Links to what
-    lies in the folder, or around it, are not followed, and no folder is read twice."""
+    lies in the folder, or around it, are not followed, and no folder is read twice. Prepared data is left out: text
+    that has what is made of it would change with every call."""
     top, seen = os.path.realpath(folder), set()
     for where, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(where)
-        if real in seen:
+        if real in seen or set(files) >= PREPARED_MARKS:
             folders.clear()
             continue
         seen.add(real)
@@ -148,7 +158,7 @@ def _hidden(path: Path) -> bool:
 
 def compile_delimiter(domain: str, source: SourceConfig) -> re.Pattern[str] | None:
     """The domain's delimiter, where ^ and $ match at every line. Raises DataError for one that is no regular
-    expression or has groups."""
+    expression, has groups, or divides everywhere."""
     if source.delimiter is None:
         return None
     try:
@@ -157,6 +167,11 @@ def compile_delimiter(domain: str, source: SourceConfig) -> re.Pattern[str] | No
         raise DataError(
             f"data.sources.{domain}.delimiter '{source.delimiter}' is not a regular expression: {error}"
         ) from None
+    if (found := pattern.match("aa", 1)) and not found.group():
+        raise DataError(
+            f"data.sources.{domain}.delimiter '{source.delimiter}' fits between any two letters, so each would be a "
+            f"document; give null for one document a file, or what stands between documents"
+        )
     if pattern.groups:
         raise DataError(
             f"data.sources.{domain}.delimiter '{source.delimiter}' has a capturing group; write (?:...) instead "

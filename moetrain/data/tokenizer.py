@@ -74,6 +74,10 @@ def describe_tokenizer(tokenizer: Tokenizer, what: str, named: str | None = None
     when it has none."""
     vocab = tokenizer.get_vocab(with_added_tokens=True)
     eos = next((token for token in ((named,) if named else KNOWN_EOS) if token in vocab), None)
+    if eos is None and named:
+        raise DataError(
+            f"{what} has no token '{named}', which its tokenizer_config.json names as eos_token; correct that"
+        )
     if eos is None:
         raise DataError(
             f"{what} has no token that ends a document; name one as eos_token in a tokenizer_config.json beside it"

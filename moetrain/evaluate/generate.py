@@ -10,7 +10,7 @@ from torch import Tensor
 from moetrain.config.errors import ConfigError
 from moetrain.config.words import one_of, path_and_words, real, whole
 from moetrain.data.tokenizer import ids_of
-from moetrain.evaluate.opened import open_model
+from moetrain.evaluate.opened import InMemory, open_model
 from moetrain.model.cache import Cache
 from moetrain.model.decoder import Decoder
 
@@ -42,7 +42,7 @@ def run(words: Sequence[str]) -> str:
     dtype = getattr(torch, one_of("generate", given, "dtype", DTYPES))
     model = open_model(path, dtype)
     prompt = given["prompt"]
-    ids = ids_of(model.tokenizer.tokenizer, [prompt])[0] or [model.tokenizer.eos_id]
+    ids = [*_beginning(model), *ids_of(model.tokenizer.tokenizer, [prompt])[0]] or [model.tokenizer.eos_id]
     room = model.decoder.cfg.max_seq_len
     if len(ids) + max_tokens > room:
         raise ConfigError(
@@ -53,6 +53,15 @@ def run(words: Sequence[str]) -> str:
     found = list(tokens_after(model.decoder, ids, max_tokens, temperature, top_p, generator, model.tokenizer.eos_id))
     decode = model.tokenizer.tokenizer.decode
     return prompt + str(decode(ids + found))[len(decode(ids)) :]
+
+
+def _beginning(model: InMemory) -> list[int]:
+    """What the tokenizer of a model that was not trained here puts before every text, as transformers does: Llama's and
+    Gemma's BOS. Documents that are prepared here have none, so the model of a run is not used to it."""
+    if model.run is not None:
+        return []
+    around = model.tokenizer.tokenizer.encode("").ids
+    return [i for i in around if i != model.tokenizer.eos_id]
 
 
 def draw(logits_V: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:

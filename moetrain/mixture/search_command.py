@@ -13,6 +13,7 @@ from rich.console import Console
 
 from moetrain.config import load
 from moetrain.config.check import check_mapping
+from moetrain.config.check_mapping import refuse_nodes
 from moetrain.config.errors import ConfigError, DataError
 from moetrain.convert.open import brings
 from moetrain.data.asked import domains_of
@@ -28,7 +29,7 @@ from moetrain.mixture.report import last_line, show_plot, show_proposal, show_sc
 from moetrain.mixture.runs import Runs, find_target, write_runs
 from moetrain.mixture.sampling import sample
 from moetrain.mixture.shares import domain_shares, refuse_changes, setting_names
-from moetrain.mixture.specialists import train_specialists
+from moetrain.mixture.specialists import refuse_short, train_specialists
 from moetrain.mixture.study import cross_validated, score
 from moetrain.mixture.trained import TrainedProxies
 from moetrain.mixture.words import Asked
@@ -43,8 +44,9 @@ def search(asked: Asked, config_dirs: Sequence[str], console: Console) -> None:
         need(package)
     folder = Path(asked.where)
     words = [*asked.settings, f"seed={asked.seed}"]
-    cfg = load(words, config_dirs=config_dirs, check=lambda cfg: check_mapping(cfg, cfg.launch.ranks), start=brings)
+    cfg = load(words, config_dirs=config_dirs, check=lambda cfg: check_mapping(cfg, cfg.launch.world), start=brings)
     plot = asked.plot or str(folder / "mixture.png")
+    refuse_nodes(cfg)
     refuse_changes(cfg)
     prepare(cfg.data)
     data = TokenData.open(cfg.data.dir, vocab_size=cfg.model.vocab_size, domain_of=domains_of(cfg.data))
@@ -58,7 +60,10 @@ def search(asked: Asked, config_dirs: Sequence[str], console: Console) -> None:
     first = sample(prior_D, asked.runs[0], asked.seed, asked.cap)
     if asked.plot:
         check_plot(plot)
+    start = cfg.train.steps // 2 if asked.start is None else asked.start
     specialists = None if asked.proxy == "trained" else given_models(asked, list(names), cfg.train.steps)
+    if specialists == {}:
+        refuse_short(cfg, data.manifest, list(names), start)
     claim(folder, asked, words, data.manifest.fingerprint)
     trained = TrainedProxies(folder, names, data.domains, words, config_dirs)
     if not asked.run:
@@ -67,7 +72,6 @@ def search(asked: Asked, config_dirs: Sequence[str], console: Console) -> None:
     runner: Runner = trained
     if specialists is not None:
         if not asked.models:
-            start = cfg.train.steps // 2 if asked.start is None else asked.start
             specialists = train_specialists(folder / "merged", cfg, words, config_dirs, names, prior_D, start)
         runner = MergedModels(cfg, specialists, data.domains, folder / "scores.jsonl")
     runs, found, _ = search_in_rounds(runner, prior_D, plan, lambda runs: write_runs(folder, runs))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -11,11 +12,36 @@ from pathlib import Path
 
 import numpy as np
 
-from moetrain.config.errors import TrainError
+from moetrain.config.errors import DataError, TrainError
 from moetrain.config.schema import Config
+from moetrain.data.asked import ask, domains_of
+from moetrain.data.manifest import Manifest
 from moetrain.mixture.shares import settings
 
 LEAN = ["checkpoint.keep=1", "log.tensorboard=false", "log.progress=false", "log.every=50"]
+
+
+def refuse_short(cfg: Config, manifest: Manifest, domains: Sequence[str], start: int) -> None:
+    """Raise DataError where ``max_epochs`` would end the run of a domain alone before ``train.steps``."""
+    tokens, domain_of = cfg.train.global_batch * cfg.train.seq_len, domains_of(cfg.data)
+    sizes = {name: info.train.tokens for name, info in manifest.domains.items()}
+    asked = ask(cfg, sizes)
+    if asked.exhausted == "repeat":
+        return
+    shares = asked.phases[0].weights
+    for domain in domains:
+        names = [name for name, share in shares.items() if domain_of[name] == domain and share > 0]
+        whole, need, left = sum(shares[name] for name in names), {}, {}
+        for name in names:
+            alone = (cfg.train.steps - start) * shares[name] / whole
+            need[name] = (start * shares[name] + alone) * tokens
+            left[name] = sizes[name] * (math.inf if (cap := asked.max_epochs[name]) is None else cap)
+        short = any(need[name] > left[name] for name in names)
+        if short and (asked.exhausted == "stop" or sum(need.values()) > sum(left.values())):
+            raise DataError(
+                f"proxy=merged trains a model on '{domain}' alone, on {sum(need.values()):,.0f} tokens, and max_epochs "
+                "ends it before that; set data.exhausted=repeat, or lower train.steps"
+            )
 
 
 def train_specialists(

@@ -73,6 +73,7 @@ class Rope:
         self.width = width
         self._kept: tuple[object, Tensor, Tensor] | None = None
         self._index: tuple[Tensor, Tensor] | None = None  # as it was given, and on the device
+        self._inverse: dict[tuple[torch.dtype, torch.device], tuple[Tensor, float]] = {}
 
     def places(
         self,
@@ -121,6 +122,10 @@ class Rope:
     def _tables(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         # float32, as every published checkpoint was trained with; float64 only where the whole model is
         wide = torch.float64 if like.dtype == torch.float64 else torch.float32
-        inv, factor = inverse_frequencies(self.cfg, self.width, wide)
-        angles = positions[..., None, None].to(wide) * inv.to(positions.device)
+        key = (wide, positions.device)
+        if key not in self._inverse:  # made on the CPU: with documents every forward pass would wait for them
+            inv, factor = inverse_frequencies(self.cfg, self.width, wide)
+            self._inverse[key] = inv.to(positions.device), factor
+        inv, factor = self._inverse[key]
+        angles = positions[..., None, None].to(wide) * inv
         return (angles.cos() * factor).to(like.dtype), (angles.sin() * factor).to(like.dtype)

@@ -54,7 +54,7 @@ class Experts(nn.Module):
         self.placed: Callable[[Rows, Callable[..., Tensor]], Tensor] | None = None
 
     def forward(self, rows: Rows) -> Tensor:
-        """y_RD (R, D): the output of each row's expert, times the row's weight if it has one."""
+        """y_RD (R, D): the output of each row's expert, times the row's weight if any; summed as ``rows`` says."""
         if self.placed is not None:
             return self.placed(rows, self.mlp)
         return self.mlp(rows, *self.weights())
@@ -70,7 +70,7 @@ class Experts(nn.Module):
         recompute = self.recompute if recompute is None else recompute
         # Each tensor by itself, for only then does autograd know (and a dry run count) that checkpointing keeps it.
         return _maybe_checkpoint(
-            recompute, self._run, rows.x_ND, rows.counts, rows.index_R, rows.weight_R, w13, w2, b13, b2
+            recompute, self._run, rows.x_ND, rows.counts, rows.index_R, rows.weight_R, rows.row_NK, w13, w2, b13, b2
         )
 
     def weights(self) -> Weights:
@@ -83,6 +83,7 @@ class Experts(nn.Module):
         counts: list[int] | Tensor,
         index_R: Tensor | None,
         weight_R: Tensor | None,
+        row_NK: Tensor | None,
         w13: Tensor,
         w2: Tensor,
         b13: Tensor | None,
@@ -91,7 +92,7 @@ class Experts(nn.Module):
         if self.ternary:
             w13, w2 = self._ternary(w13), self._ternary(w2)
         return expert_mlp(
-            x_ND, counts, w13, w2, index_R=index_R, weight_R=weight_R, b13=b13, b2=b2,
+            x_ND, counts, w13, w2, index_R=index_R, weight_R=weight_R, row_TK=row_NK, b13=b13, b2=b2,
             activation=self.activation, backend=self.backend, fp8=self.fp8,
         )  # fmt: skip
 

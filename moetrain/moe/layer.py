@@ -16,7 +16,7 @@ class MoELayer(nn.Module):
     router(x_TD, carry, context) -> (Routing, Carry)
     dispatcher.dispatch(x_TD, routing) -> (Rows, plan) and dispatcher.combine(y_RD, plan, beside) -> out_TD, with
         what beside() gives added; the dispatcher may call it while rows travel
-    experts(rows) -> y_RD
+    experts(rows) -> y_RD, or the sums of each token's rows where ``rows`` asks for them
     shared(x_TD) -> out_TD, or None
     """
 

@@ -101,12 +101,15 @@ class Rows(NamedTuple):
     counts: rows of each local expert: a plain list of ints, length e, or int64 (e,) on a GPU that nothing has waited
         for. They sum to R; zeros are legal.
     weight_R: the routing weight that multiplies the row's output, or None where combine applies the weights.
+    row_NK: int64 (N, K): the rows of each token, where all have equally many and the experts are to give y_ND, their
+        sums: no gradient of every row is then written. None: they give y_RD.
     """
 
     x_ND: Tensor
     counts: list[int] | Tensor
     index_R: Tensor | None = None
     weight_R: Tensor | None = None
+    row_NK: Tensor | None = None
 
 
 @dataclass(frozen=True)

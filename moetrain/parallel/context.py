@@ -15,6 +15,7 @@ Shapes: as in ``model.attention.kernels``; S = 2C is what this rank holds, N the
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any, Literal
 
@@ -77,8 +78,10 @@ def head_tail_index(seq_len: int, cp: int, rank: int) -> Tensor:
 
 
 def cut(batch_BN: Tensor, index_S: Tensor) -> Tensor:
-    """The columns of ``batch_BN`` that this rank holds: (B, S)."""
-    return batch_BN.index_select(1, index_S.to(batch_BN.device))
+    """The columns of ``batch_BN`` that this rank holds: (B, S). Two stretches of numbers that are known on the CPU: an
+    index on its way to a GPU would wait for all that the GPU has to do."""
+    stretches = [(int(part_C[0]), len(part_C)) for part_C in index_S.chunk(2)]
+    return torch.cat([batch_BN.narrow(1, start, length) for start, length in stretches], dim=1)
 
 
 class AllGatherCore:
@@ -179,12 +182,18 @@ class AllToAllCore:
         v_BNgv = _in_order(v.reshape(cp, B, S, g, v_dim))
         kv_of_h = [head * G // H - kv_heads[rank].start for head in range(rank * h, (rank + 1) * h)]
         if h % g or kv_of_h != [i * g // h for i in range(h)]:  # parts of groups: attention is told each head's own
-            k_BNgd, v_BNgv = k_BNgd[:, :, kv_of_h], v_BNgv[:, :, kv_of_h]
+            kv_index_h = _index(tuple(kv_of_h), q_BSHd.device)
+            k_BNgd, v_BNgv = k_BNgd.index_select(2, kv_index_h), v_BNgv.index_select(2, kv_index_h)
         sinks_h = None if rule.sinks_H is None else rule.sinks_H[rank * h : (rank + 1) * h]
         out_BNhv = attend(q_BNhd, k_BNgd, v_BNgv, places.whole(), rule._replace(sinks_H=sinks_h))
         back = _by_rank(out_BNhv, cp).flatten()
         got = all_to_all(back, [B * S * h * v_dim] * cp, [B * S * h * v_dim] * cp, self.group)
         return got.view(cp, B, S, h, v_dim).permute(1, 2, 0, 3, 4).reshape(B, S, H, v_dim)
+
+
+@functools.lru_cache(maxsize=64)  # a copy to a GPU waits for it
+def _index(values: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device)
 
 
 def _in_order(parts: Tensor) -> Tensor:

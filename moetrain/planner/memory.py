@@ -125,9 +125,9 @@ def kept_bytes(kind: LayerShape, m: Mappings, run: Run, dim: int) -> tuple[Numbe
     before = _attention_kept(kind, m, run, dim) + 2 * (x + 4 * T)  # with inputs and factors of both norms
     inner = mlp = np.zeros(len(m))
     if kind.mlp:
-        mlp = N * dim * e + kind.shared_gate * T * (dim + 1) * e  # its input, of all tp ranks; what a gate scales
-        inner = N * kind.mlp_inner / m.tp * e * (4 if kind.mlp_parts == 2 else 2)
-    outer = np.zeros(len(m))
+        mlp = N * dim * e  # its input, of all tp ranks
+        inner = _mlp_inside(kind, m, run) + kind.shared_gate * T * (dim + 1) * e  # and what a gate scales
+    outer = experts_inner = np.zeros(len(m))
     if kind.experts is not None:
         outer, selective_input, experts_inner = _experts_kept(kind, m, run)
         inner = inner + experts_inner
@@ -138,13 +138,21 @@ def kept_bytes(kind: LayerShape, m: Mappings, run: Run, dim: int) -> tuple[Numbe
     plain = before + mlp + outer + inner
     kept = np.select([m.recompute == FULL, m.recompute == SELECTIVE], [x, plain - inner], plain)
     # Of a block that is computed again its inside lives once more; of any block the gradients that are under way.
-    again = np.select([m.recompute == FULL, m.recompute == SELECTIVE], [plain, inner], 0.0)
-    return kept, again + _under_way(kind, m, run, dim) + x
+    again = np.select([m.recompute == FULL, m.recompute == SELECTIVE], [plain - x, inner], 0.0)
+    later = np.where(m.recompute == SELECTIVE, experts_inner, 0.0)  # when their turn comes
+    return kept, again + _under_way(kind, m, run, dim, later) + x
 
 
-def _under_way(kind: LayerShape, m: Mappings, run: Run, dim: int) -> Numbers:
+def _mlp_inside(kind: LayerShape, m: Mappings, run: Run) -> Numbers:
+    """What a dense MLP or shared experts keep between their matrices."""
+    inside: Numbers = m.tokens(run.seq_len) * kind.mlp_inner * run.narrow * (4 if kind.mlp_parts == 2 else 2)
+    return inside
+
+
+def _under_way(kind: LayerShape, m: Mappings, run: Run, dim: int, later: Numbers) -> Numbers:
     """The most that gradients take at a time while a block runs backward, beside what it keeps less what is done with;
-    those of its weights, too, of which the experts' are far larger than the rows where few tokens meet many experts."""
+    those of its weights, too, of which the experts' are far larger than the rows where few tokens meet many experts.
+    later: what is not there before the experts run backward."""
     e, N = float(run.narrow), m.tokens(run.seq_len) * m.tp
     inner = N * kind.mlp_inner / m.tp * e
     largest = max((p.numel for p in kind.mlp), default=0) / m.tp * e
@@ -156,8 +164,12 @@ def _under_way(kind: LayerShape, m: Mappings, run: Run, dim: int) -> Numbers:
     fused = np.isin(m.dispatch, WEIGHING)
     # Before the experts run backward, shared ones are done, and rows that came back were multiplied by their weights.
     back = m.tokens(run.seq_len) * x.top_k * min(1.0, x.capacity or 1.0) * x.dim * e
-    done = inner * (4 if kind.mlp_parts == 2 else 2) + np.where(fused, 0.0, back)
-    most = np.maximum(most, np.where(fused, 1, 3) * rows)
+    shared = _mlp_inside(kind, m, run)
+    done = shared + np.where(fused, 0.0, back)
+    # Combine runs backward when shared experts are done. In forward they run beside the experts' rows, as these came
+    # and as they go back, which is more where their inside is kept.
+    forward = np.where(m.recompute == SELECTIVE, 0.0, 2 * rows + N * x.dim * e if run.lean else 3 * rows)
+    most = np.maximum(most, np.where(fused, rows, np.maximum(forward, 3 * rows - shared))) - later
     alone = (m.edp == 1) & (m.offload != 2)
     weights = x.numel / (m.ep * m.etp) * np.where(alone, run.wide, run.narrow)
     if run.lean:  # one function with all gradients; Triton's has inner activations and rows of all experts beside them
@@ -173,7 +185,8 @@ def _under_way(kind: LayerShape, m: Mappings, run: Run, dim: int) -> Numbers:
     # Those of the first matrices, rounded beside what waits for them; or of the activations, with the second's done.
     first = x.parts / (x.parts + 1) * weights * np.where(alone, 1.5, 1.0) + 2 * rows + (x.parts - x.kept) * hidden
     second = 2 * hidden + rows - np.where(alone, weights / (x.parts + 1) / 2, 0.0)
-    return np.maximum(most, np.maximum(first, second) - done)
+    weighed = np.where(fused, 12.0 * R * x.dim, 0.0)  # rows by their weights: two gradients and one that came, float32
+    return np.maximum(most, np.maximum(np.maximum(first, second), weighed) - done)
 
 
 def _rows(kind: LayerShape, m: Mappings, run: Run) -> Numbers:

@@ -56,7 +56,7 @@ def compare(run_dir: Path, cluster: str) -> dict[str, Any]:
     speeds = [line["tokens_per_s"] for line in lines if line.get("tokens_per_s")][SKIPPED:]
     if not speeds:
         raise ConfigError(f"{run_dir}/metrics.jsonl has too few steps to compare with: more than {SKIPPED} logged ones")
-    world = cfg.launch.nodes * cfg.launch.ranks
+    world = cfg.launch.world
     load = read_trace(run_dir, cfg.model) if placement_of(cfg) == "fssdp" else None  # which follows the loads
     sent = [line["lsh_sent_share"] for line in lines if line.get("lsh_sent_share")] or [SENT]
     p = Problem(

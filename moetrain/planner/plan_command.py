@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from moetrain.config.schema import Config
 from moetrain.moe.dispatch.lsh import LshOptions
 from moetrain.planner import plan_report
 from moetrain.planner.candidates import columns, placement_of, row_of
-from moetrain.planner.cluster import load_cluster
+from moetrain.planner.cluster import Cluster, load_cluster
 from moetrain.planner.loads import SENT, Load, read_trace, zipf
 from moetrain.planner.placed import fssdp_options
 from moetrain.planner.plan_emit import check_emit, emit
@@ -38,6 +38,9 @@ from moetrain.planner.search import (
 )
 
 TOKENS = 4_194_304  # of a step, where global_batch is not given
+# Settings that a search decides -> their names in mapping=
+SEARCHED = {f"parallel.{name}": name for name in ("pp", "dp_replicate", "cp", "tp", "ep", "etp", "schedule", "offload",
+            "context")} | {"parallel.stages_per_rank": "vpp", "train.recompute": "recompute"}  # fmt: skip
 Loader = Callable[..., Config]
 
 
@@ -45,6 +48,7 @@ def problem(asked: Asked, load: Loader, config_dirs: Sequence[str]) -> Problem:
     """What ``asked`` asks. load: ``config.load``. Raises ConfigError."""
     cluster = load_cluster(asked.cluster)
     given = {word.lstrip("+").partition("=")[0] for word in asked.others}
+    refuse_decided(asked, given)
     seq = asked.seq or 4096
     batch = asked.global_batch or max(1, TOKENS // seq)
     words = list(asked.others)
@@ -63,12 +67,33 @@ def problem(asked: Asked, load: Loader, config_dirs: Sequence[str]) -> Problem:
     return p
 
 
+def refuse_decided(asked: Asked, given: Collection[str]) -> None:
+    """Raise ConfigError for settings in ``given`` that would not count: a search decides them, or a word of the plan
+    says the same."""
+    decided = SEARCHED if asked.mapping is None else {}
+    for name, word in ({"train.micro_batch": "micro_batch"} | decided).items():
+        if name in given:
+            why = "is searched" if asked.mapping is None else "is a word of mapping="
+            raise ConfigError(f"{name} {why}; take it out, or explain one mapping with it: mapping={word}=...")
+    for word, name in (("seq", "train.seq_len"), ("global_batch", "train.global_batch")):
+        if getattr(asked, word) and name in given:
+            raise ConfigError(f"{word}= and {name} say the same; give one of them")
+
+
+def refuse_no_fp8(cluster: Cluster) -> None:
+    """Raise ConfigError where GPUs have no units for FP8."""
+    if cluster.kind == "gpu" and "fp8" not in cluster.tflops:
+        raise ConfigError(f"precision=fp8: GPUs of {cluster.name} have no FP8 (no fp8 in its tflops); take it out")
+
+
 def _precisions(asked: Asked, cfg: Config, cluster: Any) -> tuple[str, ...]:
     base = "bf16" if cfg.train.precision == "bf16" else "float32"
     if asked.precision == "fp8" and base != "bf16":
         raise ConfigError("precision=fp8 is of the experts' products beside train.precision=bf16; set that too")
     if asked.precision is not None and asked.precision not in (base, "fp8"):
         raise ConfigError(f"precision={asked.precision} contradicts train.precision={cfg.train.precision}")
+    if asked.precision == "fp8":
+        refuse_no_fp8(cluster)
     if asked.precision is not None:
         return (asked.precision,)
     return ("bf16", "fp8") if base == "bf16" and "fp8" in cluster.tflops else (base,)
@@ -166,6 +191,8 @@ def explain(p: Problem, mapping: dict[str, Any]) -> Plan:
         cfg.parallel.schedule = "interleaved_1f1b"
     found = row_of(cfg, check_mapping(cfg, p.world))
     found |= {name: mapping[name] for name in ("precision", "dispatch") if name in mapping}
+    if found["precision"] == "fp8":
+        refuse_no_fp8(p.cluster)
     if mapping.get("placement", found["placement"]) != found["placement"]:
         raise ConfigError(f"placement={mapping['placement']}: one rank has all experts, so there is nothing to place")
     check_placed(p, found["placement"])

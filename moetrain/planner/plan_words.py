@@ -63,8 +63,12 @@ class Asked:
 def parse(words: Sequence[str]) -> Asked:
     """Raises ConfigError for what cannot be read or is missing."""
     asked = Asked()
+    seen: set[str] = set()
     for word in words:
         name, _, value = word.partition("=")
+        if name in seen:
+            raise ConfigError(f"{name}= is there twice; give it once")
+        seen.update({name} & set(Asked.__dataclass_fields__))
         if name in ("gpus", "seq", "global_batch", "top"):
             if not re.fullmatch(r"[0-9]+", value) or not 1 <= int(value) <= 10**9:
                 raise ConfigError(f"{name} takes a whole number of 1 or more; got '{value}'")
@@ -118,6 +122,8 @@ def read_mapping(text: str) -> dict[str, Any]:
         name, equals, value = part.partition("=")
         if not equals or name not in (*SIZES, *WORDS):
             raise ConfigError(f"mapping takes name=value,... of {', '.join((*SIZES, *WORDS))}; cannot read '{part}'")
+        if name in found:
+            raise ConfigError(f"mapping has {name} twice; give it once")
         if name in SIZES:
             if not re.fullmatch(r"[0-9]+", value) or int(value) < 1:
                 raise ConfigError(f"mapping: {name} takes a whole number of 1 or more; got '{value}'")

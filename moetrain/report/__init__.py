@@ -30,6 +30,8 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
         tell_apart(runs)
         text = page(runs)
     file = out or folders[0] / "report.html"
+    if file.is_dir():
+        raise ConfigError(f"report --out {file}: this is a folder; give a file, as {file / 'report.html'}")
     temporary = file.with_name(file.name + ".tmp")
     try:
         temporary.write_text(text, encoding="utf-8")

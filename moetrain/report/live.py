@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections import deque
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +31,53 @@ SHOWN = {
     "dead_experts": "dead experts",
     "router_entropy": "router entropy",
 }
-KEPT = ("step", "tokens", "step_s", *SHOWN)  # of a line: lists by layer of a long run would fill the memory
+PACE = 50  # lines whose steps say how long the rest takes
+
+
+class Course:
+    """The course of one figure: its last value, and means of ``size`` values each, few enough to draw."""
+
+    def __init__(self) -> None:
+        self.last = 0.0
+        self._means, self._size = list[float](), 1
+        self._sum, self._count = 0.0, 0
+
+    def add(self, value: float) -> None:
+        """Take the next value."""
+        self.last = value
+        self._sum, self._count = self._sum + value, self._count + 1
+        if self._count == self._size:
+            self._means.append(self._sum / self._size)
+            self._sum, self._count = 0.0, 0
+        if len(self._means) == 2 * WIDTH:
+            self._means = [(a + b) / 2 for a, b in zip(self._means[::2], self._means[1::2], strict=True)]
+            self._size *= 2
+
+    def means(self) -> list[float]:
+        """Means of equally many values, but for the last; fewer than 2 WIDTH + 1."""
+        return [*self._means, self._sum / self._count] if self._count else list(self._means)
 
 
 class Tail:
-    """The lines of a growing JSON lines file. Only what is new is read, and a line only once it is whole."""
+    """What the view needs of a growing JSON lines file: the last line, the last ``step_s``, and the courses of what is
+    SHOWN, by name. Only what is new is read, a line only once it is whole, and none is kept: there may be millions."""
 
     def __init__(self, file: Path) -> None:
-        self.file, self.rows = file, list[dict[str, Any]]()
+        self.file = file
+        self._begin()
+
+    def _begin(self) -> None:
         self._read = 0
+        self.last: dict[str, Any] = {}
+        self.step_s: deque[float] = deque(maxlen=PACE)
+        self.courses = {key: Course() for key in SHOWN}
 
     def look(self) -> None:
         """Read what is new. A file that has become shorter (a resumed run cuts it) is read anew."""
         if not self.file.is_file():
             return
         if self.file.stat().st_size < self._read:
-            self._read = 0
-            self.rows.clear()
+            self._begin()
         with self.file.open("rb") as file:
             file.seek(self._read)
             for line in file:
@@ -57,7 +89,15 @@ class Tail:
                 except ValueError:
                     continue
                 if isinstance(row, dict) and isinstance(row.get("step"), int):
-                    self.rows.append({key: row[key] for key in KEPT if key in row})
+                    self._take(row)
+
+    def _take(self, row: dict[str, Any]) -> None:
+        self.last = row
+        if isinstance(row.get("step_s"), int | float):
+            self.step_s.append(row["step_s"])
+        for key, course in self.courses.items():
+            if isinstance(row.get(key), int | float):
+                course.add(float(row[key]))
 
 
 def watch(run: Path, console: Console, every_s: float = 1.0) -> None:
@@ -69,46 +109,45 @@ def watch(run: Path, console: Console, every_s: float = 1.0) -> None:
     tail = Tail(run / "metrics.jsonl")
     tail.look()
     if not console.is_terminal:
-        console.print(view(run, tail.rows))
+        console.print(view(run, tail))
         return
     began = (run / "summary.json").stat().st_mtime if (run / "summary.json").exists() else None
-    with Live(view(run, tail.rows), console=console, auto_refresh=False) as live:
+    with Live(view(run, tail), console=console, auto_refresh=False) as live:
         while began is None and not (run / "summary.json").exists():
             time.sleep(every_s)
             tail.look()
-            live.update(view(run, tail.rows), refresh=True)
+            live.update(view(run, tail), refresh=True)
 
 
-def view(run: Path, rows: list[dict[str, Any]]) -> Group:
+def view(run: Path, tail: Tail) -> Group:
     """What the terminal shows: how far it is, the figures with their course, and the end of the log."""
-    steps = total_steps(run)
     parts: list[Any] = [Text(str(run), style="bold")]
-    if not rows:
+    if not tail.last:
         parts.append(Text("no whole line of metrics yet"))
     else:
-        parts += [Text(progress(rows, steps)), figures(rows)]
+        config = run / "config.yaml"
+        steps = total_steps(config, config.stat().st_mtime_ns) if config.is_file() else 0
+        parts += [Text(progress(tail, steps)), figures(tail.courses)]
     parts += [Text(line, style="dim", no_wrap=True, overflow="ellipsis") for line in log_end(run)]
     return Group(*parts)
 
 
-def progress(rows: list[dict[str, Any]], steps: int) -> str:
+def progress(tail: Tail, steps: int) -> str:
     """Steps done, and how long the rest takes at the pace of the last lines."""
-    done = rows[-1]["step"]
-    times = [r["step_s"] for r in rows[-50:] if isinstance(r.get("step_s"), int | float)]
-    text = f"step {done:,} of {steps:,} ({done / max(steps, 1):.0%}), {number(rows[-1].get('tokens', 0))} tokens"
+    done, times = tail.last["step"], tail.step_s
+    text = f"step {done:,} of {steps:,} ({done / max(steps, 1):.0%}), {number(tail.last.get('tokens', 0))} tokens"
     if times and steps > done:
         left = int((steps - done) * sum(times) / len(times))
         text += f", about {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} to go"
     return text
 
 
-def figures(rows: list[dict[str, Any]]) -> Table:
+def figures(courses: dict[str, Course]) -> Table:
     """A line per figure: its last value and its course."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for key, name in SHOWN.items():
-        values = [float(r[key]) for r in rows if isinstance(r.get(key), int | float)]
-        if values:
-            table.add_row(name, f"{values[-1]:,.5g}", spark(values))
+        if means := courses[key].means():
+            table.add_row(name, f"{courses[key].last:,.5g}", spark(means))
     return table
 
 
@@ -123,10 +162,11 @@ def spark(values: list[float]) -> str:
     return "".join(BARS[round((m - low) / span * 7)] if abs(m) < float("inf") else "!" for m in means)
 
 
-def total_steps(run: Path) -> int:
-    """``train.steps`` of the run; 0 where its config cannot be read."""
+@lru_cache(maxsize=1)
+def total_steps(config: Path, written_ns: int) -> int:
+    """``train.steps`` of the run; 0 where its config, last written at ``written_ns``, cannot be read."""
     try:
-        return int(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["train"]["steps"])
+        return int(yaml.safe_load(config.read_text(encoding="utf-8"))["train"]["steps"])
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         return 0
 

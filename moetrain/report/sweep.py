@@ -115,7 +115,7 @@ def notes(sweep: SweepRuns) -> Iterator[str]:
     yield f"{len(ends) - done - cut} not finished. Ranked by {escape(sweep.metric)}, {goal} is good.</p>"
     if all(entry.value is None for entry in sweep.entries):
         yield f'<p class="note">No run has written {escape(sweep.metric)}, so there is no rank; set another with '
-        yield f"moetrain train -m --resume {escape(str(sweep.folder))} sweep.metric=NAME</p>"
+        yield f"moetrain train -m --resume {escape(shlex.quote(str(sweep.folder)))} sweep.metric=NAME</p>"
 
 
 def best(sweep: SweepRuns) -> str:

@@ -142,7 +142,8 @@ class Work:
 def varied(sweep: Sweep, name: str) -> str:
     """The words of a run that are not those of all, after a colon."""
     keys = {axis.key for axis in axes(sweep.space)}
-    words = [word for word in sweep.runs[name] if word.partition("=")[0] in keys]
+    last = {word.partition("=")[0]: word for word in sweep.runs[name]}  # a key may be given once for all before
+    words = [word for key, word in last.items() if key in keys]
     return f": {' '.join(words)}" if words else ""
 
 

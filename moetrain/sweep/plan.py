@@ -142,7 +142,7 @@ def need(package: str, what: str) -> None:
 
 def load_words(words: Sequence[str], config_dirs: Sequence[str]) -> Config:
     """The config of one run of a sweep, which by itself is none. Raises ConfigError."""
-    cfg = load(words, config_dirs=config_dirs, check=lambda cfg: check_mapping(cfg, cfg.launch.ranks), start=brings)
+    cfg = load(words, config_dirs=config_dirs, check=lambda cfg: check_mapping(cfg, cfg.launch.world), start=brings)
     if cfg.dry_run:
         raise ConfigError("dry_run=true shows one mapping at a time; take out -m")
     cfg.sweep = SweepConfig()

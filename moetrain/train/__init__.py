@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from pathlib import Path
@@ -17,11 +18,13 @@ from moetrain.train import runtime
 from moetrain.train.announce import announce
 from moetrain.train.finish import finish, stopped
 from moetrain.train.lock import locked
-from moetrain.train.preflight import preflight, refuse_replaced
+from moetrain.train.preflight import began_with, preflight, refuse_replaced
 from moetrain.train.rundir import STOPPED, claim
 from moetrain.train.signals import Requeue, Signals, listening
 from moetrain.train.trainer import Trainer
 from moetrain.train.watch import watched
+
+log = logging.getLogger("moetrain")
 
 
 def run(cfg: Config, resume: bool = False) -> None:
@@ -52,7 +55,7 @@ def _run(cfg: Config, resume: bool, signals: Signals) -> None:
         sizes = resolve_sizes(cfg.parallel, dist.get_world_size())
         run_dir = Path(cfg.run_dir) if resume else claim(cfg, resume)
         runtime.set_up_log(run_dir, dist.get_rank())
-        prepared = prepare_once(cfg.data)
+        prepared = prepare_once(cfg.data, began_with(cfg) if resume else None)
         preflight(cfg, resume)
         trainer = Trainer(cfg, sizes, run_dir)
         refuse_replaced(trainer.data, prepared)
@@ -74,7 +77,12 @@ def _run(cfg: Config, resume: bool, signals: Signals) -> None:
             trainer.snapshots.forget()
             raise
         except KeyboardInterrupt:
+            if dist.get_world_size() == 1:  # of several, those may be gone that it needs; Ctrl-C again ends this wait
+                trainer.checkpointer.wait()
             trainer.snapshots.forget()
+            good, again = trainer.checkpointer.last_good(), f"moetrain train --resume {quote(str(run_dir))}"
+            log.info("stopped    by Ctrl-C after step %d; last good checkpoint: %s; to go on: %s",
+                     trainer.step, good, again)  # fmt: skip
             raise
         if evaluation is not None and trainer.step in trainer.checkpointer.failed:
             good = trainer.checkpointer.last_good()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from moetrain.checkpoint import layout, load
 from moetrain.checkpoint.snapshot_find import Found
 from moetrain.comm.ranks import RankError, Ranks
+from moetrain.config.check_data import check_order
 from moetrain.config.errors import CheckpointError
 from moetrain.convert.features import differences
 from moetrain.convert.open import check_init, open_weights
@@ -41,7 +42,8 @@ def start(trainer: Trainer) -> None:
 
 def resume(trainer: Trainer) -> None:
     """Continue from the newest snapshot that is whole, else from the newest whole checkpoint, or from the start when
-    there is neither. Collective. Raises DataError when the data is not what it was."""
+    there is neither. Collective. Raises DataError when the data is not what it was, ConfigError for a schedule of its
+    weights that is out of order."""
     found, progress = from_snapshot(trainer)
     progress = progress or from_checkpoint(trainer)
     if trainer.snapshots.kept is not None:  # not before: a resume that is refused leaves them for one that is not
@@ -57,6 +59,7 @@ def resume(trainer: Trainer) -> None:
         trainer.events += trainer.guard.give_up_others(trainer.cfg.train.global_batch, trainer.step)
     if "data" in progress:
         samples = progress["data"]["samples"]
+        check_order(trainer.cfg, trainer.step, samples)
         trainer.loader.begin(trainer.step, samples)
         trainer.asked = asked_of(trainer.cfg, trainer.data, trainer.step, samples)
         for line in restore(trainer.sampler, trainer.asked, progress["data"]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from shlex import quote
 from typing import Any
 
 import torch
@@ -112,7 +113,7 @@ def export(trainer: Trainer, evaluation: Evaluation) -> dict[str, Any]:
     except (ConvertError, RankError) as error:
         raise RankError(
             f"training has finished, but its export was not written: {error}; to try again: moetrain train --resume "
-            f"{trainer.run_dir}"
+            f"{quote(str(trainer.run_dir))}"
         ) from None
     log.info("exported   %s", out)
     return {"export": str(out)} | (verify(trainer, evaluation) if trainer.cfg.export.verify else {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,18 +34,16 @@ def preflight(cfg: Config, resume: bool = False) -> None:
     data = open_data(cfg)
     sampler, _ = open_sampler(cfg, data)
     open_objective(cfg, data)
-    if resume:
-        with suppress(CheckpointError):  # the resume itself looks for a whole one and says what is wrong
-            saved = saved_position(Path(cfg.run_dir))
-            if saved is not None:
-                refuse_other_order(sampler, saved)
+    saved = _saved(cfg) if resume else None
+    if saved is not None:
+        refuse_other_order(sampler, saved)
     if sampler.end is not None and sampler.end < cfg.train.global_batch:
         raise DataError(
             f"the data runs out after {sampler.end} samples, before one step of {cfg.train.global_batch}; raise "
             "max_epochs, give more text, or set data.exhausted=repeat"
         )
     build_mixer(cfg, sampler)
-    world = dist.get_world_size() if dist.is_initialized() else cfg.launch.ranks
+    world = dist.get_world_size() if dist.is_initialized() else cfg.launch.world
     frozen_sizes(cfg, resolve_sizes(cfg.parallel, world))
     if cfg.export.at_end:
         family_of(cfg.model, "bias" in cfg.balance)
@@ -53,6 +52,19 @@ def preflight(cfg: Config, resume: bool = False) -> None:
         check_init(cfg, opened)
         if cfg.init_optimizer and not has_optimizer(opened):
             raise CheckpointError(f"init_optimizer=true, but {opened.path} has no optimizer state; take it out")
+
+
+def began_with(cfg: Config) -> dict[str, str] | None:
+    """Source -> SHA-256 of the training tokens that the run in ``cfg.run_dir`` began with; None where no checkpoint
+    says so. Collective."""
+    saved = _saved(cfg)
+    return None if saved is None else {name: source["sha256"] for name, source in saved["sources"].items()}
+
+
+def _saved(cfg: Config) -> dict[str, Any] | None:
+    with suppress(CheckpointError):  # the resume itself looks for a whole one and says what is wrong
+        return saved_position(Path(cfg.run_dir))
+    return None
 
 
 def open_data(cfg: Config) -> TokenData:

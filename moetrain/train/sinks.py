@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,31 +31,53 @@ class Sink(Protocol):
 
 class Jsonl:
     """``metrics.jsonl``: one object per log step. On resume, lines of steps that will be run again are cut off, and
-    those that a machine's crash has damaged.
+    those that a machine's crash has damaged. Where none would stay, as there is no checkpoint any more, all are kept
+    beside it.
 
     Lines that cannot be written (disk full) are kept and written with the next one; no line is ever there in part.
     """
 
+    BLOCK = 2**24  # bytes; what a crash has damaged was written in the seconds before it
+
     def __init__(self, path: Path, resumed_step: int) -> None:
-        kept = [line for line in self._whole_lines(path) if self._step(line) <= resumed_step]
-        path.with_suffix(".tmp").write_text("".join(kept))
-        path.with_suffix(".tmp").replace(path)
+        if resumed_step == 0 and path.exists() and path.stat().st_size:
+            n = len(list(path.parent.glob(f"{path.stem}-before-*.jsonl"))) + 1
+            path.rename(path.with_name(f"{path.stem}-before-{n}.jsonl"))
+        path.touch()
+        self._cut(path, resumed_step)
         self._file = path.open("ab", buffering=0)
         self._name = path.name
         self._waiting: list[str] = []
 
-    @staticmethod
-    def _whole_lines(path: Path) -> list[str]:
-        if not path.exists():
-            return []
-        lines = path.read_text(errors="replace").splitlines(keepends=True)
-        return [line for line in lines if line.endswith("}\n")]
+    def _cut(self, path: Path, resumed_step: int) -> None:
+        """Read from the end, as much as it takes to find a line that stays: a run of weeks has gigabytes of them."""
+        size, span = path.stat().st_size, self.BLOCK
+        while True:
+            start = max(0, size - span)
+            with path.open("rb") as file:
+                file.seek(start)
+                start += len(file.readline()) if start else 0  # of which the beginning may be missing
+                lines = file.read().splitlines(keepends=True)
+            if start == 0 or (lines and self._step(lines[0]) <= resumed_step):
+                break
+            span *= 2
+        kept = [line for line in lines if self._step(line) <= resumed_step]
+        if kept == lines[: len(kept)]:
+            os.truncate(path, start + sum(map(len, kept)))
+            return
+        temporary = path.with_suffix(".tmp")
+        with path.open("rb") as file, temporary.open("wb") as whole:
+            shutil.copyfileobj(file, whole)
+            whole.truncate(start)
+            whole.seek(start)
+            whole.writelines(kept)
+        temporary.replace(path)
 
     @staticmethod
-    def _step(line: str) -> float:
-        """Of a line; past all others where it cannot be read."""
+    def _step(line: bytes) -> float:
+        """Of a line; past all others where it cannot be read, or is not whole."""
         try:
-            return float(json.loads(line)["step"])
+            return float(json.loads(line)["step"]) if line.endswith(b"}\n") else math.inf
         except (ValueError, KeyError, TypeError):
             return math.inf
 
@@ -104,7 +127,9 @@ class TensorBoard:
     def __init__(self, run_dir: Path, resumed_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1)  # type: ignore[no-untyped-call]
+        folder, first = str(run_dir / "tensorboard"), resumed_step + 1
+        # Within a second: by default within two minutes, and a killed run lost steps of before its last checkpoint.
+        self._writer = SummaryWriter(folder, purge_step=first, flush_secs=1)  # type: ignore[no-untyped-call]
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
@@ -119,7 +144,11 @@ class TensorBoard:
 
 
 class WandB:
-    """Weights & Biases; ``auto`` is online with an API key and offline without."""
+    """Weights & Biases; ``auto`` is online with an API key and offline without.
+
+    A run that goes on is the same run there: ``wandb-id`` in the run directory says which, unless WANDB_RUN_ID does.
+    Not offline: of two parts with one id, the one that is sent later takes the place of the other (wandb issue 3841).
+    """
 
     def __init__(self, cfg: Config, run_dir: Path, resolved: dict[str, Any]) -> None:
         import wandb
@@ -127,16 +156,24 @@ class WandB:
         mode: Any = cfg.log.wandb
         if mode == "auto":
             mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
+        file = run_dir / "wandb-id"
+        keeps = mode == "online" and "WANDB_RUN_ID" not in os.environ
+        kept = file.read_text().strip() if keeps and file.exists() else None
         self._run: Any = wandb.init(
             project=cfg.log.wandb_project,
             name=run_dir.name,
             dir=str(run_dir),
             mode=mode,
             config=resolved,
+            id=kept,
+            resume="allow" if kept else None,
         )
+        if keeps and not kept:
+            file.write_text(f"{self._run.id}\n")
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
-        self._run.log(flat(metrics), step=step)
+        if step >= self._run.step:  # one that it has from before a kill it would refuse, with a warning each
+            self._run.log(flat(metrics), step=step)
 
     def close(self) -> None:
         self._run.finish()

@@ -36,6 +36,8 @@ def run(asked: Asked, say: Callable[[str], None] = print) -> None:
     parents = [Model(one.model, one.source, path) for one, path in zip(opened, asked.parents, strict=True)]
     context = Context(asked.seed, cache(lambda: calibration_ids(opened[0], asked)))
     made = UPCYCLERS.get(asked.method).build(asked.options, parents, context)
+    if len(opened) > 1:
+        _check_tokenizers(opened)
     if asked.to == "hf":
         family_of(made.model.cfg)  # raises where no class has the result
     optimizer = carried(made, opened[0], asked.method) if asked.optimizer else None
@@ -57,6 +59,18 @@ def run(asked: Asked, say: Callable[[str], None] = print) -> None:
     for parent, value in zip(parents, before, strict=True):
         say(f"loss {value:.4f} of {parent.where}, {after - value:+.4f} by upcycling")
     say(json.dumps(_report(asked, made, form, before, after) | figures))
+
+
+def _check_tokenizers(opened: list[Opened]) -> None:
+    """Raise ConfigError where parents have tokenizers of different words; tokens that were added later may differ."""
+    known = [one for one in opened if one.tokenizer is not None]
+    words = [load_tokenizer(str(one.tokenizer)).tokenizer.get_vocab(with_added_tokens=False) for one in known]
+    for other, theirs in zip(known[1:], words[1:], strict=False):
+        if theirs != words[0]:
+            raise ConfigError(
+                f"parents must have the same tokenizer: that of {other.path} has other words than that of "
+                f"{known[0].path}; train them on data of one (data.tokenizer.path=)"
+            )
 
 
 def write(model: Model, asked: Asked, tokenizer: Path | None, optimizer: Source | None) -> str:

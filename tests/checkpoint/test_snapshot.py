@@ -198,6 +198,28 @@ def test_left_overs_are_cleared_but_nothing_of_a_run_that_lives(tmp_path: Path) 
     assert {path.name for path in tmp_path.iterdir()} == {"moetrain-lives", "moetrain-recent", "moetrain-next"}
 
 
+def test_pages_are_locked_once_for_each_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as that shows without a GPU: what is registered with CUDA, and that it is let go when the file grows."""
+    held: dict[int, int] = {}
+
+    class Cuda:
+        def cudaHostRegister(self, at: int, size: int, flags: int) -> int:
+            assert at not in held
+            held[at] = size
+            return 0
+
+        def cudaHostUnregister(self, at: int) -> int:
+            del held[at]
+            return 0
+
+    monkeypatch.setattr(torch.cuda, "cudart", Cuda)
+    slot = Slot(tmp_path / "own-0-0")
+    for size in (1000, 900, 100_000):
+        slot.reserve(size, 10)
+        slot.lock()
+        assert held == {slot.bytes_N.data_ptr(): len(slot.bytes_N)}
+
+
 def test_checksums_see_every_word_and_the_order_of_stretches() -> None:
     values = torch.randint(256, (8 * slots.CHUNK * 3 + 5,), dtype=torch.uint8)
     first = checksum(values)

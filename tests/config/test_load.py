@@ -44,6 +44,8 @@ REFUSED = [
     ("train.steps=1.5", "train.steps takes int >= 1; got 1.5"),
     ("train.steps=true", "train.steps takes int >= 1; got true"),
     ("train.compile=1", "train.compile takes true or false; got 1"),
+    ("launch.env={A:1}", "launch.env.A takes text; got 1"),
+    ("launch.kubernetes.rdma={rdma/ib:0}", "launch.kubernetes.rdma.rdma/ib takes int >= 1; got 0"),
     ("train=5", "train takes a group of settings; got 5"),
     ("train.steps.x=1", 'train.steps takes int >= 1; got {"x": 1}'),
     ("model.attention.kind=mha", 'model.attention.kind takes one of gqa, mla; got "mha"'),

@@ -23,6 +23,14 @@ MAPPINGS = [
 ]
 
 
+def test_an_explicit_layout_keeps_its_longest_stage() -> None:
+    words = ["model=deepseek-v3", "parallel.pp=2", "parallel.layout=[25,36]", "balance=[bias]", "train.micro_batch=1"]
+    cfg = load(words, check=lambda cfg: check_mapping(cfg, 2))
+    small = shrink(cfg, resolve_sizes(cfg.parallel, 2))
+    check_mapping(small, 2)
+    assert small.parallel.layout == [1, 2] and cfg.parallel.layout == [25, 36]
+
+
 @pytest.mark.parametrize(("world", "mapping"), MAPPINGS)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_small_copy_of_every_preset_fits(preset: str, world: int, mapping: list[str]) -> None:

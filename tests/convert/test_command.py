@@ -157,6 +157,7 @@ def test_files_written_row_by_row_are_what_safetensors_reads(tmp_path: Path) -> 
         ("to=hf from=young out=x", "run 'young' has no checkpoint yet"),
         ("to=hf from=run out=full", "'full' is not empty"),
         ("to=safetensors from=run out=full/there.safetensors", "is there already"),
+        ("to=hf from=run out=full/there.safetensors/x", "there.safetensors' is a file, not a folder"),
         ("to=hf from=full/there.safetensors out=x", "has no moetrain_model in its header"),
         ("to=hf from=run out=x family=olmoe", "model.family=olmoe has no model.attention.qk_norm=head"),
         ("to=hf from=run out=x tokenizer=empty", "tokenizer=empty: no tokenizer.json is there"),

@@ -19,7 +19,7 @@ from moetrain.config import load
 from moetrain.config.errors import ConvertError
 from moetrain.config.schema import AttentionConfig, ExpertsConfig, ModelConfig, MoEConfig, RopeConfig
 from moetrain.convert.export import export_hf
-from moetrain.convert.family import family_of
+from moetrain.convert.family import family_of, lacking_features
 from moetrain.convert.features import features
 from moetrain.convert.load import load_hf, read_hf_config
 from moetrain.convert.remote import modeling_moetrain
@@ -46,7 +46,7 @@ MODELS: dict[str, tuple[list[str], str]] = {
     "clamped experts, sinks": (
         ["model=tiny-gpt-oss", "model.attention.qk_norm=head", "model.rope.interleaved=true", "model.moe.every=2",
          "model.dense_dim=40", "model.activation=swiglu_clamped", "model.attention.sliding_layers=[1]", *YARN,
-         "model.rope.truncate=false"],
+         "model.rope.truncate=false", "model.rope.beta_slow=4"],
         "model.rope.interleaved=true",
     ),
     "sigmoid, gated shared": (
@@ -159,6 +159,8 @@ def test_what_fine_tuning_asks_of_a_model(tmp_path: Path) -> None:
         assert plain.hidden_states[0].shape == plain.hidden_states[-1].shape and len(plain.hidden_states) == 5
         torch.testing.assert_close(F.linear(plain.hidden_states[-1], (model.head or model.embed).weight), plain.logits)
         assert model(ids).hidden_states is None
+        loss, logits = model(ids, labels=ids, return_dict=False)
+        assert torch.equal(loss, plain.loss) and torch.equal(logits, plain.logits)
 
         expected = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
         model.zero_grad()
@@ -279,6 +281,7 @@ print(json.dumps([float((plain - pad).abs().max()), out[0].tolist()]))
 def test_it_can_be_asked_for_and_has_to_be_whole(tmp_path: Path) -> None:
     cfg = load(["model=tiny", "model.family=moetrain"]).model
     assert family_of(cfg).name == "moetrain"
+    assert lacking_features(cfg) == "model.family=moetrain, though qwen3_moe of transformers computes the same"
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "moetrain"}))
     with pytest.raises(ConvertError, match="no entry 'moetrain'"):
         read_hf_config(tmp_path)

@@ -181,9 +181,12 @@ def train_bpe() -> Tokenizer:
     return tokenizer
 
 
-@pytest.mark.parametrize("preset", ["tiny", "tiny-deepseek", "tiny-gpt-oss", "tiny-qwen2"])
-def test_an_exported_run_gives_the_same_loss_in_transformers(preset: str, tmp_path: Path) -> None:
-    cfg = load([f"model={preset}"]).model
+FULL = "tiny-gpt-oss model.attention.sliding_window=null model.attention.sliding_layers=null"
+
+
+@pytest.mark.parametrize("settings", ["tiny", "tiny-deepseek", "tiny-gpt-oss", FULL, "tiny-qwen2"])
+def test_an_exported_run_gives_the_same_loss_in_transformers(settings: str, tmp_path: Path) -> None:
+    cfg = load(f"model={settings}".split()).model
     cfg.vocab_size, cfg.n_layers = 320, 2
     if cfg.attention.sliding_layers:
         cfg.attention.sliding_layers = [0]
@@ -193,7 +196,7 @@ def test_an_exported_run_gives_the_same_loss_in_transformers(preset: str, tmp_pa
         for p in ours.parameters():
             p.normal_(0, 0.1)
     tokenizer = train_bpe()
-    export_hf(cfg, ours.state_dict(), tmp_path / "export", tokenizer)
+    assert export_hf(cfg, ours.state_dict(), tmp_path / "export", tokenizer) != "moetrain"
 
     text = "the text is real — and ünïcode"
     their_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "export")

@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 
 from moetrain.config import load
+from moetrain.config.check import check_config
+from moetrain.config.check_data import check_order
 from moetrain.config.errors import ConfigError, DataError
 from moetrain.config.schema import Config, TrainConfig
 from moetrain.config.schema_data import DataConfig, DomainConfig, MixtureStepConfig, SourceConfig
 from moetrain.data.asked import ask
 from moetrain.data.dataset import TokenData
+from moetrain.data.deal import Dealer, Source
 from moetrain.data.forecast import describe, warnings, worth
 from moetrain.data.loader import Loader
 from moetrain.data.weights import temperature_weights, unimax_weights
@@ -149,6 +152,31 @@ REFUSED = {
 def test_refused_before_anything_starts(words: str) -> None:
     with pytest.raises(ConfigError, match=REFUSED[words]):
         load(["experiment=demo", words])
+
+
+def test_a_resumed_run_tells_which_entry_of_the_schedule_comes_first() -> None:
+    """100 steps of 8 samples, then steps of 4: step 150 begins with sample 1000, not 600; ten tokens are a sample."""
+    step, tokens = ({"weights": {"a": 0.5}, "from_step": 150}, {"weights": {"a": 0.7}, "from_tokens": 9000})
+    before, same = {"weights": {"a": 0.6}, "from_step": 99}, {"weights": {"a": 0.7}, "from_tokens": 6000}
+    sources: dict[str, dict[str, Any]] = {"a": {}, "b": {}}
+
+    def scheduled(*entries: dict[str, Any]) -> Config:
+        return config(sources, schedule=[MixtureStepConfig(**entry) for entry in entries])
+
+    good = scheduled(before, tokens, step)
+    with pytest.raises(ConfigError, match=r"data\.schedule\[2\] must begin later than data\.schedule\[1\]"):
+        check_config(good)  # as a run of its own
+    check_config(good, resumed=True)
+    check_order(good, 100, 800)
+    assert [phase.first_sample for phase in ask(good, {"a": 9, "b": 9}, 100, 800).phases] == [0, 796, 900, 1000]
+    for bad in (scheduled(step, tokens), scheduled(tokens, before)):
+        check_config(bad, resumed=True)
+        with pytest.raises(ConfigError, match="must begin later"):
+            check_order(bad, 100, 800)
+    check_order(scheduled({**tokens, "from_tokens": 400}, before), 100, 800)  # both have begun
+    asked = ask(scheduled(same, step), {"a": 9, "b": 9})  # both at sample 600, as far as the config alone can tell
+    dealer = Dealer({name: Source(name, 10.0) for name in sources}, asked.phases)
+    assert [phase.first_sample for phase in dealer.history] == [0, 600]
 
 
 def test_two_weights_for_one_domain_and_a_domain_of_nothing_are_refused() -> None:

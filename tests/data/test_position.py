@@ -16,6 +16,8 @@ from moetrain.config.errors import DataError
 from moetrain.config.schema import Config, TrainConfig
 from moetrain.config.schema_data import DataConfig, DomainConfig, MixtureStepConfig, SourceConfig
 from moetrain.data.dataset import TokenData
+from moetrain.data.deal import Dealer, Source
+from moetrain.data.history import Phase, WeightHistory
 from moetrain.data.loader import Loader
 from moetrain.data.position import position, restore
 from moetrain.data.sampler import Sample
@@ -229,6 +231,26 @@ def test_what_would_repeat_or_skip_text_is_refused(data: TokenData) -> None:
     ]:
         with pytest.raises(DataError, match=message):
             take(cfg, data, kept, 5, 6, (1, BATCH))
+    for domain, grouped in (("food", {"code": "land"}), ("land", {"code": "land", "food": "land", "sea": "land"})):
+        other = TokenData(data.dir, data.manifest, data._shards, data.vocab_size, grouped)
+        with pytest.raises(DataError, match=f"shares its domain '{domain}' with others than when this run"):
+            restore(open_sampler(config(), other)[0], asked_of(config(), data, 5, 5 * BATCH), saved)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_order_in_which_weights_are_named_decides_no_sample(seed: int) -> None:
+    """A schedule names sources domain by domain, a checkpoint in the order of the config, and the last bit of a sum
+    follows its order; among equal shares it decides which source gets a sample."""
+    rng = random.Random(seed)
+    names = list("abcdef")
+    sources = {name: Source(rng.choice("xyz"), 64.0) for name in names}
+    mixed = rng.sample(names, len(names))
+    shares = [{name: rng.choice([0.1, 0.2, 0.3, 0.7]) for name in mixed} for _ in range(4)]
+    phases = [Phase(20 * n, {x: w / sum(of.values()) for x, w in of.items()}, "config") for n, of in enumerate(shares)]
+    dealer, resumed = Dealer(sources, phases), Dealer(sources, phases)
+    named = [replace(phase, weights={name: phase.weights[name] for name in names}) for phase in phases]
+    resumed.restore(WeightHistory(named), 80, [])
+    assert [resumed.locate(i) for i in range(300)] == [dealer.locate(i) for i in range(300)]
 
 
 def test_a_new_source_may_join_on_resume(data: TokenData, undisturbed: list[Step]) -> None:

@@ -142,6 +142,30 @@ def test_prepared_data_outlives_its_sources(tmp_path: Path, caplog: pytest.LogCa
     assert "going on with the data that was prepared" in caplog.text
 
 
+def test_a_run_that_goes_on_keeps_the_data_that_it_began_with(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Text that has grown, and a new source beside a tokenizer that is trained here: what was prepared stays, since
+    the run could not go on with anything else."""
+    cfg = config(tmp_path, write_corpus(tmp_path / "text", documents=10))
+    first, before = prepare(cfg, progress=False), contents(Path(cfg.dir))
+    began = {name: info.train.sha256["bin"] for name, info in first.domains.items()}
+    with open(tmp_path / "text/sea.txt", "a", encoding="utf-8") as file:
+        file.write(document("sea", 1000))
+    assert prepare(cfg, progress=False, began=began) == first and contents(Path(cfg.dir)) == before
+    assert "the text has changed since" in caplog.text
+    (tmp_path / "new.txt").write_text(document("food", 2000) * 3, encoding="utf-8")
+    cfg.sources["new"] = SourceConfig(paths=[str(tmp_path / "new.txt")])
+    with pytest.raises(DataError, match=r"a new tokenizer would be trained; keep the run's with data.tokenizer.path="):
+        prepare(cfg, progress=False, began=began)
+    cfg.tokenizer.path = f"{cfg.dir}/tokenizer.json"
+    with pytest.raises(DataError, match=r"source 'sea' is not the text, .* that this run began with, so '.*' was left"):
+        prepare(cfg, progress=False, began=began)
+    assert contents(Path(cfg.dir)) == before
+    write_corpus(tmp_path / "text", documents=10)
+    again = prepare(cfg, progress=False, began=began)
+    assert {name: again.domains[name].train for name in began} == {name: i.train for name, i in first.domains.items()}
+    assert "new" in again.domains
+
+
 @pytest.mark.parametrize(("delimiter", "warns"), [("^=====$", True), ("^=====\\r?$", False)])
 def test_a_delimiter_that_divides_nothing_is_warned_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, delimiter: str, warns: bool
@@ -164,6 +188,16 @@ def test_two_processes_at_once_make_it_once(tmp_path: Path) -> None:
         process.join(60)
     assert [process.exitcode for process in both] == [0, 0]
     TokenData.open(cfg.dir)
+
+
+def test_a_file_system_without_locks_is_used_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Lustre is where it is mounted without flock."""
+
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    prepare(config(tmp_path, write_corpus(tmp_path / "text", documents=10)), progress=False)
 
 
 def test_full_disk_is_one_line_and_the_older_data_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,6 +237,8 @@ BAD_INPUT: dict[str, tuple[bytes, dict[str, dict[str, Any]], str]] = {
     "huge line": (b"x" * 2_100_000, source(FILE), "a.txt' line 1 has more than 1 MB"),
     "huge line, late": (LATE, source(FILE), "a.txt' line 900001 has more than 1 MB"),
     "one letter": (b"x", source(FILE), "too little text for a training and a held-out part"),
+    "field of text": (b"x", source(FILE, field="content"), "field=content is for JSON lines and parquet"),
+    "delimiter that fits everywhere": (b"x", source(FILE, delimiter="x*"), "fits between any two letters"),
     "bad delimiter": (b"x", source(FILE, delimiter="("), "is not a regular expression"),
     "group in delimiter": (b"x y", source(FILE, delimiter="( )"), "has a capturing group"),
     "negative weight": (b"x", source(FILE, weight=-1.0), "weight of domain 'a' is -1"),
@@ -253,6 +289,18 @@ def test_folders_and_globs_give_each_text_file_once(tmp_path: Path) -> None:
     assert {text.split()[3] for text in texts} == {"b.md", "a.txt", "sub/c.py"}
 
 
+def test_prepared_data_in_a_folder_of_text_is_no_text(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As with data.sources.NAME.paths=[.]: every call found new text, and trained on its own manifest. What else is
+    left out is said."""
+    write_corpus(tmp_path)
+    (tmp_path / "b.txt.gz").write_bytes(b"")
+    cfg = config(tmp_path, {"a": SourceConfig(paths=[str(tmp_path)])})
+    caplog.set_level("INFO")
+    first = prepare(cfg, progress=False)
+    assert "source 'a': files with other endings are left out: .gz 1" in caplog.text
+    assert prepare(cfg, progress=False) == first and first.domains["a"].train.documents == 3
+
+
 def test_a_folder_gives_what_it_links_to(tmp_path: Path) -> None:
     """Folders on other disks, each once, whatever these link to."""
     corpus, web, code = (tmp_path / name for name in ("corpus", "disk1/web", "disk2/code"))
@@ -279,6 +327,10 @@ def test_a_folder_that_is_something_else_is_never_touched(tmp_path: Path) -> Non
     cfg.name = "another"
     with pytest.raises(DataError, match="holds the prepared data set 'test', not 'another'"):
         prepare(cfg, progress=False)
+    for nothing in ("", ".", "/", ".."):
+        cfg.dir = nothing
+        with pytest.raises(DataError, match="names no folder that could be made; give one such as prepared/another"):
+            prepare(cfg, progress=False)
 
 
 def test_a_link_to_the_folder_stays_and_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -345,9 +397,12 @@ def test_tokenizers_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
             '{"version":"1.0","added_tokens":[],"model":{"type":"BPE","vocab":{"a":0},"merges":[]}}',
             "no token that ends",
         ),
+        (None, "has no token '</s>', which its tokenizer_config.json names as eos_token"),
     ]:
         if content is not None:
             bad.write_text(content)
+        elif bad.exists():
+            (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
         cfg.tokenizer.path = str(bad)
         with pytest.raises(DataError, match=message) as error:
             prepare(cfg, progress=False)

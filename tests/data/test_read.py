@@ -34,9 +34,9 @@ def json_lines(texts: list[str], field: str = "text") -> bytes:
     return "\n".join(json.dumps({"id": i, field: text}) for i, text in enumerate(texts)).encode()
 
 
-def parquet(texts: list[Any], kind: pyarrow.DataType, field: str = "text", rows: int = 7) -> bytes:
+def parquet(texts: list[Any], kind: pyarrow.DataType, field: str = "text", rows: int = 7, first: str = "id") -> bytes:
     """Row groups of ``rows`` rows, with another column before the text."""
-    table = pyarrow.table({"id": list(range(len(texts))), field: pyarrow.array(texts, kind)})
+    table = pyarrow.table([list(range(len(texts))), pyarrow.array(texts, kind)], names=[first, field])
     sink = io.BytesIO()
     pyarrow.parquet.write_table(table, sink, row_group_size=rows)
     return sink.getvalue()
@@ -133,6 +133,7 @@ WRONG: dict[str, tuple[str, bytes, str]] = {
     "empty parquet": ("a.parquet", b"", "a.parquet' is not parquet, or damaged or cut off after row 0"),
     "parquet cut off": ("a.parquet", parquet(["x"] * 99, TEXT)[:-100], "a.parquet' is not parquet, or damaged or cut"),
     "no column": ("a.parquet", parquet(["x"], TEXT, "body"), "has no field 'text', but 'id', 'body'; set data.sources"),
+    "two columns": ("a.parquet", parquet(["x"], TEXT, first="text"), "several columns 'text'; rename all but one"),
     "column of numbers": ("a.parquet", parquet([1], pyarrow.int64()), "column 'text' holds int64, not text"),
     "null in parquet": ("a.parquet", parquet(["x"] * 9 + [None], TEXT), "a.parquet' row 10: field 'text' is null"),
     "long row": ("a.parquet", parquet(["x", "y" * 1_000_001], TEXT), "a.parquet' row 2 has more than 1 MB"),

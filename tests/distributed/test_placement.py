@@ -116,7 +116,7 @@ FSSDP_ON: list[tuple[int, bool, list[Variant]]] = [
         (FREES, {"copies", "moved"}),
         ([*FREES, "train.recompute=selective"], {"copies"}),
         ([*MOVING, "train.recompute=full"], {"copies"}),
-        (CALIBRATES, {"copies", "added"}),
+        ([*CALIBRATES, "train.recompute=full"], {"copies", "added"}),
     ]),
     (4, True, [
         (MOVING, {"copies", "moved"}),
@@ -285,6 +285,7 @@ REFUSED = [
     (2, ["parallel.ep=2", "experts.placement.slots=-1"], "experts.placement.slots"),
     (2, ["parallel.ep=2", "experts.placement.budget=0"], "experts.placement.budget"),
     (2, ["parallel.ep=2", "experts.placement.kind=fsdp"], "did you mean 'fssdp'?"),
+    (2, ["parallel.ep=2", "experts.placement=fssdp"], "choose a preset with experts/placement=NAME"),
 ]  # fmt: skip
 
 
@@ -296,6 +297,13 @@ def test_what_cannot_be_placed_is_refused(world: int, settings: list[str], messa
     with pytest.raises(ConfigError) as error:
         load_config(words, check=lambda cfg: check_mapping(cfg, world))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_config_that_is_loaded_is_refused_as_well() -> None:
+    """As where a model is built from Python: its options no longer tell their kind, so nothing can be tried."""
+    cfg = load_config([*BASE, "experts/placement=fssdp", "parallel.ep=2", "parallel.offload=all"])
+    with pytest.raises(ConfigError, match=r"not parallel.offload=all; change parallel.offload or experts.placement"):
+        check_mapping(cfg, 2)
 
 
 def no_slots(cfg: Config) -> tuple[dict[str, bool], int]:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moetrain import cli
 from moetrain.data.tokenizer import load_tokenizer
@@ -75,6 +77,21 @@ def test_generate_prints_the_prompt_and_what_follows(run: Path, capsys: pytest.C
         assert cli.main(["generate", path, "prompt=the model", "max_tokens=12", words]) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != texts[2] and all(text.startswith("the model") for text in texts)
+
+
+def test_a_prompt_begins_as_in_transformers(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With BOS, where the tokenizer that came with the weights puts one, which Gemma says nothing sensible without."""
+    file = Path("hf/tokenizer.json")
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.post_processor = TemplateProcessing(single="the $A", special_tokens=[("the", tokenizer.token_to_id("a"))])
+    tokenizer.save(str(file))
+    ids = AutoTokenizer.from_pretrained("hf")("model", return_tensors="pt")["input_ids"]
+    assert ids[0, 0] == tokenizer.token_to_id("a")
+    theirs = AutoModelForCausalLM.from_pretrained("hf").eval()
+    wanted = theirs.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+    capsys.readouterr()
+    assert cli.main(["generate", "hf", "prompt=model", "max_tokens=8", "temperature=0"]) == 0
+    assert capsys.readouterr().out.rstrip("\n") == tokenizer.decode(wanted[0].tolist())[1:]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import get_args
 
 import pytest
 import torch
-from moe_kernels import ACTIVATIONS, BACKENDS, choose_backend, expert_mlp
+from moe_kernels import ACTIVATIONS, BACKENDS, choose_backend, expert_mlp, grouped_mm
 
 from moetrain.config.schema import Activation, ExpertBackend
 from tests.kernels.expert_cases import Case, make_case
@@ -88,6 +88,12 @@ def _change(case: Case, name: str) -> dict[str, object]:
         "x": {"x_ND": case.inputs["x_ND"][:, 1:]},
         "bias": {"b13": case.inputs["w13"][..., 0].flatten(1)},
         "index": {"index_R": torch.arange(5, dtype=torch.int32)},
+        "floats": {"counts": [2.5, 2.5]},
+        "table": {"counts": torch.tensor([[2], [3]])},
+        "device": {"w2": case.inputs["w2"].to("meta")},
+        "index's device": {"index_R": torch.arange(5, device="meta")},
+        "no experts": {name: case.inputs[name][:0] for name in ("w13", "w2")} | {"counts": []},
+        "no width": {"w13": case.inputs["w13"][:, :, :0], "w2": case.inputs["w2"][..., :0]},
     }
     return args | changes[name]
 
@@ -111,12 +117,34 @@ def _change(case: Case, name: str) -> dict[str, object]:
         ("x", "x has shape"),
         ("bias", "b13 has shape"),
         ("index", "index_R is int64, not torch.int32"),
+        ("floats", "counts must be integers, not floats"),
+        ("table", r"counts must be integers \(2,\), not torch.int64 of shape \(2, 1\)"),
+        ("device", "experts: tensors are on cpu and on meta; bring them to one device"),
+        ("index's device", "tensors are on cpu and on meta"),
+        ("no experts", r"w13 has shape \(0, 2, 8, 16\); \(e, 2, F, D\) are all 1 or more"),
+        ("no width", r"w13 has shape \(2, 2, 0, 16\)"),
     ],
 )
 def test_inputs_that_do_not_fit(change: str, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint) as error:
         expert_mlp(**_change(make_case([2, 3]), change))  # type: ignore[arg-type]
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("backend", ["loop", "grouped_mm", "cpu"])
+def test_autocast_changes_nothing(backend: str) -> None:
+    """In no backend: in some torch's operators would be cast, others are compiled."""
+    case = make_case([5, 0, 9], bias=True)
+    inputs = {name: t.float() for name, t in case.inputs.items()}
+
+    def run() -> list[torch.Tensor]:
+        y = expert_mlp(**inputs, counts=case.counts, index_R=case.index_R, backend=backend)
+        return [y, grouped_mm(y, inputs["w13"].flatten(1, 2), case.counts, backend=backend)]
+
+    want = run()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = run()
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(got, want, strict=True))
 
 
 def test_a_config_can_ask_for_every_activation_and_backend() -> None:

@@ -34,6 +34,8 @@ ROWS = {"a": FP8, "a_scale": FP32, "w": FP8, "w_scale": FP32, "out": BF16, **TIL
 GRADIENT = {"left": FP8, "left_scale": FP32, "right": FP8, "right_scale": FP32, "out": BF16, "start": "*i32"}
 ACT = {"F": F, "ACT": "swiglu", "GATED": True, **ROWS_BY}
 OUT = {"q": FP8, "scale": FP32}
+ACT_GRADIENT = {"h": BF16, "da": BF16, "s": FP32, "a": BF16, "dh": BF16, "ds": FP32, "R": "i32", **OUT}
+WARPS = {fp8.quantize_blocks_kernel: 8, fp8.activation_gradient_kernel: fp8.GRADIENT_WARPS}
 Kernel = tuple[Any, dict[str, str], dict[str, Any]]
 
 
@@ -72,10 +74,11 @@ OTHERS: dict[str, Kernel] = {
         {"E": E, "C": D, "TILE": fp8.TILE, "COLUMNS": fp8.COLUMNS},
     ),
     "activation": (fp8.activation_kernel, {"h": BF16, "s": FP32, "R": "i32", **OUT}, ACT),
-    "activation gradient": (
+    "activation gradient": (fp8.activation_gradient_kernel, ACT_GRADIENT, ACT),
+    "activation gradient, swiglu_clamped": (
         fp8.activation_gradient_kernel,
-        {"h": BF16, "da": BF16, "s": FP32, "a": BF16, "dh": BF16, "ds": FP32, "R": "i32", **OUT},
-        ACT | {"ACT": "gpt_oss"},
+        ACT_GRADIENT,
+        ACT | {"F": 1024, "ACT": "swiglu_clamped"},
     ),
 }
 
@@ -95,6 +98,5 @@ def test_products(name: str, tmp_path: Path) -> None:
 def test_other_kernels(name: str, rows: str, tmp_path: Path) -> None:
     kernel, types, constants = OTHERS[name]
     types = {argument: rows if kind == BF16 else kind for argument, kind in types.items()}
-    warps = 8 if kernel is fp8.quantize_blocks_kernel else 4
-    usage = usage_of(compiled(kernel, 90, types, constants, warps), tmp_path)
+    usage = usage_of(compiled(kernel, 90, types, constants, WARPS.get(kernel, 4)), tmp_path)
     assert usage["STACK"] == usage["LOCAL"] == 0, f"spills: {usage}"

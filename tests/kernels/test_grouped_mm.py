@@ -74,8 +74,15 @@ def test_awkward_operands(backend: str) -> None:
     [
         ({"counts": [3, 8]}, "counts must be 3 row numbers that sum to 12, not 2 that sum to 11"),
         ({"counts": [3, -1, 10]}, "counts must be 3 row numbers"),
-        ({"x": torch.zeros(12, 7)}, r"x is \(R, K\) and w \(e, N, K\), e > 0, not \(12, 7\) and \(3, 24, 40\)"),
-        ({"w": torch.zeros(0, 24, 40), "counts": []}, "e > 0"),
+        (
+            {"x": torch.zeros(12, 7)},
+            r"x is \(R, K\) and w \(e, N, K\), all but R 1 or more, not \(12, 7\) and \(3, 24, 40\)",
+        ),
+        ({"w": torch.zeros(0, 24, 40), "counts": []}, "all but R 1 or more"),
+        ({"w": torch.zeros(3, 0, 40)}, "all but R 1 or more"),
+        ({"w": torch.zeros(3, 24, 40, device="meta")}, "grouped_mm: tensors are on cpu and on meta"),
+        ({"counts": [3.0, 0.0, 9.0]}, "counts must be integers, not floats"),
+        ({"counts": torch.tensor([3.0, 0.0, 9.0])}, r"counts must be integers \(3,\), not torch.float32"),
         ({"w": torch.zeros(3, 24, 40).bfloat16()}, "w is torch.bfloat16 but x is torch.float32"),
         ({"backend": "cublas"}, "grouped_mm has no backend 'cublas'; known: auto, loop"),
         ({"backend": "triton"}, "grouped_mm cannot run on backend 'triton': .*; use 'auto' or 'loop'"),

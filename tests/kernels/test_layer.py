@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from moe_kernels import expert_mlp, moe_mlp
+from moe_kernels import expert_mlp, moe_mlp, permute
+from torch import Tensor
 
 from tests.kernels.layer_cases import by_definition, kept_bytes, make_layer, run
 from tests.kernels.test_experts import compare
@@ -17,6 +20,41 @@ def test_is_its_definition(backend: str, activation: str, matrices: int) -> None
     want = run(by_definition, inputs, ids_TK, torch.float64, activation=activation)
     dtype, tolerance = (torch.float32, 2e-5) if backend == "grouped_mm" else (torch.float64, 1e-12)
     compare(run(moe_mlp, inputs, ids_TK, dtype, activation=activation, backend=backend), want, tolerance)
+
+
+def in_two_steps(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, w13: Tensor, w2: Tensor, **more: Any) -> Tensor:
+    """``moe_mlp`` by ``expert_mlp``, for those who order rows themselves: it adds up each token's."""
+    _, counts_e, row_TK = permute(x_TD.detach(), ids_TK, len(w13))
+    assignment_R = row_TK.flatten().argsort()
+    return expert_mlp(
+        x_TD, counts_e, w13, w2, index_R=assignment_R // ids_TK.shape[1], weight_R=weights_TK.flatten()[assignment_R],
+        row_TK=row_TK, **more,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["loop", "cpu", "grouped_mm"])
+def test_experts_may_add_up_each_tokens_rows(backend: str) -> None:
+    inputs, ids_TK = make_layer(T=19, K=3, E=6, D=16, F=8, bias=True)
+    want = run(by_definition, inputs, ids_TK, torch.float64)
+    dtype, tolerance = (torch.float32, 2e-5) if backend == "grouped_mm" else (torch.float64, 1e-12)
+    compare(run(in_two_steps, inputs, ids_TK, dtype, backend=backend), want, tolerance)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"row_TK": torch.zeros(12, dtype=torch.int64)}, "row_TK is int64 .N, K., beside index_R, not torch.int64"),
+        ({"row_TK": torch.zeros(6, 2)}, "row_TK is int64 .N, K., beside index_R, not torch.float32"),
+        ({"row_TK": torch.zeros(4, 3, dtype=torch.int64)}, "row_TK has shape .4, 3. where 6 tokens have 12 rows"),
+        ({"row_TK": torch.zeros(6, 1, dtype=torch.int64)}, "row_TK has shape .6, 1. where 6 tokens have 12 rows"),
+        ({"index_R": None, "counts": [6, 0, 0, 0]}, "row_TK is int64 .N, K., beside index_R"),
+    ],
+)
+def test_rows_of_tokens_that_do_not_fit(change: dict[str, Any], complaint: str) -> None:
+    inputs, _ = make_layer(T=6, K=2, E=4, D=8, F=8)
+    given = {"counts": [12, 0, 0, 0], "index_R": torch.arange(12) // 2, "row_TK": torch.arange(12).view(6, 2)} | change
+    with pytest.raises(ValueError, match=complaint):
+        expert_mlp(inputs["x_TD"], w13=inputs["w13"], w2=inputs["w2"], **given)
 
 
 @pytest.mark.parametrize(("K", "F"), [(2, 64), (8, 16)], ids=["coarse", "fine"])

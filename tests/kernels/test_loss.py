@@ -192,6 +192,22 @@ def test_full_logits_never_exist() -> None:
     assert largest <= max(TOKENS * DIM, VOCAB * DIM, 5 * VOCAB)
 
 
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_autocast_changes_nothing(reduction: str) -> None:
+    """Of several chunks, the sum of the weights' gradient was begun in bfloat16, and could not go on."""
+
+    def run() -> list[torch.Tensor]:
+        h, w, targets = head(0.0)
+        leaves = [h.float().detach().requires_grad_(), w.float().detach().requires_grad_()]
+        loss = linear_cross_entropy(*leaves, targets, chunk=TOKENS // 3, reduction=reduction)
+        return [loss, *torch.autograd.grad(loss.sum(), leaves)]
+
+    want = run()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = run()
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(got, want, strict=True))
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
@@ -202,6 +218,8 @@ def test_full_logits_never_exist() -> None:
         ({"h_TD": torch.zeros(3, 4)}, "needs h .T, D., w .V, D. and targets .T,."),
         ({"targets_T": torch.zeros(3, dtype=torch.int64)}, "targets"),
         ({"w_VD": torch.zeros(VOCAB, DIM)}, "needs one dtype"),
+        ({"w_VD": torch.zeros(0, DIM)}, "V > 0"),
+        ({"w_VD": torch.zeros(VOCAB, DIM, dtype=torch.float64, device="meta")}, "tensors are on cpu and on meta"),
         ({"targets_T": torch.zeros(TOKENS, dtype=torch.int32)}, "targets are int64, not torch.int32"),
         ({"targets_T": torch.full((TOKENS,), VOCAB)}, "targets must be class numbers below 37 or -100; one is"),
         ({"targets_T": torch.full((TOKENS,), -1)}, "targets must be class numbers below 37 or -100; one is"),

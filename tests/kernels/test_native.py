@@ -16,7 +16,10 @@ from hypothesis import strategies as st
 from moe_kernels import expert_mlp, linear, linear_cross_entropy, rms_norm, rope
 from moe_kernels.native import dense, library
 from moe_kernels.native.attention import native_attention
+from moe_kernels.native.experts import rows_times_weights
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.testing._internal.two_tensor import TwoTensor
 
 from tests.kernels.expert_cases import make_case, refused_twice
 
@@ -164,6 +167,18 @@ def test_large_results_that_are_written_past_the_cache(dtype: torch.dtype) -> No
 
 
 @needs_compiler
+def test_only_memory_of_the_cpu_is_read() -> None:
+    """A pointer into a GPU, or that of a tensor that wraps others, would end the process."""
+    x = torch.ones(4, 8)
+    pair = TwoTensor(x, x)
+    with pytest.raises(RuntimeError, match=r"take plain tensors on the CPU .*, not a TwoTensor on cpu"):
+        rows_times_weights(pair, None, torch.ones(1, 8, 8), torch.tensor([4]), True, out=torch.empty(4, 8))
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(RuntimeError, match="a FakeTensor on cuda"):
+        w = torch.ones(1, 8, 8, device="cuda")
+        rows_times_weights(x, None, w, torch.tensor([4]), True, out=torch.empty(4, 8))
+
+
+@needs_compiler
 @pytest.mark.parametrize("index", [-1, 24])
 def test_rows_that_are_not_there_are_refused(index: int) -> None:
     x, w13, w2 = torch.zeros(24, 8), torch.zeros(2, 2, 4, 8), torch.zeros(2, 8, 4)
@@ -244,6 +259,8 @@ def test_a_large_linear_layer_is_torchs_in_float64(monkeypatch: pytest.MonkeyPat
     grads, wanted = torch.autograd.grad(got, mine, above), torch.autograd.grad(want, exact, above.double())
     for a, b in zip((got, *grads), (want, *wanted), strict=True):
         assert (a.double() - b).norm() < 1e-6 * b.norm()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(*mine).dtype == torch.bfloat16  # as a small one, which is torch's
 
 
 @needs_compiler

@@ -103,3 +103,8 @@ def test_bad_inputs() -> None:
         rms_norm(x, torch.ones(8), EPS, backend="cuda")
     with pytest.raises(ValueError, match=r"rms_norm cannot run on backend 'triton': .*; use 'auto' or 'torch'"):
         rms_norm(x.double(), torch.ones(8), EPS, backend="triton")
+    with pytest.raises(ValueError, match="rms_norm: tensors are on cpu and on meta"):
+        rms_norm(x, torch.ones(8, device="meta"), EPS)
+    for bad in (x.long(), x[:, :0], torch.ones(())):
+        with pytest.raises(ValueError, match=r"x has floats, \(\.\.\., D\) with D > 0, not"):
+            rms_norm(bad, torch.ones(8), EPS)

@@ -87,7 +87,9 @@ def test_one_graph_under_compile(backend: str) -> None:
     ("change", "complaint"),
     [
         ({"cos": torch.zeros(4, 1, 4)}, r"not \(2, 5, 3, 8\), \(4, 1, 4\) and \(5, 1, 4\)"),
-        ({"x": torch.zeros(2, 5, 3, 6)}, "with r <= d"),
+        ({"x": torch.zeros(2, 5, 3, 6)}, "with 0 < r <= d"),
+        ({"cos": torch.zeros(5, 1, 0), "sin": torch.zeros(5, 1, 0)}, "with 0 < r <= d"),
+        ({"cos": torch.zeros(5, 1, 4, device="meta")}, "tensors are on cpu and on meta"),
         ({"x": torch.zeros(5, 3, 8)}, r"x is \(B, S, H, d\)"),
         ({"sin": torch.zeros(5, 1, 4).double()}, "sin torch.float64, but x is torch.float32; rope needs one dtype"),
         ({"backend": "flash"}, "rope has no backend 'flash'"),

@@ -196,6 +196,35 @@ def test_weights_gradients_do_not_depend_on_the_tuned_width(monkeypatch: pytest.
 
 
 @interpreted
+def test_kernels_are_tuned_at_the_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not again where a rank's rows change in the middle of training, unless they are 16 times as many; but again where
+    the copy engine cannot read what it read before, since the choice is among other configurations then. Nothing runs
+    but the tuner."""
+    from moe_kernels.gpu import experts, products, tiles
+
+    kernels = (products.up_projection, products.rows_times_weights, products.down_gradient, products.weight_gradient)
+    tuned: list[str] = []
+    monkeypatch.setattr(tiles, "_classes", set())
+    for kernel in kernels:
+        monkeypatch.setattr(kernel, "configs", [*kernel.configs, kernel.configs[0]])
+        monkeypatch.setattr(kernel, "early_config_prune", lambda configs, *_, **__: configs[:1])
+        monkeypatch.setattr(kernel, "cache", {})
+        monkeypatch.setattr(kernel.fn, "run", lambda *_, **__: None)
+        monkeypatch.setitem(vars(kernel), "do_bench", lambda call, quantiles: tuned.append("once") or [1.0] * 3)
+
+    def tunings(rows: int) -> int:
+        """Of a layer, forward and backward: two products are made by ``rows_times_weights``, as are two by
+        ``weight_gradient``."""
+        tuned.clear()
+        make_case([rows, rows], dim=64, expert_dim=64).run("triton", torch.float16)
+        return len(tuned)
+
+    assert [tunings(rows) for rows in (2, 1, 16, 17, 15)] == [6, 0, 0, 6, 0]
+    monkeypatch.setattr(experts, "matrix_reader", lambda *_: None)
+    assert tunings(2) == 4  # weight gradients are read by pointers anyway
+
+
+@interpreted
 @pytest.mark.parametrize("fp8", [False, True])
 def test_a_dry_run_knows_what_backward_holds_beside_its_results(fp8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """All that is made in the operator, counted, against ``planner.fused.scratch``. What kernels would write into it

@@ -77,7 +77,7 @@ def test_every_field_of_the_schema_is_one_of_the_api(kind: str) -> None:
 def test_a_manifest_reads_back_whole_and_starts_every_rank(form: str, tmp_path: Path) -> None:
     """The shell of a pod is run, with a Python that only tells how it was called, as pod 1 of 2."""
     run_dir = tmp_path / "runs/OLMoE_1b"
-    one = job(form, kubernetes={"claims": {"data": str(tmp_path)}}, python="./python")
+    one = job(form, kubernetes={"claims": {"data": str(tmp_path)}, "rdma": {"rdma/hca": 4}}, python="./python")
     one = Job(run_dir, ("moetrain.cli", "train", "--resume", str(run_dir)), one.settings)
     objects = list(yaml.safe_load_all(kubernetes.as_yaml(kubernetes.manifest(one, "seed: 1\nsteps: 'a: b'\n"))))
     assert objects[0]["data"]["config.yaml"] == "seed: 1\nsteps: 'a: b'\n"
@@ -98,7 +98,8 @@ def test_a_manifest_reads_back_whole_and_starts_every_rank(form: str, tmp_path: 
         environment = {"RANK": "1", "MASTER_ADDR": "olmoe-1b-master-0", "MASTER_PORT": "23456"}
         where = ["--master-addr=olmoe-1b-master-0", "--master-port=23456"]
     [container] = template["spec"]["containers"]
-    assert container["resources"] == {"limits": {"nvidia.com/gpu": 8}}
+    assert container["resources"] == {"limits": {"nvidia.com/gpu": 8, "rdma/hca": 4}}
+    assert container["securityContext"] == {"capabilities": {"add": ["IPC_LOCK"]}}
     config = tmp_path / "config.yaml"
     config.write_text("seed: 1\n")
     (tmp_path / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
@@ -125,8 +126,9 @@ def test_a_manifest_reads_back_whole_and_starts_every_rank(form: str, tmp_path: 
         ({"kubernetes": {"claims": {"data": "/dat"}}}, "run_dir /data/runs/OLMoE_1b lies on no claim"),
         ({"kubernetes": {"namespace": "My Team"}}, "ConfigMap at metadata.namespace"),
         ({"kubernetes": {"memory": "500 GB"}}, "limits.memory"),
-        ({"kubernetes": {"memory": "500GiB"}}, "limits.memory"),
+        ({"kubernetes": {"memory": "500GiB"}}, "limits.memory: not a quantity, as 500Gi; got '500GiB'"),
         ({"kubernetes": {"node_selector": {"gpu": "a b"}}}, "nodeSelector.gpu"),
+        ({"kubernetes": {"rdma": {"my card": 1}}}, "limits.my card"),
         ({"env": {"A=B": "1"}}, "env.0.name"),
         ({"container": "my image"}, "containers.0.image"),
     ],
@@ -197,6 +199,10 @@ def test_submit_status_and_cancel_speak_to_kubectl(tmp_path: Path, monkeypatch: 
     kubernetes.cancel(target)
     last = Path("calls").read_text().splitlines()[-1]
     assert last == "delete jobs,services,configmaps,pytorchjobs -n team -l moetrain-run=olmoe-1b --wait=false"
+    log = 'E1128 02:53:52.580963   13893 memcache.go:265] "Unhandled Error" err="no server"'
+    (tmp_path / "kubectl").write_text(f"#!/bin/sh\necho '{log}\nThe connection was refused' >&2; exit 1\n")
+    with pytest.raises(LaunchError, match=r"^kubectl refused: The connection was refused$"):
+        kubernetes.state(target)
 
 
 def test_a_job_that_is_there_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -286,6 +287,8 @@ def test_a_run_directory_with_another_run_or_one_at_work_is_refused(
 
 
 def test_status_of_what_is_half_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["launch", "status", str(tmp_path / "no")]) == 2
+    assert "there is no such folder" in capsys.readouterr().err
     assert cli.main(["launch", "status", str(tmp_path)]) == 2
     assert "was not started by 'moetrain launch'" in capsys.readouterr().err
     write_note(tmp_path, "local", "1", tmp_path / "log.txt")  # process 1 is not this run
@@ -295,6 +298,12 @@ def test_status_of_what_is_half_written(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "summary.json").write_text('{"exit_reason": "fin')
     assert cli.main(["launch", "status", str(tmp_path)]) == 0
     assert capsys.readouterr().out.endswith("\nstep 1, loss 5.2500\n")
+    (tmp_path / "metrics.jsonl").write_text("x" * 2**21 + '\n{"step": 8, "loss": null}\n{"step": 9, "loss": null}\n')
+    tracemalloc.start()
+    assert cli.main(["launch", "status", str(tmp_path)]) == 0
+    assert tracemalloc.get_traced_memory()[1] < 2**22  # of the file it reads the end
+    tracemalloc.stop()
+    assert capsys.readouterr().out.endswith("\nstep 9, loss bad\n")
     assert cli.main(["launch", "logs", str(tmp_path)]) == 2
     assert "is not there yet" in capsys.readouterr().err
     (tmp_path / "log.txt").write_text("".join(f"{n}\n" for n in range(9)))

@@ -80,6 +80,16 @@ def test_from_two_models_to_a_proposal(
         assert re.search(message, capfd.readouterr().err)
 
 
+def test_a_domain_that_is_used_up_alone_is_refused_before_anything_is_trained(
+    words: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """On 2 steps of two domains and 2 alone: its cap of a hundredth is less than these 384 of the 512 tokens."""
+    search = ["mixture", "search=s", "runs=12", "proxy=merged", "start=2", *words, "data.max_epochs=0.01"]
+    assert main(search) == 2
+    assert "a model on 'left' alone, on 384 tokens, and max_epochs ends it before that" in capfd.readouterr().err
+    assert not Path("s").exists()
+
+
 def test_models_of_different_starts_are_refused() -> None:
     """Independent weights, and the same weights with the experts in another order, of which averages mean nothing."""
     torch.manual_seed(0)

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import DeepseekV3Config, GptOssConfig, MixtralConfig, Qwen2MoeConfig
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
@@ -145,3 +147,29 @@ def test_layer_equals_a_sum_over_tokens_and_experts(n_tokens: int, dtype: torch.
     torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
     out.sum().backward()
     assert all(p.grad is not None for p in layer.parameters()), "also without tokens"
+
+
+class Made(TorchDispatchMode):
+    """How many tensors of a shape operators give, views aside."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {t.data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        new = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.data_ptr() not in given]
+        self.count += sum(t.shape == self.shape for t in new)
+        return out
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_experts_here_write_no_gathered_rows(recompute: bool) -> None:
+    """Of R rows D wide there are the outputs, once more where they are recomputed, and the gradients of the inputs."""
+    layer = make_layer(config(), dtype=torch.float32)
+    layer.experts.backend, layer.experts.recompute = "cpu", recompute
+    x = tokens(9, dtype=torch.float32).requires_grad_()
+    with Made((9 * K, D)) as made:
+        layer(x, empty_carry(), TokenContext(seq_len=9))[0].sum().backward()
+    assert made.count == 2 + recompute

@@ -4,7 +4,7 @@ depends on them. Copies from the host's memory, which wait too, are an error her
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -15,9 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from moetrain.config.schema import ExpertsConfig
+from moetrain.model.decoder import Decoder
 from moetrain.moe.balance import aux_names
 from moetrain.moe.build import build_moe_layer
 from moetrain.moe.routing import Carry, TokenContext
+from moetrain.parallel.context import _IndexOf
+from moetrain.parallel.run import Inputs, local_inputs
 from tests.moe.toys import config
 
 
@@ -69,6 +72,20 @@ def test_a_layer_that_holds_all_its_experts_waits_for_nothing(
         (out_TD.float().sum() + carry.aux_A.sum()).backward()
     assert {"sort", "_grouped_mm", "_embedding_bag"} <= seen
     assert x_TD.grad is not None and all(p.grad is not None for p in layer.parameters())
+
+
+def test_only_the_first_of_many_micro_batches_waits_for_the_places_of_its_tokens() -> None:
+    """With documents, and sequences that are split over context parallel ranks."""
+    with torch.device("meta"):
+        model = Decoder(config(16), {}, ExpertsConfig())
+        ids_BN = torch.zeros(2, 8, dtype=torch.int64)
+        x_BSD = torch.empty(2, 4, 16)
+    model.index_of = _IndexOf(2, 0)
+    for waits in (nullcontext(), no_waits()):
+        with waits:
+            tokens_BS, more = local_inputs(model, Inputs(ids_BN, ids_BN, ids_BN))
+            places = model.places(x_BSD, more["seq_len"], more["document_BN"])
+    assert tokens_BS.shape == (2, 4) == places.cos.shape[:2]
 
 
 @pytest.mark.parametrize(

@@ -157,8 +157,8 @@ def test_deepseek_v3_on_1024_ranks(
 @pytest.mark.parametrize("model", ["tiny-gpt-oss", "tiny-deepseek", "tiny-qwen2"])
 def test_every_kind_of_model_for_a_gpu(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Biases and sinks, latent attention, gated shared experts; in bfloat16 the kernels are torch's grouped ones."""
-    words = f"model={model} launch.ranks=8 parallel.tp=2 parallel.ep=4 parallel.etp=2 train.precision=bf16"
-    assert main(["train", "dry_run=true", "train.global_batch=16", *words.split()]) == 0
+    words = f"model={model} launch.nodes=2 launch.ranks=4 parallel.tp=2 parallel.ep=4 parallel.etp=2"
+    assert main(["train", "dry_run=true", "train.global_batch=16", "train.precision=bf16", *words.split()]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])["ranks"][0]
     assert {"tp", "ep", "etp", "fsdp", "world"} <= set(found["collectives"])
     assert found["total"] > found["weights"] + found["activations"] > 0

@@ -34,6 +34,7 @@ SMALL = ["model.vocab_size=2048", "train.seq_len=4096", "train.micro_batch=1", "
 MIXTRAL = "model=mixtral-8x7b model.n_layers=2 train.global_batch=8"
 DEEPSEEK = "model=deepseek-v3 model.moe.num_experts=64 train.global_batch=8"
 QWEN = "model=qwen3-30b-a3b train.global_batch=8"
+SHARED = "model=qwen2-57b-a14b model.n_layers=2 model.moe.num_experts=16 train.micro_batch=4 train.global_batch=32"
 
 
 def config(*words: str) -> Config:
@@ -63,6 +64,9 @@ def config(*words: str) -> Config:
         (8, f"{QWEN} model.n_layers=2 parallel.ep=8 dispatch=two_step dispatch.node_size=4"),
         (8, f"{QWEN} model.n_layers=2 parallel.ep=8 experts.fp8=true"),
         (8, f"{QWEN} model.n_layers=4 parallel.ep=4 experts.backend=grouped_mm"),
+        (4, f"{SHARED} parallel.ep=4 train.recompute=full"),
+        (4, f"{SHARED} parallel.ep=4 train.recompute=selective"),
+        (4, f"{SHARED} parallel.ep=4 train.recompute=selective dispatch=all_gather experts.backend=grouped_mm"),
     ],
 )
 def test_memory_is_that_of_a_dry_run(world: int, words: str) -> None:
@@ -254,6 +258,13 @@ def test_a_run_of_several_machines_is_checked_against_all_its_ranks(tmp_path: Pa
         ("cluster=h100 gpus=8 --plot x.txt", "ends in .png"),
         ("cluster=h100 gpus=8 --emit name", "experiment=NAME"),
         ("cluster=h100 gpus=8 moe.experts=8", "not a setting"),
+        ("cluster=h100 gpus=8 gpus=16", "gpus= is there twice"),
+        ("cluster=h100 gpus=8 mapping=ep=2,ep=4", "mapping has ep twice"),
+        ("cluster=h100 gpus=8 parallel.ep=4", "parallel.ep is searched"),
+        ("cluster=h100 gpus=8 train.micro_batch=2 mapping=ep=2", "train.micro_batch is a word of mapping="),
+        ("cluster=h100 gpus=8 seq=256 train.seq_len=512", "seq= and train.seq_len say the same"),
+        ("cluster=v100 gpus=8 seq=256 precision=fp8", "GPUs of v100 have no FP8"),
+        ("cluster=a100 gpus=8 seq=256 mapping=ep=2,precision=fp8", "GPUs of a100 have no FP8"),
         ("cluster=h100 gpus=8 ~balance.aux_loss --emit experiment=new", "a preset takes nothing out"),
     ],
 )

@@ -7,11 +7,12 @@ import json
 import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from moetrain.config.errors import ConfigError
-from moetrain.report.live import Tail, spark, watch
+from moetrain.report.live import Course, Tail, spark, watch
 from tests.report.test_report import make_run
 
 
@@ -33,19 +34,19 @@ def test_a_line_is_read_once_it_is_whole(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     tail = Tail(file)
     tail.look()
-    file.write_text('{"step": 1}\n{"st')
+    file.write_text('{"step": 1, "loss": 1}\n{"st')
     tail.look()
-    assert [row["step"] for row in tail.rows] == [1]
+    assert tail.last["step"] == 1
     with file.open("a") as more:
-        more.write('ep": 2}\nnonsense\n{"step": 3}\n')
+        more.write('ep": 2, "loss": 2}\nnonsense\n{"step": 3, "loss": null}\n')
     tail.look()
-    assert [row["step"] for row in tail.rows] == [1, 2, 3]
-    file.write_text('{"step": 1}\n')  # cut by a resume
+    assert tail.last["step"] == 3 and tail.courses["loss"].means() == [1, 2]
+    file.write_text('{"step": 1, "loss": 1}\n')  # cut by a resume
     tail.look()
-    assert [row["step"] for row in tail.rows] == [1]
+    assert tail.last["step"] == 1 and tail.courses["loss"].means() == [1]
 
 
-def test_a_long_run_is_read_line_by_line_and_its_lists_are_not_kept(tmp_path: Path) -> None:
+def test_a_long_run_is_read_line_by_line_and_none_is_kept(tmp_path: Path) -> None:
     line = {"loss": 1.5, "load_max_over_mean_by_layer": [n / 7 for n in range(1000)]}
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": n} | line) + "\n" for n in range(200)))
     tail = Tail(tmp_path / "metrics.jsonl")
@@ -55,7 +56,20 @@ def test_a_long_run_is_read_line_by_line_and_its_lists_are_not_kept(tmp_path: Pa
         assert tracemalloc.get_traced_memory()[1] < (tmp_path / "metrics.jsonl").stat().st_size / 4
     finally:
         tracemalloc.stop()
-    assert tail.rows[-1] == {"step": 199, "loss": 1.5}
+    assert tail.last["step"] == 199
+
+
+@pytest.mark.parametrize("count", [1, 60, 61, 119, 120, 121, 100_003])
+def test_a_course_is_that_of_all_values(count: int) -> None:
+    """Of however many; each mean is numpy's."""
+    course, values = Course(), np.random.default_rng(count).normal(size=count)
+    for value in values:
+        course.add(value)
+    means, size = course.means(), 1
+    while -(-count // size) > len(means):
+        size *= 2
+    assert len(means) <= 120 and course.last == values[-1]
+    assert means == pytest.approx([values[i : i + size].mean() for i in range(0, count, size)])
 
 
 def test_runs_without_a_line_or_without_anything(tmp_path: Path) -> None:

@@ -149,9 +149,11 @@ def test_what_is_no_run_is_one_line(make: Any, says: str, tmp_path: Path) -> Non
     assert str(tmp_path / "run") in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_page_that_cannot_be_written(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--out"):
-        write_report([make_run(tmp_path / "run")], tmp_path / "no" / "such" / "page.html")
+@pytest.mark.parametrize(("out", "says"), [("no/such/page.html", "choose another file with --out"), ("", "a folder")])
+def test_a_page_that_cannot_be_written(out: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=says):
+        write_report([make_run(tmp_path / "run")], Path(out))
 
 
 def test_pictures_are_what_another_reader_of_png_sees() -> None:

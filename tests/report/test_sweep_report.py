@@ -70,8 +70,10 @@ def test_a_high_metric_can_be_good(tmp_path: Path) -> None:
 
 
 def test_a_metric_that_no_run_has_is_said_on_the_page(tmp_path: Path) -> None:
-    text = " ".join(Page(write_report([make_sweep(tmp_path / "s", metric="nothing")]).read_text()).text)
+    sweep = make_sweep(tmp_path / "my sweep", metric="nothing")
+    text = " ".join(Page(write_report([sweep]).read_text()).text)
     assert "No run has written nothing, so there is no rank" in text and "Training loss" not in text
+    assert f"moetrain train -m --resume '{sweep}' sweep.metric=NAME" in text
 
 
 @pytest.mark.parametrize("text", ["runs: [", "- 3\n", "runs: 5\n", "runs: {'000': 7}\n"])

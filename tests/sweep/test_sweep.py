@@ -28,16 +28,16 @@ def test_a_grid_runs_each_combination_in_a_directory_of_its_own(
     capsys: pytest.CaptureFixture[str], started: Started
 ) -> None:
     """A run that fails does not stop the others, and is named at the end; the best one is named too."""
-    words = ["train", "-m", "seed=1,2", "optim.lr=0.01,5,0.001", "train.steps=3", "run_dir=s"]
+    words = ["train", "-m", "optim.lr=7", "seed=1,2", "optim.lr=0.01,5,0.001", "train.steps=3", "run_dir=s"]
     assert cli.main(words) == 1
     out, err = capsys.readouterr()
     assert "2 of 6 runs of the sweep s failed: 001, 004" in err
-    assert "best is run 002, val_loss 3.3333: seed=1 optim.lr=0.001" in out
+    assert "best is run 002, val_loss 3.3333: optim.lr=0.001 seed=1" in out
     cfgs = [read(f"s/{n:03d}/config.yaml") for n in range(6)]
     assert [(cfg.seed, cfg.optim.lr) for cfg in cfgs] == [(s, lr) for s in (1, 2) for lr in (0.01, 5, 0.001)]
     assert [cfg.run_dir for cfg in cfgs] == [f"s/{n:03d}" for n in range(6)]
     table = yaml.safe_load(Path("s/sweep.yaml").read_text())
-    assert table["runs"]["002"] == ["seed=1", "optim.lr=0.001", "train.steps=3", "run_dir=s"]
+    assert table["runs"]["002"] == ["optim.lr=7", "seed=1", "optim.lr=0.001", "train.steps=3", "run_dir=s"]
     for again, says in (
         (words, "s already holds a sweep"),
         (["train", "run_dir=s"], "s holds a sweep; choose another run_dir"),

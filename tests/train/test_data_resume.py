@@ -142,7 +142,7 @@ def test_data_that_another_job_replaces_meanwhile_is_refused(tmp_path: Path, mon
     cfg, other = load(tmp_path, 8), load(tmp_path, 8)
     other.data.val_fraction = 0.2
 
-    def prepare_twice(data: DataConfig) -> Manifest:
+    def prepare_twice(data: DataConfig, began: None) -> Manifest:
         mine = prepare_once(data)
         prepare(other.data, progress=False)
         return mine

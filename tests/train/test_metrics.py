@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -29,11 +33,17 @@ def test_load_metrics_of_known_loads() -> None:
     assert metrics["load_max_over_mean"] == pytest.approx(2.0)
 
 
-def test_jsonl_keeps_each_step_once_over_a_kill(tmp_path: Path) -> None:
-    """A run killed in the middle of a line, after the checkpoint of step 2, on a machine that crashed before: its disk
-    has zeros, or anything, in place of the end of one line and the beginning of another."""
+@pytest.mark.parametrize("block", [48, 2**24])
+@pytest.mark.parametrize("damage", [b"", b'{"step\0\0\xff: 3}\n'])
+def test_jsonl_keeps_each_step_once_over_a_kill(
+    damage: bytes, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run killed in the middle of a line, after the checkpoint of step 2, perhaps on a machine that crashed before:
+    its disk has zeros, or anything, in place of the end of one line and the beginning of another. Of the file little is
+    read at a time."""
+    monkeypatch.setattr(Jsonl, "BLOCK", block)
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 1}\n{"step\0\0\xff: 3}\n{"step": 2}\n{"step": 3}\n{"ste')
+    path.write_bytes(b'{"step": 1}\n' + damage + b'{"step": 2}\n{"step": 3}\n{"ste')
     sink = Jsonl(path, resumed_step=2)
     sink.write(3, {"step": 3, "again": True})
     sink.close()
@@ -42,6 +52,25 @@ def test_jsonl_keeps_each_step_once_over_a_kill(tmp_path: Path) -> None:
         {"step": 2},
         {"step": 3, "again": True},
     ]
+
+
+def test_jsonl_that_goes_on_reads_the_end_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line of the beginning that is no JSON would be cut off, were it read."""
+    monkeypatch.setattr(Jsonl, "BLOCK", 60)
+    path = tmp_path / "metrics.jsonl"
+    rows = [f'{{"step": {step}}}\n' for step in range(1, 10)]
+    path.write_text("".join(["far away\n", *rows]))
+    Jsonl(path, resumed_step=7).close()
+    assert path.read_text() == "".join(["far away\n", *rows[:7]])
+
+
+def test_jsonl_of_a_run_whose_checkpoints_are_gone_is_kept_beside_the_new_one(tmp_path: Path) -> None:
+    for n in (1, 2):
+        sink = Jsonl(tmp_path / "metrics.jsonl", resumed_step=0)
+        sink.write(1, {"step": 1, "start": n})
+        sink.close()
+    files = {file.name: json.loads(file.read_text())["start"] for file in tmp_path.iterdir()}
+    assert files == {"metrics-before-1.jsonl": 1, "metrics.jsonl": 2}
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
@@ -61,16 +90,18 @@ def test_jsonl_waits_for_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert len(caplog.records) == 1 and "No space left" in caplog.text
 
 
-def test_tensorboard_reads_back_what_was_written(tmp_path: Path) -> None:
+def test_tensorboard_reads_what_was_written_before_a_kill(tmp_path: Path) -> None:
+    """One number, one a domain, one a layer; and events, of which scalars say how many."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    """One number, one a domain, one a layer; and events, of which scalars say how many."""
     sink = TensorBoard(tmp_path, resumed_step=0)
     told = [{"event": "skipped", "step": 1, "samples": [8, 9]}, {"event": "save", "step": 1}]
     by_layer = {"dead_experts_by_layer": [0, 1]}
     sink.write(1, {"loss": 2.5, "val_loss_by_domain": {"code": 3.5}, **by_layer, "events": told})
-    sink.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    end = time.monotonic() + 60
+    while not (events := EventAccumulator(str(tmp_path / "tensorboard")).Reload()).Tags()["scalars"]:
+        assert time.monotonic() < end
+        time.sleep(0.1)
     values = {tag: events.Scalars(tag)[0].value for tag in events.Tags()["scalars"]}
     assert values == {
         "loss": 2.5,
@@ -80,16 +111,41 @@ def test_tensorboard_reads_back_what_was_written(tmp_path: Path) -> None:
         "events/skipped": 1.0,
         "events/save": 1.0,
     }
+    sink.close()
 
 
-def test_wandb_is_offline_without_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("key", ["", "a-key"], ids=["offline", "online"])
+def test_wandb_is_one_run_over_a_resume_where_it_is_online(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Offline each start has its own: two parts with one id take each other's place when they are sent."""
+    asked: list[dict[str, Any]] = []
+
+    def init(**given: Any) -> Any:
+        asked.append(given)
+        return SimpleNamespace(id=given["id"] or f"run{len(asked)}", step=0, log=lambda *a, **k: None, finish=lambda: 0)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    cfg = config.load(["log.wandb=auto", "log.progress=false", "log.tensorboard=false"])
+    for step in (1, 2):
+        writer = Writer(cfg, tmp_path, config.to_dict(cfg), resumed_step=step - 1, rank=0)
+        writer.write(step, {"step": step, "loss": 1.0})
+        writer.close()
+    assert [(a["mode"], a["id"], a["resume"]) for a in asked] == (
+        [("online", None, None), ("online", "run1", "allow")] if key else [("offline", None, None)] * 2
+    )
+
+
+def test_wandb_leaves_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("WANDB_SILENT", "true")
     cfg = config.load(["log.wandb=auto", "log.progress=false", "log.tensorboard=false"])
     writer = Writer(cfg, tmp_path, config.to_dict(cfg), resumed_step=0, rank=0)
     writer.write(1, {"step": 1, "loss": 1.0})
     writer.close()
-    assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+    assert len(list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))) == 1
 
 
 def test_a_dead_tracker_does_not_stop_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

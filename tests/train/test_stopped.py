@@ -17,9 +17,11 @@ import torch.distributed as dist
 from moetrain_launch.fork import run_ranks
 
 from moetrain import cli, config
+from moetrain.checkpoint import Checkpointer
 from moetrain.config.check import resolve_sizes
 from moetrain.data.prepare import prepare
 from moetrain.sweep.plan import exit_reason
+from moetrain.train import run
 from moetrain.train.exit_codes import REQUEUE
 from moetrain.train.lock import locked
 from moetrain.train.rundir import claim, keep_config, write_summary
@@ -161,6 +163,34 @@ def test_stopped_killed_and_gone_on(folder: Path) -> None:
     assert [row["loss"] for row in rows] == [row["loss"] for row in lines(folder / "alone")]
     # The first "resumed" is gone where no save came after it: the kill takes back what followed the last save.
     assert 1 <= sum(event["event"] == "resumed" for row in rows for event in row.get("events", [])) <= 2
+
+
+def test_ctrl_c_waits_for_a_save_and_says_how_to_go_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the log too, where it is found after the terminal is gone."""
+    write = Checkpointer._write
+    monkeypatch.setattr(Checkpointer, "_write", lambda *args: (time.sleep(0.2), write(*args)))
+    cfg = load(
+        folder,
+        [f"run_dir={folder / 'my run'}", "checkpoint.every=1", "train.threads=1"],
+    )
+    step = Trainer.train_step
+
+    def interrupted(trainer: Trainer) -> dict:
+        if trainer.step == 2:
+            raise KeyboardInterrupt
+        return step(trainer)
+
+    def body() -> None:
+        dist.destroy_process_group()  # a run makes its own
+        del os.environ["RANK"], os.environ["WORLD_SIZE"]
+        run(cfg)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    with pytest.raises(RuntimeError, match="KeyboardInterrupt"):
+        run_ranks(1, body)
+    *_, last = (folder / "my run/log.txt").read_text().splitlines()
+    good = folder / "my run/checkpoints/step-2"
+    assert f"after step 2; last good checkpoint: {good}; to go on: moetrain train --resume '{folder}/my run'" in last
 
 
 def test_a_resume_that_is_refused_leaves_the_run_as_it_was(folder: Path) -> None:

@@ -93,6 +93,7 @@ def test_other_forms_in_and_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ("method=sparse from={llama} out=new layers=[3]", "layers=[3]: the model has layers 0 to 2"),
         ("method=sparse from={llama} out=new router=zeros", "router takes one of"),
         ("method=sparse from={llama} out=new text=nowhere", "text=nowhere: there is no such file"),
+        ("method=merge from={mixtral} out=new rank=0", "rank takes int >= 1 or null; got 0"),
         ("method=sparse from={llama} out=new seed=-1", "seed= takes a whole number of 0 or more; got '-1'"),
         ("method=sparse from={llama} out=new to=safetensors", "out=new must end in .safetensors"),
         ("method=sparse method=drop from={llama} out=new", "method= is given twice"),
@@ -122,6 +123,26 @@ def test_bad_input_is_one_line(
     error = capfd.readouterr().err.strip()
     assert says.format(**folders) in error and len(error.splitlines()) == 1
     assert not (tmp_path / "new").exists() and not list(tmp_path.glob("*.upcycled"))
+
+
+def test_parents_of_other_tokenizers(dense_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their shapes are the same where each was trained on data of its own, which had a tokenizer made for it. Words
+    that were added to one of them, as those of a chat, are no other tokenizer."""
+    other = tmp_path / "other"
+    shutil.copytree(dense_folder, other)
+    tokenizer = AutoTokenizer.from_pretrained(dense_folder)
+    tokenizer.add_tokens(["<|user|>"])
+    tokenizer.save_pretrained(other)
+    words = ["upcycle", "method=btx", f"from={dense_folder},{other}", "measure=false"]
+    assert cli.main([*words, f"out={tmp_path / 'one'}"]) == 0
+    file = other / "tokenizer.json"
+    trained = json.loads(file.read_text(encoding="utf-8"))
+    vocab = trained["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    file.write_text(json.dumps(trained), encoding="utf-8")
+    assert cli.main([*words, f"out={tmp_path / 'two'}"]) == 2
+    assert "parents must have the same tokenizer: that of" in capsys.readouterr().err
+    assert not (tmp_path / "two").exists()
 
 
 def harmed(how: str, folder: Path) -> Path:

@@ -16,6 +16,8 @@ from moe_kernels.gpu.tiles import INTERPRETED, columns, load_depth, rows_of_tile
 TILE = fp8.TILE
 # Rows that a kernel of rows, columns that a kernel of tiles' columns takes at a time.
 ROWS, COLUMNS = 32, 64
+# Of ``activation_gradient_kernel``, whose values do not fit the registers of 4 warps.
+GRADIENT_WARPS = 8
 
 _WIDEN: tl.constexpr = tl.constexpr(INTERPRETED)
 _LARGEST: tl.constexpr = tl.constexpr(fp8.LARGEST)

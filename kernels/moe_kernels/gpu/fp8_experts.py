@@ -150,8 +150,9 @@ def _backward(
     dh8 = h_RnF.new_empty(h_RnF.shape, dtype=FP8), h_RnF.new_empty(R, parts * blocks, dtype=torch.float32)
     ds_parts = h_RnF.new_empty(blocks + (b2 is not None), R, dtype=torch.float32)
     fp8.activation_gradient_kernel[(cdiv(R, ROWS), blocks)](
-        h_RnF, da_RF, s_R, a_RF, dh_RnF, *dh8, ds_parts, R, F, activation, parts == 2, ROWS, TILE
-    )
+        h_RnF, da_RF, s_R, a_RF, dh_RnF, *dh8, ds_parts, R, F, activation, parts == 2, ROWS, TILE,
+        num_warps=fp8.GRADIENT_WARPS,
+    )  # fmt: skip
     if need_x:
         w13_t = quantize_blocks(w13, transposed=True)
         dx_RD = _product(dh8, None, w13_t, tiles, R, dtype, parts, summed=True)

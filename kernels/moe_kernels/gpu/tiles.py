@@ -29,8 +29,8 @@ next_power_of_2 = functools.lru_cache(triton.next_power_of_2)
 
 
 def tuned(key: list[str], hopper: list[triton.Config], plain: list[triton.Config], float32: triton.Config):
-    """Let triton time the chip's configurations once per ``key`` and class of rows per expert, and keep the choice on
-    disk: in triton's cache, beside the compiled kernels (TRITON_CACHE_DIR, or ~/.triton/cache).
+    """Let triton time the chip's configurations once per ``key`` and class of rows per expert (``rows_class_of``), and
+    keep the choice on disk: in triton's cache, beside the compiled kernels (TRITON_CACHE_DIR, or ~/.triton/cache).
 
     hopper: those of ``is_hopper``, where a kernel that takes a reader (``matrix_reader``) gets it; else plain ones.
     float32: the one for a first argument in float32. Exact products are unrolled without tensor cores: small ones only.
@@ -54,6 +54,23 @@ def tuned(key: list[str], hopper: list[triton.Config], plain: list[triton.Config
 def config(cols: int, warps: int, stages: int, **more: int) -> triton.Config:
     """A program that computes ``cols`` columns, and reads 128 bytes of the summed dimension at a time unless told."""
     return triton.Config({"COLS": cols, "DEPTH_BYTES": 128, **more}, num_warps=warps, num_stages=stages)
+
+
+# The classes of rows that this process has tuned kernels for.
+_classes: set[int] = set()
+
+
+def rows_class_of(rows: int) -> int:
+    """The power of two near the rows of an expert for which kernels are tuned: the nearest of those that were met
+    before, in layers of any width, unless all are 16 times smaller or more. So kernels are tuned at the first call, by
+    all ranks at once: one that did so in the middle of training, where its rows have changed, would let the others
+    wait for seconds, and fail in a CUDA graph's capture."""
+    wanted = next_power_of_2(max(1, rows))
+    near = [known for known in _classes if wanted < 16 * known]
+    if near:
+        return min(near, key=lambda known: max(known, wanted) // min(known, wanted))
+    _classes.add(wanted)
+    return wanted
 
 
 @functools.cache
@@ -84,13 +101,15 @@ def matrix_reader(matrix: Tensor, depth: int) -> TensorDescriptor | None:
     if not has_copy_engine(matrix.device):
         return None
     smallest = [*[1] * (matrix.ndim - 1), multiple]
-    return TensorDescriptor(matrix, [*matrix.shape], [*matrix.stride()], smallest)
+    reader = TensorDescriptor(matrix, [*matrix.shape], [*matrix.stride()], smallest)
+    reader.dtype = matrix.dtype  # dtypes are what triton's tuning tells arguments by: those read otherwise tune apart
+    return reader
 
 
 class Tiles(NamedTuple):
     """expert, row: each tile's expert and first row. start: (e + 4,) the first row of each expert, then the number of
     rows that have one, then R, then the number of tiles of rows that have one, then of all. int32, on the device.
-    rows_class: a power of two near the rows of an expert, for tuning.
+    rows_class: ``rows_class_of``, for tuning.
     """
 
     expert: Tensor
@@ -134,7 +153,7 @@ def place(counts_e: Tensor, R: int, tile: int = TILE) -> Tiles:
     expert, row = (counts_e.new_empty(n_tiles, dtype=torch.int32) for _ in range(2))
     start = counts_e.new_empty(e + 4, dtype=torch.int32)
     _place[(e + 1,)](counts_e.contiguous(), expert, row, start, R, n_tiles, e, next_power_of_2(e), tile)
-    return Tiles(expert, row, start, next_power_of_2(max(1, R // e)))
+    return Tiles(expert, row, start, rows_class_of(R // e))
 
 
 @triton.jit

@@ -24,6 +24,7 @@ def takes_native(x: Tensor, w: Tensor, rows: int) -> bool:
     small = min(SMALL, SMALL_WIDENED) if x.dtype == torch.bfloat16 else SMALL
     return (
         x.device.type == "cpu"
+        and w.device == x.device
         and x.dtype == w.dtype
         and x.dtype in (torch.float32, torch.bfloat16)
         and rows * w.numel() >= small

@@ -63,7 +63,7 @@ def call(function: str, *arguments: torch.Tensor | int | float | None) -> None:
     is done.
 
     Raises:
-        RuntimeError: it was not built; ask ``native_obstacle`` first.
+        RuntimeError: it was not built; ask ``native_obstacle`` first. Or a tensor is not in the CPU's memory.
     """
     loaded = _load()
     if isinstance(loaded, str):
@@ -75,6 +75,11 @@ def call(function: str, *arguments: torch.Tensor | int | float | None) -> None:
 
 def _argument(value: torch.Tensor | int | float | None) -> Any:
     if isinstance(value, torch.Tensor):
+        if not value.is_cpu or (value.data_ptr() == 0 and value.numel()):
+            kind = f"{type(value).__name__} on {value.device}"
+            raise RuntimeError(
+                f"the compiled CPU kernels take plain tensors on the CPU (of a DTensor, its local one), not a {kind}"
+            )
         return ctypes.c_void_p(value.data_ptr())
     if value is None:
         return None

@@ -55,4 +55,5 @@ class GptOss(Family):
         return windows_from_layer_types(hf)
 
     def write(self, cfg: ModelConfig) -> dict[str, Any]:
-        return windows_to_layer_types(cfg)
+        # the class makes a mask of it although no layer may use it
+        return {"sliding_window": cfg.attention.sliding_window or cfg.max_seq_len} | windows_to_layer_types(cfg)

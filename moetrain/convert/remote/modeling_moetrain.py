@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutput
+from transformers.utils import can_return_tuple
 
 from .configuration_moetrain import MoetrainConfig
 
@@ -119,7 +120,8 @@ def frequencies(rope: dict[str, Any], width: int) -> tuple[Tensor, float]:
         if rope["truncate"]:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, width - 1)
-        ramp = ((torch.arange(width // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
+        span = high - low or 0.001  # below 0 after a context so short that no frequency makes beta_slow rotations
+        ramp = ((torch.arange(width // 2, dtype=torch.float32) - low) / span).clamp(0, 1)
         inv = inv / factor * ramp + inv * (1 - ramp)
         if rope["mscale"] and rope["mscale_all_dim"]:
             return inv, mscale(factor, rope["mscale"]) / mscale(factor, rope["mscale_all_dim"])
@@ -422,6 +424,7 @@ class MoetrainForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         self.config.moetrain["vocab_size"] = len(table.weight)
         return table
 
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -436,7 +439,7 @@ class MoetrainForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         """input_ids (B, S), or inputs_embeds (B, S, D), rows of the embedding; labels, with -100 for none, are shifted
         here. Returns logits (B, S, V), and the loss: the mean over labels, or the sum over ``num_items_in_batch``, the
         labels of all batches that make a step, which transformers' Trainer gives. The hidden states, where asked for,
-        are those before each block, and the last one's after the final norm."""
+        are those before each block, and the last one's after the final norm. ``return_dict=False``: as a tuple."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         m = self.config.moetrain

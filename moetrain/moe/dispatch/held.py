@@ -23,18 +23,21 @@ class Held:
     """tokens, assignments: how many each etp rank brings. N, A: their sums.
 
     order: the A rows by expert; its N tokens are numbered over the etp ranks. counts: rows of each local expert, see
-    ``Rows``.
+    ``Rows``. top_k: how many rows each token has, or None where that differs.
     """
 
     tokens: list[int]
     assignments: list[int]
     order: RowOrder
     counts: list[int] | Tensor
+    top_k: int | None
 
 
-def hold(token_A: Tensor, expert_A: Tensor, n_tokens: int, n_experts: int, etp_group: Group) -> Held:
-    """The layout of this rank's ``n_tokens`` tokens. token_A ascends; expert_A: local experts, of ``n_experts``. Waits
-    for the GPU only where etp ranks exchange."""
+def hold(
+    token_A: Tensor, expert_A: Tensor, n_tokens: int, n_experts: int, etp_group: Group, top_k: int | None = None
+) -> Held:
+    """The layout of this rank's ``n_tokens`` tokens. token_A ascends; expert_A: local experts, of ``n_experts``; top_k:
+    as in ``Held``. Waits for the GPU only where etp ranks exchange."""
     sizes = all_gather_ints([n_tokens, len(token_A)], etp_group, token_A.device)
     tokens, assignments = ([size[i] for size in sizes] for i in (0, 1))
     if etp_group is not None:
@@ -42,7 +45,8 @@ def hold(token_A: Tensor, expert_A: Tensor, n_tokens: int, n_experts: int, etp_g
         token_A, expert_A = all_gather_v(pair_A2, assignments, etp_group).t().contiguous()
     order = order_by_expert(token_A, expert_A, sum(tokens))
     counts_e = count_sorted(expert_A.index_select(0, order.assignment_R), n_experts)
-    return Held(tokens, assignments, order, counts_e.tolist() if counts_e.device.type == "cpu" else counts_e)
+    counts = counts_e.tolist() if counts_e.device.type == "cpu" else counts_e
+    return Held(tokens, assignments, order, counts, top_k)
 
 
 def gather(x_TD: Tensor, weight_A: Tensor, held: Held, etp_group: Group) -> tuple[Tensor, Tensor]:
@@ -51,15 +55,16 @@ def gather(x_TD: Tensor, weight_A: Tensor, held: Held, etp_group: Group) -> tupl
 
 
 def rows(x_ND: Tensor, weight_A: Tensor, held: Held) -> Rows:
-    """What the experts get; they apply the weights."""
+    """What the experts get; they apply the weights, and where tokens have equally many rows they add these up."""
     order = held.order
     weight_R = permute(weight_A, order.assignment_R, order.row_A)
-    return Rows(x_ND, held.counts, index_R=order.token_R, weight_R=weight_R)
+    row_NK = None if held.top_k is None else order.row_A.view(-1, held.top_k)
+    return Rows(x_ND, held.counts, index_R=order.token_R, weight_R=weight_R, row_NK=row_NK)
 
 
-def sum_per_token(y_RD: Tensor, held: Held) -> Tensor:
-    """y_ND: each token's rows summed."""
-    return sum_rows(y_RD, held.order)
+def sum_per_token(y: Tensor, held: Held) -> Tensor:
+    """y_ND: each token's rows summed, here or by the experts already."""
+    return sum_rows(y, held.order) if held.top_k is None else y
 
 
 def start_scatter(y_ND: Tensor, held: Held, etp_group: Group) -> Pending:

@@ -34,7 +34,8 @@ class LocalDispatcher(Dispatcher[Held]):
 
     def layout(self, routing: Routing) -> Held:
         token_A, expert_A, _ = routing.assignments()
-        return held.hold(token_A, expert_A, routing.n_tokens, self.n_experts, self.etp_group)
+        top_k = None if routing.ids_TK is None else routing.ids_TK.shape[1]
+        return held.hold(token_A, expert_A, routing.n_tokens, self.n_experts, self.etp_group, top_k)
 
     def dispatch_preprocess(self, x_TD: Tensor, plan: Plan[Held]) -> Payload:
         return x_TD, plan.weight_A

@@ -52,7 +52,8 @@ class PlacedDispatcher(AllToAllDispatcher):
         mine_S = count(slot_A, sum(self.slots))
         theirs_ns = all_to_all(mine_S, [own] * n, self.slots, self.group).view(n, own)
         # One transfer to the host for both.
-        mine, theirs = (part.tolist() for part in torch.cat([mine_S, theirs_ns.view(-1)]).split([len(mine_S), n * own]))
+        both = torch.cat([mine_S, theirs_ns.view(-1)]).tolist()
+        mine, theirs = both[: len(mine_S)], both[len(mine_S) :]
         held_here = [theirs[i * own : (i + 1) * own] for i in range(n)]
         rows = sum(theirs)
         slot_ns = torch.arange(own, device=slot_A.device).expand(n, own)

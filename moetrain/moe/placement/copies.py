@@ -134,9 +134,17 @@ class Copies:
             return tuple(None if w is None or a is None else w + a.sum() for w, a in parts)  # type: ignore[return-value]
         mine = held(self._now, rank)
         planned = [e for e in mine if e not in extra]
-        order = torch.tensor([([*planned, *extra]).index(e) for e in mine], device=weights[0].device)
+        order = [([*planned, *extra]).index(e) for e in mine]
+
+        def joined(w: Tensor, a: Tensor) -> Tensor:
+            rows = (
+                *w.unbind(),
+                *a.unbind(),
+            )  # not by an index, which autograd would keep: a recomputed block makes none
+            return torch.stack([rows[i] for i in order])
+
         parts = zip(weights, added, strict=True)
-        return tuple(None if w is None or a is None else torch.cat([w, a]).index_select(0, order) for w, a in parts)  # type: ignore[return-value]
+        return tuple(None if w is None or a is None else joined(w, a) for w, a in parts)  # type: ignore[return-value]
 
     def _free_after_backward(self, w13: Tensor) -> None:
         """Let go once the gradient of the innermost matrix has arrived: nothing needs weights after that."""

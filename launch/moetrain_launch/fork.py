@@ -80,7 +80,7 @@ def _run_one(folder: Path, rank: int, world: int, fn: Callable[..., Any], args: 
 
 def _share_gloo_device() -> None:
     """Put all gloo groups that this process will make on one device. Each would have its own, with a thread that wakes
-    a hundred times a second: of all that a mapping's twenty groups on eight ranks cost, a fifth."""
+    a hundred times a second: up to a fifth of what a mapping costs, the more the longer its ranks wait for a core."""
     devices = [ProcessGroupGloo.create_default_device()]
     make = ProcessGroupGloo.__init__
 

@@ -31,7 +31,7 @@ _fork = multiprocessing.get_context("fork")
 GRACE_S = 1.0
 
 
-def run_ranks(world: int, fn: Callable[..., T], *args: Any, timeout: float = 60) -> list[T]:
+def run_ranks(world: int, fn: Callable[..., T], *args: Any, timeout: float = 120) -> list[T]:
     """``fn(*args)`` on each of ``world`` ranks, in a gloo process group of their own; the results in rank order.
 
     Within ``fn`` the rank is ``dist.get_rank()``. Arguments may be anything (ranks are forks); results must pickle.

@@ -153,7 +153,7 @@ def run_decoder(name: str, method: str | None, masked: bool, recompute: str) -> 
 def test_shares_of_a_split_model_add_up(name: str, cp: int, masked: bool, recompute: str) -> None:
     each, loss, aux, gradients = run_decoder(name, None, masked, "none")
     for method in METHODS if recompute != "compiled" else ["ring"]:  # compiling takes long, and is alike for all
-        ranks = run_ranks(cp, run_decoder, name, method, masked, recompute, timeout=120)
+        ranks = run_ranks(cp, run_decoder, name, method, masked, recompute, timeout=240)
         for rank, (part, *_) in enumerate(ranks):
             torch.testing.assert_close(part, cut(each, head_tail_index(N, cp, rank)), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(sum(r[1] for r in ranks), loss, rtol=1e-12, atol=0)

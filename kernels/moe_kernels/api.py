@@ -150,8 +150,8 @@ def expert_mlp(
         capability 9.0 or later, emulated by "cpu". Not float64.
 
     Computed in these dtypes under torch.autocast too. Differentiable once in x, w13, w2, b13, b2 and weight_R.
-    Deterministic. All paths agree up to rounding; with fp8
-    numbers are rounded to 4 bits, and gradients are what these products give.
+    Deterministic. All paths agree up to rounding; with fp8 numbers are rounded to 4 bits, and gradients are what these
+    products give.
 
     Raises:
         ValueError: shapes, dtypes, devices or counts do not fit; the backend is unknown or cannot run here.

@@ -22,7 +22,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import ProcessGroupGloo
 
 T = TypeVar("T")
 
@@ -65,7 +64,6 @@ def _run_one(folder: Path, rank: int, world: int, fn: Callable[..., Any], args: 
     try:
         torch.set_num_threads(1)
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
-        _share_gloo_device()
         store = dist.FileStore(str(folder / "store"), world)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=120))
         result = pickle.dumps(fn(*args))
@@ -76,20 +74,6 @@ def _run_one(folder: Path, rank: int, world: int, fn: Callable[..., Any], args: 
         (folder / f"failure-{rank}").write_text(f"{time.time()}\n{traceback.format_exc()}")
     finally:
         os._exit(code)
-
-
-def _share_gloo_device() -> None:
-    """Put all gloo groups that this process will make on one device. Each would have its own, with a thread that wakes
-    a hundred times a second: up to a fifth of what a mapping costs, the more the longer its ranks wait for a core."""
-    devices = [ProcessGroupGloo.create_default_device()]
-    make = ProcessGroupGloo.__init__
-
-    def on_device(self: ProcessGroupGloo, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
-        options: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        options._devices, options._timeout = devices, timeout
-        make(self, store, rank, size, options)
-
-    ProcessGroupGloo.__init__ = on_device  # type: ignore[method-assign]
 
 
 def _wait(ranks: list[ForkProcess], timeout: float) -> bool:

@@ -159,8 +159,8 @@ def _under_way(kind: LayerShape, m: Mappings, run: Run, dim: int, later: Numbers
     most: Numbers = np.maximum(3 * N * dim * e, np.maximum(inner + largest, 2 * inner))
     if kind.experts is None:
         return most
-    x, R = kind.experts, _rows(kind, m, run)
-    rows, hidden = R * x.dim * e, R * x.inner / m.etp * e
+    x = kind.experts
+    rows = _rows(kind, m, run) * x.dim * e
     fused = np.isin(m.dispatch, WEIGHING)
     # Before the experts run backward, shared ones are done, and rows that came back were multiplied by their weights.
     back = m.tokens(run.seq_len) * x.top_k * min(1.0, x.capacity or 1.0) * x.dim * e
@@ -170,6 +170,14 @@ def _under_way(kind: LayerShape, m: Mappings, run: Run, dim: int, later: Numbers
     # and as they go back, which is more where their inside is kept.
     forward = np.where(m.recompute == SELECTIVE, 0.0, 2 * rows + N * x.dim * e if run.lean else 3 * rows)
     most = np.maximum(most, np.where(fused, rows, np.maximum(forward, 3 * rows - shared))) - later
+    return np.maximum(most, _experts_under_way(kind, m, run) - done)
+
+
+def _experts_under_way(kind: LayerShape, m: Mappings, run: Run) -> Numbers:
+    """The most that the experts' own backward has at a time, by the kernels that make it."""
+    assert kind.experts is not None
+    x, R, e = kind.experts, _rows(kind, m, run), float(run.narrow)
+    rows, hidden = R * x.dim * e, R * x.inner / m.etp * e
     alone = (m.edp == 1) & (m.offload != 2)
     weights = x.numel / (m.ep * m.etp) * np.where(alone, run.wide, run.narrow)
     if run.lean:  # one function with all gradients; Triton's has inner activations and rows of all experts beside them
@@ -178,15 +186,16 @@ def _under_way(kind: LayerShape, m: Mappings, run: Run, dim: int, later: Numbers
         turned = (R + x.count / m.ep * TILE) * ((x.parts + 1) * x.inner / m.etp + x.dim)
         eight = 0.5 * ((x.parts + 2) * hidden + rows) + x.parts / (x.parts + 1) * x.numel / (m.ep * m.etp) + turned
         scratch = scratch + np.where(_in_fp8(m, run), eight, 0.0)
-        return np.maximum(most, rows + _held(kind, m, run) * x.dim * e + scratch + weights - done)
+        return rows + _held(kind, m, run) * x.dim * e + scratch + weights
     if run.narrow >= 4:  # expert by expert, then put together, with those of the second matrices there already
         stacked = (2 * x.parts + 1) / (x.parts + 1) * weights - x.kept * hidden - rows
-        return np.maximum(most, np.maximum(stacked, 2 * hidden * m.ep / x.count + rows) - done)
+        return np.maximum(stacked, 2 * hidden * m.ep / x.count + rows)
     # Those of the first matrices, rounded beside what waits for them; or of the activations, with the second's done.
     first = x.parts / (x.parts + 1) * weights * np.where(alone, 1.5, 1.0) + 2 * rows + (x.parts - x.kept) * hidden
     second = 2 * hidden + rows - np.where(alone, weights / (x.parts + 1) / 2, 0.0)
-    weighed = np.where(fused, 12.0 * R * x.dim, 0.0)  # rows by their weights: two gradients and one that came, float32
-    return np.maximum(most, np.maximum(np.maximum(first, second), weighed) - done)
+    # Rows by their weights: two gradients and one that came, float32.
+    weighed = np.where(np.isin(m.dispatch, WEIGHING), 12.0 * R * x.dim, 0.0)
+    return np.maximum(np.maximum(first, second), weighed)
 
 
 def _rows(kind: LayerShape, m: Mappings, run: Run) -> Numbers:

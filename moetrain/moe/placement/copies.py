@@ -137,10 +137,8 @@ class Copies:
         order = [([*planned, *extra]).index(e) for e in mine]
 
         def joined(w: Tensor, a: Tensor) -> Tensor:
-            rows = (
-                *w.unbind(),
-                *a.unbind(),
-            )  # not by an index, which autograd would keep: a recomputed block makes none
+            # Not by an index, which autograd would keep: a recomputed block makes none.
+            rows = [*w.unbind(), *a.unbind()]
             return torch.stack([rows[i] for i in order])
 
         parts = zip(weights, added, strict=True)

@@ -115,8 +115,9 @@ class Checkpointer:
         try:
             proven = self._prove(step)
             ranks.first(lambda: self._prune(proven))
-        except Exception as error:  # also a rank that is gone, of which training will hear
-            ranks.say(logging.WARNING, f"old checkpoints in {self.folder} could not be deleted: {one_line(error)}")
+        except Exception as error:
+            if not lost_connection(error):  # of a rank that is gone, training will hear
+                ranks.say(logging.WARNING, f"old checkpoints in {self.folder} could not be deleted: {one_line(error)}")
 
     def _write(self, temporary: Path, step: int, staged: dict[str, Any] | Exception) -> None:
         """Write all of step-N.tmp and prove it: DCP's files, read back by their writers, then the manifest."""

@@ -116,7 +116,7 @@ class Watch:
         self._wake = threading.Event()
         self._known = threading.Event()  # there is a verdict
         self._may_go = threading.Event()  # nobody needs this process any more
-        self._leaving = threading.Event()  # the main thread has an error and is about to end the process
+        self._speaks = threading.Lock()  # held by the thread that has the rank's last word; never released
         self._ended = threading.Event()
         self._threads = [threading.Thread(target=f, daemon=True, name="watch") for f in (self._talk, self._guard)]
 
@@ -145,16 +145,15 @@ class Watch:
     def failed(self, error: BaseException) -> str:
         """The verdict, when ``error`` of the main thread comes from the loss of another rank. "" when it is this
         rank's own; then the others are told."""
+        self._speaks.acquire()
         lost = lost_connection(error)
         if lost:
             self._stacks.error = error
             self._asked_s = self._now()
         else:
             self._own_error = one_line(error)
-            self._leaving.set()
         self._wake.set()
         self._known.wait(NOBODY_S + LEAVE_S)
-        self._leaving.set()
         self._may_go.wait(LEAVE_S)
         if not lost:
             return ""
@@ -275,9 +274,10 @@ class Watch:
                 what = f"{self._host_of_store}, host of the ranks' store, hangs"
                 self._decide(self._line(what, f"no answer for {waits * BEAT_S:.0f} s"))
                 self._may_go.set()
-        if self._leaving.wait(GRACE_S):
-            time.sleep(2 * LEAVE_S)
+        time.sleep(GRACE_S)
         self._may_go.wait(LEAVE_S)
+        if not self._speaks.acquire(blocking=False):
+            time.sleep(2 * LEAVE_S)  # enough for the main thread to end the process
         # Checkpoints are written to the side and renamed when whole, so this is safe at any instant.
         local.show_error(self._verdict, LOST)
         os._exit(LOST)

@@ -28,6 +28,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from moetrain_launch import local
 from moetrain_launch.fork import run_ranks
 from torch._C._distributed_c10d import ErrorType
 
@@ -37,7 +38,7 @@ from moetrain.checkpoint import layout, newest
 from moetrain.checkpoint.layout import DamagedError
 from moetrain.train.exit_codes import LOST
 from moetrain.train.runtime import timeout_of_new_groups
-from moetrain.train.watch import LostRank, watched
+from moetrain.train.watch import GRACE_S, LostRank, Watch, watched
 from tests.distributed.toy_run import BASE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -322,6 +323,38 @@ def test_what_a_collective_says_is_in_the_line_where_nobody_is_lost(tmp_path: Pa
         assert ranks[0].exitcode == LOST
         line = (tmp_path / "lost-0").read_text()
         assert "a collective failed" in line and "rank 0 met: NCCL error: invalid usage Duplicate GPU" in line
+    finally:
+        for process in ranks:
+            process.kill()
+
+
+@pytest.mark.parametrize("late_s", [0.0, GRACE_S + 1])
+def test_a_rank_says_its_line_once_however_late_its_main_thread_hears(
+    late_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 stays for the others to read the verdict, and meets it itself meanwhile; then nothing keeps it."""
+
+    def said(line: str, code: int) -> None:
+        (tmp_path / "lost-0-by-watch").write_text(line)
+        time.sleep(1)  # for the main thread to say it as well
+
+    monkeypatch.setattr(local, "show_error", said)
+    monkeypatch.setattr(Watch, "_stay", lambda self: time.sleep(GRACE_S + 2))
+
+    def work(rank: int) -> None:
+        if rank == 1:
+            raise ValueError("an error of its own")
+        while not (tmp_path / "stacks" / "rank-0.txt").read_text():
+            time.sleep(0.01)
+        time.sleep(late_s)
+        raise dist.DistBackendError("connection reset by peer")
+
+    ranks = start_two(tmp_path, work)
+    try:
+        ranks[0].join(20 + MARGIN_S)
+        assert ranks[0].exitcode == LOST
+        [line] = [file.read_text() for file in tmp_path.glob("lost-0*")]
+        assert "rank 1 (process" in line and "an error of its own" in line
     finally:
         for process in ranks:
             process.kill()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from moe_kernels import keep_freed_memory
+from moe_kernels.native.library import native_obstacle
 from moetrain_launch.local import cores
 from tqdm import tqdm
 
@@ -104,6 +105,7 @@ def set_up_torch(cfg: Config, ranks_here: int) -> None:
     """Threads, seeds and determinism. ``ranks_here``: processes that share this machine's cores."""
     if pick_device(cfg.device).type == "cpu":
         keep_freed_memory()  # before there are large tensors
+        native_obstacle(torch.float32)  # built now, half a minute once, and not while ranks wait for each other
     torch.set_num_threads(cfg.train.threads or threads(ranks_here))
     torch.manual_seed(cfg.seed)
     if cfg.train.deterministic:

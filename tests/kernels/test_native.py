@@ -67,10 +67,22 @@ def test_it_is_built_once_and_kept(tmp_path: Path) -> None:
 
     first = in_fresh_process()
     assert first.returncode == 0 and first.stderr == "", first.stderr
-    (built,) = (tmp_path / "moe_kernels").iterdir()
+    (built,) = (tmp_path / "moe_kernels").glob("*.so")
     stamp = built.stat().st_mtime_ns
     assert in_fresh_process().stdout == first.stdout
-    assert [p.stat().st_mtime_ns for p in (tmp_path / "moe_kernels").iterdir()] == [stamp]
+    assert [p.stat().st_mtime_ns for p in (tmp_path / "moe_kernels").glob("*.so")] == [stamp]
+
+
+def test_ranks_that_start_together_build_it_once_between_them(tmp_path: Path) -> None:
+    """All of a machine would take as many times as long, and as much more memory."""
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f"#!/bin/sh\necho built >> {tmp_path}/log\nsleep 1\nfor out; do :; done\ntouch $out\n")
+    compiler.chmod(0o755)
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "CXX": str(compiler)}
+    build = "from moe_kernels.native import library; print(library._built())"
+    ranks = [subprocess.Popen([sys.executable, "-c", build], env=env, stdout=subprocess.PIPE) for _ in range(4)]
+    assert len({rank.communicate()[0] for rank in ranks}) == 1 and not any(rank.returncode for rank in ranks)
+    assert (tmp_path / "log").read_text() == "built\n"
 
 
 @pytest.fixture

@@ -9,12 +9,15 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import importlib
 import logging
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -137,12 +140,23 @@ def _built() -> Path:
     target = folder / f"native-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            out = Path(scratch) / target.name
-            command = [compiler, *FLAGS, *map(str, SOURCES), *links, "-o", str(out)]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=BUILD_SECONDS)
-            out.replace(target)  # other processes may be building as well; any result will do
+        with _in_turn(target.with_suffix(".lock")), tempfile.TemporaryDirectory(dir=folder) as scratch:
+            if not target.exists():
+                out = Path(scratch) / target.name
+                command = [compiler, *FLAGS, *map(str, SOURCES), *links, "-o", str(out)]
+                subprocess.run(command, check=True, capture_output=True, text=True, timeout=BUILD_SECONDS)
+                out.replace(target)  # where there are no locks, others may build it too; any result will do
     return target
+
+
+@contextmanager
+def _in_turn(path: Path) -> Iterator[None]:
+    """Let the processes that share the file ``path`` in one after another, where the system has locks."""
+    with path.open("w") as file:
+        with suppress(ImportError, OSError):  # Windows, some NFS
+            fcntl = importlib.import_module("fcntl")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _processor() -> str:

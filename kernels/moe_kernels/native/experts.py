@@ -71,7 +71,8 @@ class _Experts(torch.autograd.Function):
         if need_weight and weight_R is not None:
             ds_R = ds_parts.sum(0)
             if b2 is not None:
-                ds_R += torch.cat([torch.mv(part, b) for part, b in zip(dys.split(counts), b2, strict=True)])
+                # No torch.mv: MKL's gives other bits to another number of threads.
+                ds_R += torch.cat([(part * b.float()).sum(1) for part, b in zip(dys.split(counts), b2, strict=True)])
             ds_R = ds_R.to(weight_R.dtype)
         if need_b13 and b13 is not None:
             db13 = torch.stack([part.sum(0) for part in dh_RnF.split(counts)]).view_as(b13)

@@ -42,27 +42,38 @@ struct Seen {
   int32_t low, high;
   Seen(i64 low, i64 high) : low(std::clamp<i64>(low, 0, ROWS)), high(std::clamp<i64>(high, 0, ROWS)) {}
   bool operator()(int32_t c) const { return c >= low && c < high; }
+  bool all() const { return low == 0 && high == ROWS; }
 };
 
+// Zeros for keys that a query does not see.
+inline void hide(Seen seen, float* __restrict row) {
+  if (!seen.all())
+    for (int32_t c = 0; c < ROWS; c++) row[c] = seen(c) ? row[c] : 0.0f;
+}
+
 // p = exp(scale * score - above) where a query sees a key, else 0.
-inline void weights_of(const float* __restrict scores, Seen seen, float scale, float above, float* __restrict p) {
-  for (int32_t c = 0; c < ROWS; c++) p[c] = seen(c) ? exponential(scale * scores[c] - above) : 0.0f;
+inline void weights_of(const float* scores, Seen seen, float scale, float above, float* p) {
+  for (i64 c = 0; c < ROWS; c += B) store(p + c, exponential(load(scores + c) * scale - above));
+  hide(seen, p);
 }
 
 // The gradient of the loss in the scores, from ``above``, that in p.
 inline void slopes_of(const float* __restrict p, const float* __restrict above, Seen seen, float scale, float delta,
                       float* __restrict slopes) {
-  for (int32_t c = 0; c < ROWS; c++) {
-    const float slope = scale * p[c] * (above[c] - delta);
-    slopes[c] = seen(c) ? slope : 0.0f;
-  }
+  for (i64 c = 0; c < ROWS; c++) slopes[c] = scale * p[c] * (above[c] - delta);
+  hide(seen, slopes);
 }
 
-constexpr int LANES = 16;
-inline float sum(const float (&lanes)[LANES]) {
-  float total = 0;
-  for (float x : lanes) total += x;
-  return total;
+// tops or, in each lane, the largest of the scores that are seen, if that is larger.
+inline Floats higher(const float* scores, Seen seen, Floats tops) {
+  if (seen.all()) {
+    for (i64 c = 0; c < ROWS; c += B) tops = larger(load(scores + c), tops);
+  } else {
+    float room[ROWS];
+    for (int32_t c = 0; c < ROWS; c++) room[c] = seen(c) ? scores[c] : -INFINITY;
+    for (i64 c = 0; c < ROWS; c += B) tops = larger(load(room + c), tops);
+  }
+  return tops;
 }
 
 template <class F, class T = typename F::Row>
@@ -74,7 +85,7 @@ void forward(const Shape& s, const T* q, const T* k, const T* v, T* out, float* 
   {
     Scratch<C> keys(tiles * ROWS * depth), values(tiles * ROWS * s.w), query(ROWS * depth), p(tiles * ROWS * ROWS);
     Scratch<float> scores(tiles * ROWS * ROWS), sums(ROWS * s.w);
-    std::vector<float> line(tiles * ROWS);
+    float shares[ROWS];
 #pragma omp for schedule(dynamic, 1)
     for (i64 task = 0; task < s.B * s.G * parts; task++) {
       const i64 part = task % parts, g = task / parts % s.G, b = task / parts / s.G;
@@ -99,33 +110,26 @@ void forward(const Shape& s, const T* q, const T* k, const T* v, T* out, float* 
           for (i64 r = 0; r < rows; r++) {
             float* row = scores.data + r * width;
             const i64 low = s.first[b * s.S + start + r] - from * ROWS, high = start + r + 1 - from * ROWS;
-            float tops[LANES], totals[LANES] = {};
-            std::fill(tops, tops + LANES, -INFINITY);
-            for (i64 c = 0; c < width; c += ROWS) {
-              const Seen seen(low - c, high - c);
-              for (int32_t i = 0; i < ROWS; i += LANES)
-                for (int32_t lane = 0; lane < LANES; lane++) {
-                  const float x = seen(i + lane) ? row[c + i + lane] : -INFINITY;
-                  tops[lane] = x > tops[lane] ? x : tops[lane];
-                }
-            }
-            const float above = *std::max_element(tops, tops + LANES) * s.scale;
-            for (i64 c = 0; c < width; c += ROWS) {
-              weights_of(row + c, Seen(low - c, high - c), s.scale, above, line.data() + c);
-              for (int32_t i = 0; i < ROWS; i += LANES)
-                for (int32_t lane = 0; lane < LANES; lane++) totals[lane] += line[c + i + lane];
-            }
-            const float total = sum(totals), share = 1.0f / total;
-            lse[(b * s.H + h) * s.S + start + r] = above + std::log(total);
+            Floats tops = Floats{} - INFINITY, totals{};
+            for (i64 c = 0; c < width; c += ROWS) tops = higher(row + c, Seen(low - c, high - c), tops);
+            const float above = largest(tops) * s.scale;
             for (i64 c = 0; c < width; c += ROWS) {
               float weights[ROWS];
-              for (i64 i = 0; i < ROWS; i++) weights[i] = line[c + i] * share;
+              weights_of(row + c, Seen(low - c, high - c), s.scale, above, weights);
+              for (i64 i = 0; i < ROWS; i += B) totals += load(weights + i);
               to_cells<F>(weights, ROWS, p.data + r * ROWS + c * ROWS);
             }
+            const float total = sum(totals);
+            shares[r] = 1.0f / total;
+            lse[(b * s.H + h) * s.S + start + r] = above + std::log(total);
           }
           for (i64 j = 0; j <= t - from; j++)
             product<C>(s.w, ROWS, p.data + j * ROWS * ROWS, values.data + (j + from) * ROWS * s.w, sums.data, s.w, j > 0);
-          for (i64 r = 0; r < rows; r++) convert(sums.data + r * s.w, s.w, out + ((b * s.S + start + r) * s.H + h) * s.w);
+          for (i64 r = 0; r < rows; r++) {
+            float* row = sums.data + r * s.w;
+            for (i64 c = 0; c < s.w; c++) row[c] *= shares[r];
+            convert(row, s.w, out + ((b * s.S + start + r) * s.H + h) * s.w);
+          }
         }
       }
     }
@@ -170,12 +174,12 @@ void backward(const Shape& s, const T* q, const T* k, const T* v, const T* out, 
           float delta[ROWS];
           for (i64 r = 0; r < rows; r++) {
             const T *a = tile_do + r * s.H * s.w, *o = tile_out + r * s.H * s.w;
-            float lanes[LANES] = {};
+            float lanes[B] = {};
             i64 c = 0;
-            for (; c + LANES <= s.w; c += LANES)
-              for (i64 lane = 0; lane < LANES; lane++) lanes[lane] += wide(a[c + lane]) * wide(o[c + lane]);
+            for (; c + B <= s.w; c += B)
+              for (i64 lane = 0; lane < B; lane++) lanes[lane] += wide(a[c + lane]) * wide(o[c + lane]);
             for (; c < s.w; c++) lanes[0] += wide(a[c]) * wide(o[c]);
-            delta[r] = sum(lanes);
+            delta[r] = sum(load(lanes));
           }
           for (i64 j = from; j <= t; j++) {
             const i64 columns = std::min(ROWS, s.S - j * ROWS);

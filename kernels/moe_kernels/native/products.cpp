@@ -105,8 +105,8 @@ void rows_product(Rows<typename F::Row> a, Matrices<W> w, const i64* counts, i64
         const i64 wide = std::min(group_columns, task.end - group);
         for (i64 p = 0; p < w.parts; p++)
           w.template pack<F>(task.expert, p, group, wide, depth, packed.data + p * depth * group_columns);
-        for (i64 column = 0; column < wide; column += COLS)
-          for (i64 r = 0; r < task.rows; r += ROWS) {
+        for (i64 r = 0; r < task.rows; r += ROWS)
+          for (i64 column = 0; column < wide; column += COLS) {
             const i64 n = std::min(ROWS, task.rows - r), m = up_to(n, STEP), columns = std::min(COLS, wide - column);
             Tile tile{task.expert, task.row + r, n, group + column, columns, {products.data, products.data + ROWS * COLS}};
             const C* left = rows.data + (r - copied) * depth;
@@ -144,24 +144,24 @@ void put(bool far, const float* from, i64 n, T* to) {
 
 enum { SWIGLU, GEGLU, REGLU, GPT_OSS, SWIGLU_CLAMPED, GELU, RELU2 };
 
-inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+inline Floats sigmoid(Floats x) { return 1.0f / (1.0f + exponential(-x)); }
 
 // f(x) and f'(x) of the function inside the activation.
 template <int ACT>
-inline float function(float x, float& slope) {
+inline Floats function(Floats x, Floats& slope) {
   if constexpr (ACT == SWIGLU) {
-    const float s = sigmoid(x);
+    const Floats s = sigmoid(x);
     slope = s * (1.0f + x * (1.0f - s));
     return x * s;
   } else if constexpr (ACT == GEGLU || ACT == GELU) {  // (1 + tanh(z)) / 2 = sigmoid(2 z)
-    const float s = sigmoid(1.5957691216057308f * (x + 0.044715f * x * x * x));
+    const Floats s = sigmoid(1.5957691216057308f * (x + 0.044715f * x * x * x));
     slope = s + x * s * (1.0f - s) * 1.5957691216057308f * (1.0f + 0.134145f * x * x);
     return x * s;
   } else if constexpr (ACT == REGLU) {
-    slope = x <= 0.0f ? 0.0f : 1.0f;
-    return x < 0.0f ? 0.0f : x;
+    slope = x <= 0.0f ? Floats{} : Floats{} + 1.0f;
+    return x < 0.0f ? Floats{} : x;
   } else {
-    const float r = x < 0.0f ? 0.0f : x;
+    const Floats r = x < 0.0f ? Floats{} : x;
     slope = 2.0f * r;
     return r * r;
   }
@@ -169,20 +169,21 @@ inline float function(float x, float& slope) {
 
 // The activation and its derivatives in gate and up; plain ones take ``up`` alone.
 template <int ACT>
-inline float activation(float gate, float up, float& in_gate, float& in_up) {
+inline Floats activation(Floats gate, Floats up, Floats& in_gate, Floats& in_up) {
   if constexpr (ACT == GPT_OSS || ACT == SWIGLU_CLAMPED) {
     // A clamped value passes no gradient; at the limit itself it does.
     constexpr bool oss = ACT == GPT_OSS;
-    constexpr float limit = oss ? 7.0f : 10.0f, alpha = oss ? 1.702f : 1.0f, shift = oss ? 1.0f : 0.0f;
-    const float capped = gate > limit ? limit : gate, held = up > limit ? limit : up < -limit ? -limit : up;
-    const float s = sigmoid(alpha * capped);
-    in_gate = gate > limit ? 0.0f : (held + shift) * s * (1.0f + alpha * capped * (1.0f - s));
-    in_up = std::fabs(up) > limit ? 0.0f : capped * s;
+    constexpr float top = oss ? 7.0f : 10.0f, alpha = oss ? 1.702f : 1.0f, shift = oss ? 1.0f : 0.0f;
+    const Floats limit = Floats{} + top;
+    const Floats capped = gate > limit ? limit : gate, held = up > limit ? limit : up < -limit ? -limit : up;
+    const Floats s = sigmoid(alpha * capped);
+    in_gate = gate > limit ? Floats{} : (held + shift) * s * (1.0f + alpha * capped * (1.0f - s));
+    in_up = (up > limit) | (up < -limit) ? Floats{} : capped * s;
     return capped * s * (held + shift);
   } else if constexpr (ACT == GELU || ACT == RELU2) {
     return function<ACT>(up, in_up);
   } else {
-    float slope;
+    Floats slope;
     in_up = function<ACT>(gate, slope);
     in_gate = up * slope;
     return in_up * up;
@@ -221,15 +222,17 @@ Then up_projection(const T* b13, const float* s, T* h, T* a, i64 parts, i64 widt
         }
         put(far, part[p], t.columns, row_h + p * width);
         if (sizeof(T) == 2) {
-          for (i64 c = 0; c < t.columns; c++) room[p][c] = wide(narrow<T>(part[p][c]));
+          T rounded[COLS];
+          convert(part[p], t.columns, rounded);
+          for (i64 c = 0; c < t.columns; c++) room[p][c] = wide(rounded[c]);
           part[p] = room[p];
         }
       }
       const float weight = s ? s[t.row + r] : 1.0f;
       const float *gate = part[0], *up = part[parts - 1];
-      for (i64 c = 0; c < t.columns; c++) {
-        float in_gate, in_up;
-        value[c] = weight * activation<ACT>(gate[c], up[c], in_gate, in_up);
+      for (i64 c = 0; c < t.columns; c += B) {
+        Floats in_gate, in_up;
+        store(value + c, weight * activation<ACT>(load(gate + c), load(up + c), in_gate, in_up));
       }
       put(far, value, t.columns, a + (t.row + r) * width + t.column);
     }
@@ -262,31 +265,28 @@ Then down_gradient(const float* s, const T* h, T* a, T* dh, float* ds, i64 width
   constexpr bool gated = ACT != GELU && ACT != RELU2;
   const i64 n_F = gated ? 2 * width : width, UP = n_F - width;
   return [=](const Tile& t) {
-    float gate[COLS], up[COLS], value[COLS], in_gate[COLS], in_up[COLS];
+    float gate[COLS] = {}, up[COLS] = {}, da[COLS] = {}, value[COLS], in_gate[COLS], in_up[COLS];
     for (i64 r = 0; r < t.rows; r++) {
-      const float* da = t.part[0] + r * t.columns;
+      std::copy_n(t.part[0] + r * t.columns, t.columns, da);
       const i64 row = t.row + r;
       const T* row_h = h + row * n_F + t.column;
       T* row_dh = dh + row * n_F + t.column;
+      if (r + 8 < t.rows) prefetch(row_h + 8 * n_F, t.columns), prefetch(row_h + 8 * n_F + UP, t.columns);
       for (i64 c = 0; c < t.columns; c++) gate[c] = wide(row_h[c]), up[c] = wide(row_h[UP + c]);
       const float weight = s ? s[row] : 1.0f;
-      float sums[16] = {};
-      for (i64 c = 0; c < t.columns; c++) value[c] = activation<ACT>(gate[c], up[c], in_gate[c], in_up[c]);
-      i64 whole = 0;
-      for (; whole + 16 <= t.columns; whole += 16)
-        for (i64 lane = 0; lane < 16; lane++) sums[lane] += da[whole + lane] * value[whole + lane];
-      for (i64 lane = 0; whole + lane < t.columns; lane++) sums[lane] += da[whole + lane] * value[whole + lane];
-      for (i64 c = 0; c < t.columns; c++) {
-        value[c] *= weight;
-        in_gate[c] *= weight * da[c];
-        in_up[c] *= weight * da[c];
+      Floats sums{};
+      for (i64 c = 0; c < t.columns; c += B) {
+        Floats slope_gate{}, slope_up;
+        const Floats x = activation<ACT>(load(gate + c), load(up + c), slope_gate, slope_up), slope = load(da + c);
+        sums += slope * x;
+        store(value + c, weight * x);
+        store(in_gate + c, weight * slope * slope_gate);
+        store(in_up + c, weight * slope * slope_up);
       }
       put(far, value, t.columns, a + row * width + t.column);
       if (gated) put(far, in_gate, t.columns, row_dh);
       put(far, in_up, t.columns, row_dh + UP);
-      float sum = 0;
-      for (float part : sums) sum += part;
-      ds[t.column / COLS * R + row] = sum;
+      ds[t.column / COLS * R + row] = sum(sums);
     }
   };
 }

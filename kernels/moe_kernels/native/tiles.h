@@ -341,22 +341,48 @@ void tile_product(i64 m, i64 n, i64 k, const C* a, i64 lda, const C* b, i64 ldb,
   at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, PAIR<C> == 2);
 }
 
-// e^x to about one unit in the last place, as a polynomial, so that loops over it vectorise. Overflows to inf; NaN stays.
-inline float exponential(float x) {
-  const float n = std::nearbyint(std::min(std::max(x, -87.0f), 88.0f) * 1.44269504f);
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
+// ---- vectors of floats -----------------------------------------------------------------------------------------------
+
+// Written out where loops are too long for the compiler to vectorise.
+typedef float Floats __attribute__((vector_size(4 * B), aligned(4)));
+typedef int32_t Ints __attribute__((vector_size(4 * B), aligned(4)));
+
+inline Floats load(const float* from) {
+  Floats v;
+  memcpy(&v, from, sizeof(v));
+  return v;
+}
+inline void store(float* to, Floats v) { memcpy(to, &v, sizeof(v)); }
+
+inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }  // b where either is NaN
+
+inline float largest(Floats v) {
+  float out = v[0];
+  for (i64 i = 1; i < B; i++) out = std::max(out, v[i]);
+  return out;
+}
+
+inline float sum(Floats v) {  // halves of it first
+  for (i64 half = B / 2; half > 0; half /= 2)
+    for (i64 i = 0; i < half; i++) v[i] += v[i + half];
+  return v[0];
+}
+
+// e^x to about one unit in the last place, as a polynomial; 0 below -87.7, e^88 above 88. NaN stays.
+inline Floats exponential(Floats x) {
+  constexpr float shift = 12582912.0f;  // 1.5 2^23: a sum with it is rounded to a whole number, which is in its last bits
+  x = x < -88.0f ? -88.0f : x;
+  x = x > 88.0f ? 88.0f : x;
+  const Floats shifted = x * 1.44269504f + shift, n = shifted - shift;
+  const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  const int32_t bits = (int32_t(n) + 127) << 23;
-  float scale;
-  memcpy(&scale, &bits, 4);
-  const float out = p * scale;
-  return x > 88.72283f ? INFINITY : x < -87.33654f ? 0.0f : out;
+  const Ints scale = (Ints(shifted) + 127) << 23;  // 2^n; 0 for n = -127
+  return p * Floats(scale);
 }
 
 }  // namespace

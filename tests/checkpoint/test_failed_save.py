@@ -143,17 +143,27 @@ def test_keep_last(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-10", "step-11"]
 
 
-def test_a_rank_lost_while_old_checkpoints_are_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The new checkpoint is whole by then, and training will hear of the rank; no traceback comes from the thread."""
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        ("[gloo/pair.cc:537] Connection reset by peer", "INFO checkpoint of step 1 saved"),
+        ("no such luck", "WARNING old checkpoints in {} could not be deleted: no such luck"),
+    ],
+    ids=["a rank is lost", "something else"],
+)
+def test_what_goes_wrong_while_old_checkpoints_are_deleted(
+    error: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new checkpoint is whole by then. Of a lost rank training will hear; no traceback comes from the thread."""
     checkpointer = Checkpointer(tmp_path, 1, False)
     monkeypatch.setattr(checkpointer, "_prune", lambda step: monkeypatch.setattr(Ranks, "gather", broken))
 
     def broken(self: Ranks, value: object) -> None:
-        raise RuntimeError("[gloo/pair.cc:537] Connection reset by peer")
+        raise RuntimeError(error)
 
     with Lines() as lines:
         checkpointer.save(1, state(1))
-    assert lines[-1].startswith("WARNING") and "could not be deleted: [gloo/pair.cc:537] Connection" in lines[-1]
+    assert lines[-1] == said.format(tmp_path)
     assert checkpointer.failed == [] and checkpointer.last_good() == str(tmp_path / "step-1")
 
 

@@ -34,6 +34,8 @@ def run_ranks(world: int, fn: Callable[..., T], *args: Any, timeout: float = 120
     """``fn(*args)`` on each of ``world`` ranks, in a gloo process group of their own; the results in rank order.
 
     Within ``fn`` the rank is ``dist.get_rank()``. Arguments may be anything (ranks are forks); results must pickle.
+    A rank has one thread; it may ask for more only where this process has never used more: a fork has the team of
+    OpenMP's threads on paper alone, and waits for it.
     timeout: seconds for the whole world. Raises RuntimeError with the traceback of the rank that failed first (the
     later failures of the others are mostly its consequence), TimeoutError when ranks are still running at the end.
     """

@@ -47,14 +47,14 @@ def native_obstacle(dtype: torch.dtype) -> str | None:
 
 @torch.compiler.disable
 def widens_halves() -> bool:
-    """Whether bfloat16 is multiplied as float32, since the processor has no products of it. (torch's own are then ten
-    times slower than float32, or worse.) Ask ``native_obstacle`` first."""
+    """Whether bfloat16 is multiplied as float32, since the processor has no products of it, or slow ones. (torch's own
+    are then two to more than ten times slower than float32.) Ask ``native_obstacle`` first."""
     loaded = _load()
     return not isinstance(loaded, str) and not loaded.moe_half_cells()
 
 
 def widen_halves(widened: bool) -> None:
-    """For tests: multiply bfloat16 as on a processor that has no products of it, or not."""
+    """For tests: multiply bfloat16 as on a processor that has no products of it, or as one that has, if this one can."""
     loaded = _load()
     if not isinstance(loaded, str):
         loaded.moe_use_half_cells(ctypes.c_int64(not widened))

@@ -415,6 +415,16 @@ bool works() {
   return c.data[0] == float(DEPTH);
 }
 
+// Whether bfloat16 is multiplied faster than the same numbers as float. Intel's processors without AMX for it (or whose
+// system or virtual machine keeps it back) that are younger than Cooper Lake take twice as long over it.
+bool halves_are_faster() {
+#if defined(__AVX512FP16__) && !defined(__AMX_BF16__)
+  return !__builtin_cpu_is("intel");
+#else
+  return true;
+#endif
+}
+
 }  // namespace
 
 // ---- what Python calls -----------------------------------------------------------------------------------------------
@@ -423,13 +433,13 @@ extern "C" {
 
 // Whether anything here can run; it has to be asked first, since it finds out what tiles may hold.
 int moe_works() {
-  half_cells = works<bf16>();
+  half_cells = halves_are_faster() && works<bf16>();
   return works<float>();
 }
 
 int moe_half_cells() { return half_cells; }
 
-void moe_use_half_cells(i64 use) { half_cells = use; }  // for tests
+void moe_use_half_cells(i64 use) { half_cells = use && works<bf16>(); }  // for tests
 
 void moe_up_projection(i64 half_rows, i64 half_weights, const void* x, const i64* index, const void* w13,
                       const void* b13, const float* s, void* h, void* a, const i64* counts, i64 experts, i64 parts,

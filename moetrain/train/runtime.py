@@ -105,7 +105,8 @@ def set_up_torch(cfg: Config, ranks_here: int) -> None:
     """Threads, seeds and determinism. ``ranks_here``: processes that share this machine's cores."""
     if pick_device(cfg.device).type == "cpu":
         keep_freed_memory()  # before there are large tensors
-        native_obstacle(torch.float32)  # built now, half a minute once, and not while ranks wait for each other
+        if cfg.train.precision != "float64":  # built now, half a minute once, and not while ranks wait for each other
+            native_obstacle(torch.float32)
     torch.set_num_threads(cfg.train.threads or threads(ranks_here))
     torch.manual_seed(cfg.seed)
     if cfg.train.deterministic:

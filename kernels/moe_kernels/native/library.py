@@ -54,7 +54,7 @@ def widens_halves() -> bool:
 
 
 def widen_halves(widened: bool) -> None:
-    """For tests: multiply bfloat16 as on a processor that has no products of it, or as one that has, if this one can."""
+    """For tests: multiply bfloat16 as a processor that has no products of it does, or as one that has, if this can."""
     loaded = _load()
     if not isinstance(loaded, str):
         loaded.moe_use_half_cells(ctypes.c_int64(not widened))

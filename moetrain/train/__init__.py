@@ -77,8 +77,7 @@ def _run(cfg: Config, resume: bool, signals: Signals) -> None:
             trainer.snapshots.forget()
             raise
         except KeyboardInterrupt:
-            if dist.get_world_size() == 1:  # of several, those may be gone that it needs; Ctrl-C again ends this wait
-                trainer.checkpointer.wait()
+            trainer.checkpointer.wait()  # the other ranks, who were told as well, do so too; Ctrl-C again ends this
             trainer.snapshots.forget()
             good, again = trainer.checkpointer.last_good(), f"moetrain train --resume {quote(str(run_dir))}"
             log.info("stopped    by Ctrl-C after step %d; last good checkpoint: %s; to go on: %s",

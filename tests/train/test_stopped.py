@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -165,15 +166,19 @@ def test_stopped_killed_and_gone_on(folder: Path) -> None:
     assert 1 <= sum(event["event"] == "resumed" for row in rows for event in row.get("events", [])) <= 2
 
 
-def test_ctrl_c_waits_for_a_save_and_says_how_to_go_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ctrl_c_waits_for_a_save_and_says_how_to_go_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, ranks: int
+) -> None:
     """In the log too, where it is found after the terminal is gone."""
     write = Checkpointer._write
     monkeypatch.setattr(Checkpointer, "_write", lambda *args: (time.sleep(0.2), write(*args)))
-    cfg = load(
-        folder,
-        [f"run_dir={folder / 'my run'}", "checkpoint.every=1", "train.threads=1"],
-    )
+    run_dir = folder / f"my run of {ranks}"
+    cfg = load(folder, [f"run_dir={run_dir}", "checkpoint.every=1", "train.threads=1"])
     step = Trainer.train_step
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
 
     def interrupted(trainer: Trainer) -> dict:
         if trainer.step == 2:
@@ -182,15 +187,17 @@ def test_ctrl_c_waits_for_a_save_and_says_how_to_go_on(folder: Path, monkeypatch
 
     def body() -> None:
         dist.destroy_process_group()  # a run makes its own
-        del os.environ["RANK"], os.environ["WORLD_SIZE"]
+        if ranks == 1:
+            del os.environ["RANK"], os.environ["WORLD_SIZE"]
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         run(cfg)
 
     monkeypatch.setattr(Trainer, "train_step", interrupted)
     with pytest.raises(RuntimeError, match="KeyboardInterrupt"):
-        run_ranks(1, body)
-    *_, last = (folder / "my run/log.txt").read_text().splitlines()
-    good = folder / "my run/checkpoints/step-2"
-    assert f"after step 2; last good checkpoint: {good}; to go on: moetrain train --resume '{folder}/my run'" in last
+        run_ranks(ranks, body)
+    *_, last = (run_dir / "log.txt").read_text().splitlines()
+    good = run_dir / "checkpoints/step-2"
+    assert f"after step 2; last good checkpoint: {good}; to go on: moetrain train --resume '{run_dir}'" in last
 
 
 def test_a_resume_that_is_refused_leaves_the_run_as_it_was(folder: Path) -> None:

@@ -165,10 +165,19 @@ typename F::Cell cell(From x) {
 
 template <class F, class From>
 void to_cells(const From* __restrict from, i64 n, typename F::Cell* __restrict to) {
-  if constexpr (std::is_same_v<F, Widened>)
-    for (i64 c = 0; c < n; c++) to[c] = cell<F>(from[c]);
-  else
+  if constexpr (std::is_same_v<F, Widened>) {
+    i64 c = 0;
+#ifdef __AVX512BF16__
+    if constexpr (sizeof(From) == 4)
+      for (; c + 16 <= n; c += 16) {
+        const auto rounded = __m256i(_mm512_cvtneps_pbh(_mm512_loadu_ps(from + c)));
+        _mm512_storeu_si512(to + c, _mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16));
+      }
+#endif
+    for (; c < n; c++) to[c] = cell<F>(from[c]);
+  } else {
     convert(from, n, to);
+  }
 }
 
 // Likewise: where they are, or in ``room``.

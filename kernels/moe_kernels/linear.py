@@ -15,7 +15,7 @@ def linear(x: Tensor, w_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
 
     Large products in float32 on CPU go through the compiled kernels, once differentiable; all others, and those that
     torch.compile sees or torch.autocast casts, through torch, which also says what does not fit. (In bfloat16 torch's
-    are as fast, where the processor has such products; where it has none, the compiled kernels take these too.)
+    are as fast, where the processor has fast products of it; where it has not, the compiled kernels take these too.)
     """
     fits = w_NK.dim() == 2 and x.shape[-1:] == w_NK.shape[1:]
     fits = fits and (

@@ -2,7 +2,8 @@
 //
 // Tiles are multiplied by oneDNN's batch-reduce kernel (AMX, AVX-512 or AVX2, whichever the machine has), which torch
 // exports; it is declared here, so that no header of torch is needed. T is the type of rows, W of weights: float, or
-// bfloat16 with sums in float. A processor without products of bfloat16 multiplies the same numbers as float.
+// bfloat16 with sums in float. A processor without products of bfloat16, or with slow ones, multiplies the same numbers
+// as float.
 
 #pragma once
 

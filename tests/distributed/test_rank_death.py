@@ -344,7 +344,8 @@ def test_a_rank_says_its_line_once_however_late_its_main_thread_hears(
     def work(rank: int) -> None:
         if rank == 1:
             raise ValueError("an error of its own")
-        while not (tmp_path / "stacks" / "rank-0.txt").read_text():
+        stacks = tmp_path / "stacks" / "rank-0.txt"
+        while not stacks.exists() or not stacks.read_text():
             time.sleep(0.01)
         time.sleep(late_s)
         raise dist.DistBackendError("connection reset by peer")

@@ -10,12 +10,13 @@ import torch
 import torch.distributed as dist
 from moetrain_launch.fork import run_ranks
 from tokenizers.processors import TemplateProcessing
+from torch import nn
 
 from moetrain import config
 from moetrain.config.check import resolve_sizes
 from moetrain.data.prepare import prepare
 from moetrain.train.generate import generate
-from moetrain.train.step import norms_of_parts
+from moetrain.train.step import clip_gradients, norms_of_parts
 from moetrain.train.trainer import Trainer
 
 TINY = [
@@ -126,12 +127,16 @@ def test_a_sample_is_read_as_the_text_of_the_data_is(folder: Path) -> None:
 def test_the_norm_of_a_gradient_is_as_exact_as_its_dtype_and_the_same_for_any_number_of_threads(size: int) -> None:
     """torch's own, of a tensor of millions of numbers in float32, is not: one sum loses what is small beside it.
 
-    Not in forked ranks: where another test of this process has used threads, OpenMP has none in a fork, and waits."""
-    grad = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    Threads not in a forked rank: where another test of this process has used some, OpenMP waits for them in a fork."""
+    layer = nn.Linear(1, 1, bias=False)
+    layer.weight = nn.Parameter(torch.empty(size))
+    layer.weight.grad = grad = torch.randn(size, generator=torch.Generator().manual_seed(0))
     before, found = torch.get_num_threads(), []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
         found.append(norms_of_parts([grad]).square().sum().sqrt().item())
     torch.set_num_threads(before)
     [one, two, five] = found
+    [of_a_model] = run_ranks(1, lambda: clip_gradients(layer, 0.0, 1))
     assert one == two == five == pytest.approx(grad.double().norm().item(), rel=2e-6)
+    assert of_a_model == pytest.approx(one, rel=2e-6)

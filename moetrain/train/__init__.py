@@ -77,7 +77,9 @@ def _run(cfg: Config, resume: bool, signals: Signals) -> None:
             trainer.snapshots.forget()
             raise
         except KeyboardInterrupt:
-            trainer.checkpointer.wait()  # the other ranks, who were told as well, do so too; Ctrl-C again ends this
+            # The other ranks, who were told as well, do so too. Alone, Ctrl-C again ends this; several ranks are ended by
+            # the process that started them, after half a minute.
+            trainer.checkpointer.wait()
             trainer.snapshots.forget()
             good, again = trainer.checkpointer.last_good(), f"moetrain train --resume {quote(str(run_dir))}"
             log.info("stopped    by Ctrl-C after step %d; last good checkpoint: %s; to go on: %s",

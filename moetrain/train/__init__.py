@@ -77,8 +77,8 @@ def _run(cfg: Config, resume: bool, signals: Signals) -> None:
             trainer.snapshots.forget()
             raise
         except KeyboardInterrupt:
-            # The other ranks, who were told as well, do so too. Alone, Ctrl-C again ends this; several ranks are ended by
-            # the process that started them, after half a minute.
+            # The other ranks, who were told as well, do so too. Alone, Ctrl-C again ends this; several ranks are ended
+            # by the process that started them, after half a minute.
             trainer.checkpointer.wait()
             trainer.snapshots.forget()
             good, again = trainer.checkpointer.last_good(), f"moetrain train --resume {quote(str(run_dir))}"

@@ -7,6 +7,7 @@ from moe_kernels.activation import ACTIVATIONS, activate
 from moe_kernels.api import BACKENDS, choose_backend, expert_mlp, moe_mlp
 from moe_kernels.choice import OP_BACKENDS
 from moe_kernels.fp8 import dequantize, quantize_blocks, quantize_rows
+from moe_kernels.late import late_weight_gradients
 from moe_kernels.linear import linear
 from moe_kernels.loss import VocabularyPart, linear_cross_entropy, token_counts
 from moe_kernels.memory import keep_freed_memory
@@ -35,6 +36,7 @@ __all__ = [
     "expert_mlp",
     "grouped_mm",
     "keep_freed_memory",
+    "late_weight_gradients",
     "linear",
     "linear_cross_entropy",
     "moe_mlp",

@@ -13,6 +13,8 @@ are the next expert's (outputs are overwritten in turn); where they would be sum
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_kernels.activation import activation_backward, activation_forward
+from moe_kernels.late import is_late, now_or_later, room_for
 from moe_kernels.native.experts import native_expert_mlp
 from moe_kernels.native.library import native_obstacle
 from moe_kernels.operands import Operands
@@ -45,9 +48,9 @@ class _Block(NamedTuple):
         return slice(self.start, self.start + self.wide)
 
 
-def _blocks(counts: list[int], dtype: torch.dtype) -> list[_Block]:
-    """The experts that have rows."""
-    tile = TILE if dtype in (torch.bfloat16, torch.float16) else 1
+def _blocks(counts: list[int], dtype: torch.dtype, exact: bool = False) -> list[_Block]:
+    """The experts that have rows. exact: products are not widened."""
+    tile = TILE if dtype in (torch.bfloat16, torch.float16) and not exact else 1
     blocks, start = [], 0
     for expert, n in enumerate(counts):
         if n:
@@ -97,10 +100,9 @@ class _Weights:
 class _WeightGrad:
     """The gradient of a parameter (e, rows, columns), in its dtype, from products in ``dtype``."""
 
-    def __init__(self, w: Tensor, dtype: torch.dtype, counts: list[int]) -> None:
-        self.grad = torch.empty_like(w, memory_format=torch.contiguous_format)
-        self.matrices = self.grad.unbind(0)
-        self.scratch = None if w.dtype == dtype else w.new_empty(w.shape[1:], dtype=dtype)
+    def __init__(self, grad: Tensor, dtype: torch.dtype, counts: list[int]) -> None:
+        self.grad, self.matrices = grad, grad.unbind(0)
+        self.scratch = None if grad.dtype == dtype else grad.new_empty(grad.shape[1:], dtype=dtype)
         for matrix, n in zip(self.matrices, counts, strict=True):
             if n == 0:
                 matrix.zero_()
@@ -111,6 +113,16 @@ class _WeightGrad:
             torch.mm(left, right, out=self.matrices[b.expert])
         else:
             self.matrices[b.expert].copy_(torch.mm(left, right, out=self.scratch))
+
+
+def _weight_gradient(
+    room: Callable[[], Tensor], left: _Input, right: _Input, blocks: list[_Block], counts: list[int]
+) -> Tensor:
+    """For each expert, the sum over its rows of left^T right."""
+    dw = _WeightGrad(room(), left.x_ND.dtype, counts)
+    for b in blocks:
+        dw.product(b, left[b].t(), right[b])
+    return dw.grad
 
 
 class _ExpertMLP(torch.autograd.Function):
@@ -146,6 +158,8 @@ class _ExpertMLP(torch.autograd.Function):
         run = _Backward(ctx, grads[0])
         for b in run.blocks:
             run.expert(b)
+        if run.late:
+            run.leave_weights(ctx)
         return Operands.gradients(*run.results())
 
 
@@ -155,17 +169,22 @@ class _Backward:
     def __init__(self, ctx: Any, dy: Tensor) -> None:
         x_ND, w13, w2, weight_R, self.b13, self.b2, self.index_R, self.row_TK, self.h_RnF = ctx.saved_tensors
         need_x, need_w13, need_w2, need_weight, need_b13, need_b2 = Operands.needed(ctx)
-        dtype, self.activation, self.tokens = x_ND.dtype, ctx.activation, len(x_ND)
-        self.blocks = _blocks(ctx.counts, dtype)
+        dtype, self.activation, self.tokens, self.late = x_ND.dtype, ctx.activation, len(x_ND), is_late()
+        self.blocks = _blocks(ctx.counts, dtype, exact=self.late)
         self.x_of = _Input(x_ND, self.index_R, self.blocks)
         self.dy_of = _Input(dy, None if self.row_TK is None else self.index_R, self.blocks)
         self.w13_of, self.w2_of = _Weights(w13, dtype), _Weights(w2, dtype)
         self.weight_R, self.s_R1 = weight_R, _column(weight_R, dtype)
-        self.a_all, self.da_all = x_ND.new_empty(2, _widest(self.blocks), w2.shape[2])
-        self.dh_all = x_ND.new_empty(_widest(self.blocks), w13.shape[1])
+        widest = _widest(self.blocks)
+        held = len(self.h_RnF) if self.late else widest
+        self.a_all, self.dh_all = x_ND.new_empty(held, w2.shape[2]), x_ND.new_empty(held, w13.shape[1])
+        self.da_all = x_ND.new_empty(widest, w2.shape[2])
         self.dx_RD = x_ND.new_empty(_end(self.blocks), x_ND.shape[1]) if need_x else None
-        self.dw13 = _WeightGrad(w13, dtype, ctx.counts) if need_w13 else None
-        self.dw2 = _WeightGrad(w2, dtype, ctx.counts) if need_w2 else None
+        self.room13, self.room2 = room_for(w13) if need_w13 else None, room_for(w2) if need_w2 else None
+        self.dw13, self.dw2 = (
+            None if room is None or self.late else _WeightGrad(room(), dtype, ctx.counts)
+            for room in (self.room13, self.room2)
+        )
         self.db13 = torch.zeros_like(self.b13) if need_b13 else None
         self.db2 = torch.zeros_like(self.b2) if need_b2 else None
         wide = torch.promote_types(dtype, torch.float32)
@@ -173,7 +192,8 @@ class _Backward:
 
     def expert(self, b: _Block) -> None:
         """The gradients of one expert's parameters and rows."""
-        dy, a, da, dh = self.dy_of[b], self.a_all[: b.wide], self.da_all[: b.wide], self.dh_all[: b.wide]
+        here = b.rows if self.late else slice(b.wide)
+        dy, a, da, dh = self.dy_of[b], self.a_all[here], self.da_all[: b.wide], self.dh_all[here]
         s = None if self.s_R1 is None else self.s_R1[b.rows]
         ds = None if self.ds_R is None else self.ds_R[b.rows]
         torch.mm(dy, self.w2_of[b], out=da)
@@ -188,6 +208,14 @@ class _Backward:
         if self.dx_RD is not None:
             torch.mm(dh, self.w13_of[b], out=self.dx_RD[b.wide_rows])
         self._biases(b, dy[: b.n], dh[: b.n], s, ds)
+
+    def leave_weights(self, ctx: Any) -> None:
+        """The gradients of w13 and w2 come later, of every row's dh and a."""
+        a_of, dh_of = (_Input(t, None, self.blocks) for t in (self.a_all, self.dh_all))
+        for tensor, room, left, right in ((1, self.room13, dh_of, self.x_of), (2, self.room2, self.dy_of, a_of)):
+            if room is not None:
+                compute = functools.partial(_weight_gradient, room, left, right, self.blocks, ctx.counts)
+                now_or_later(ctx, tensor, compute)
 
     def _biases(self, b: _Block, dy: Tensor, dh: Tensor, s: Tensor | None, ds: Tensor | None) -> None:
         if self.db13 is not None:

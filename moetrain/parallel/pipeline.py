@@ -7,18 +7,21 @@ arrives, and the schedule adds nothing to it: gradients are sums, as without a p
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from moe_kernels import late_weight_gradients
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.tensor import DTensor
 
 from moetrain.config.schema import Config
+from moetrain.config.sizes import ZERO_BUBBLE
 from moetrain.model.decoder import Decoder
 from moetrain.moe.routing import Carry
 from moetrain.parallel.mesh import ParallelDims
@@ -63,23 +66,47 @@ class StagePart(Decoder):
         return (x, carry.aux_A.clone()) if self.aux_names else (x,)
 
 
-class EvenStage(PipelineStage):
-    """A stage whose gradients all have the dtype of reductions when they are reduced.
+class LateStage(PipelineStage):
+    """A stage of a zero-bubble schedule: the gradients of matrices come in a step of their own (DeepSeek's DualPipe
+    does it so as well), for which the layers' backward passes leave them (``late_weight_gradients``).
 
-    A zero-bubble schedule with one micro-batch leaves torch with float32 gradients of what half a backward had ready,
-    and bfloat16 ones of the rest, which it refuses to reduce together.
+    torch would look for them in the graph instead, and go through a recomputed block once for each group of weights.
     """
 
-    def perform_reduce_grad(self, grad_scale_factor: int) -> None:
-        """Called by the schedule after the last backward of this stage."""
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.left: list[Callable[[], None]] = []
+        super().__init__(*args, **kwargs | {"dw_builder": self._take})
+
+    def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+        """Called by the schedule."""
+        with late_weight_gradients():
+            return super().forward_one_chunk(*args, **kwargs)
+
+    def backward_one_chunk(
+        self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
+    ) -> None:
+        """Called by the schedule."""
+        with late_weight_gradients(None if full_backward else self.left):
+            super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+
+    def _take(self) -> Callable[[], None]:
+        """What makes the gradients that the last backward pass has left."""
+        left, self.left = self.left, []
+        return functools.partial(self._run, left)
+
+    def _run(self, left: list[Callable[[], None]]) -> None:
+        left.reverse()
+        while left:
+            left.pop()()
+        # FSDP sums gradients up in the dtype of its reductions, and looks for them after a backward pass only.
         for module in self.submod.modules():
             state: Any = module._get_fsdp_state() if isinstance(module, FSDPModule) else None
             # torch 2.11 has one group of parameters in a module
             for group in getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]:
                 for p in group.fsdp_params if group is not None else ():
-                    if hasattr(p, "_unsharded_param") and p.unsharded_accumulated_grad is None:
+                    if hasattr(p, "_unsharded_param"):
+                        p.accumulate_unsharded_grad_if_needed()
                         p.to_accumulated_grad_if_needed()
-        super().perform_reduce_grad(grad_scale_factor)
 
 
 class Held(nn.Module):
@@ -118,6 +145,7 @@ class Pipeline:
         t, s = cfg.train, dims.sizes
         self.n_micro = t.global_batch // (t.micro_batch * s.data)
         shape = (t.micro_batch, t.seq_len // s.cp)
+        self.kind = LateStage if cfg.parallel.schedule in ZERO_BUBBLE else PipelineStage
         built = [self._stage(part, stage, shape) for part, stage in zip(parts, mine, strict=True)]
         make = SCHEDULES[cfg.parallel.schedule]
         one = issubclass(make, schedules.PipelineScheduleSingle)
@@ -165,7 +193,7 @@ class Pipeline:
             if theirs is not None and received is not None and received is not _local(theirs):
                 _local(theirs).copy_(received)
 
-    def _stage(self, part: StagePart, stage: Stage, shape: tuple[int, int]) -> EvenStage:
+    def _stage(self, part: StagePart, stage: Stage, shape: tuple[int, int]) -> PipelineStage:
         batch, tokens = shape
 
         def passed(grad: bool) -> tuple[Tensor, ...]:
@@ -173,7 +201,7 @@ class Pipeline:
             return (x, *self._sums_like(part, "meta", grad))
 
         loss = torch.empty(1, dtype=torch.promote_types(self.dtype, torch.float32), device="meta")
-        return EvenStage(
+        return self.kind(
             part,
             stage.index,
             stage.total,

@@ -16,7 +16,8 @@ from torch.autograd.function import once_differentiable
 from moe_kernels.gpu.operator import operator
 from moe_kernels.gpu.products import down_gradient, rows_times_weights, up_projection, weight_gradient
 from moe_kernels.gpu.sums import expert_sum, gather_sum, row_product
-from moe_kernels.gpu.tiles import COLUMNS, TILE, Tiles, cdiv, matrix_reader, multiprocessors, place
+from moe_kernels.gpu.tiles import COLUMNS, TILE, Tiles, cdiv, matrix_reader, multiprocessors, place, rows_class_of
+from moe_kernels.late import now_or_later
 from moe_kernels.operands import Operands
 
 
@@ -72,9 +73,10 @@ def _backward(
     needs: list[bool],
     dtype: torch.dtype,
 ) -> list[Tensor]:
-    """The gradients in x, w13, w2, s, b13 and b2, those of parameters of ``dtype``; empty where not needed. dy: that of
-    out_TD with row_TK, else of y_RD."""
-    need_x, need_w13, need_w2, need_s, need_b13, need_b2 = needs
+    """The gradients in x, s, b13 and b2, those of parameters of ``dtype``; empty where not needed. Then what those of
+    w13 and w2 are made of: a_RF, dh_RnF, and where each expert's rows start. dy: that of out_TD with row_TK, else of
+    y_RD."""
+    need_x, need_s, need_b13, need_b2 = needs
     e, matrices, F, D = w13.shape
     R = len(h_RnF)
     tiles = place(counts_e, R)
@@ -91,29 +93,48 @@ def _backward(
     if need_x:
         dx_RD = run_rows_times_weights(dh_RnF, w13, tiles, D, (1, D))
         grads[0] = sum_per_token(dx_RD, len(x_ND), index_R, row_TK)
-    if need_w13:
-        grads[1] = run_weight_gradient(dh_RnF, None, x_ND, index_R, tiles, torch.empty_like(w13, dtype=dtype))
-    if need_w2:
-        grads[2] = run_weight_gradient(dy, dy_index, a_RF, None, tiles, torch.empty_like(w2, dtype=dtype))
     if need_s and s_R is not None:
         if b2 is not None:
             row_product(dy, dy_index, b2, tiles, ds_parts[-1])
-        grads[3] = ds_parts.sum(0).to(s_R.dtype)
+        grads[1] = ds_parts.sum(0).to(s_R.dtype)
     if need_b13 and b13 is not None:
-        grads[4] = expert_sum(dh_RnF, None, None, tiles, dtype).view_as(b13)
+        grads[2] = expert_sum(dh_RnF, None, None, tiles, dtype).view_as(b13)
     if need_b2 and b2 is not None:
-        grads[5] = expert_sum(dy, dy_index, s_R, tiles, dtype)
-    return grads
+        grads[3] = expert_sum(dy, dy_index, s_R, tiles, dtype)
+    return [*grads, a_RF, dh_RnF, tiles.start]
 
 
 @_backward.register_fake
-def _(dy: Tensor, *inputs: Any) -> list[Tensor]:
-    *_, needs, dtype = inputs
-    dtypes = [None if t is None else t.dtype if i in (0, 3) else dtype for i, t in enumerate(inputs[:6])]
-    return [
+def _(dy: Tensor, x_ND: Tensor, w13: Tensor, w2: Tensor, s_R: Any, b13: Any, b2: Any, *rest: Any) -> list[Tensor]:
+    *_, counts_e, h_RnF, _, needs, dtype = rest
+    inputs, dtypes = (x_ND, s_R, b13, b2), (x_ND.dtype, None if s_R is None else s_R.dtype, dtype, dtype)
+    grads = [
         torch.empty_like(t, dtype=wide) if need else dy.new_empty(0)
-        for t, wide, need in zip(inputs[:6], dtypes, needs, strict=True)
+        for t, wide, need in zip(inputs, dtypes, needs, strict=True)
     ]
+    start = counts_e.new_empty(len(counts_e) + 4, dtype=torch.int32)
+    return [*grads, x_ND.new_empty(len(h_RnF), w2.shape[2]), torch.empty_like(h_RnF), start]
+
+
+@operator("experts_weight_gradient")
+def _weight_gradient(
+    left: Tensor,
+    left_index: Tensor | None,
+    right: Tensor,
+    right_index: Tensor | None,
+    start: Tensor,
+    shape: list[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """For each expert, the sum over its rows of left^T right, of ``shape``."""
+    rows_class = rows_class_of(len(left if left_index is None else left_index) // shape[0])
+    out = torch.empty(shape, dtype=dtype, device=left.device)
+    return run_weight_gradient(left, left_index, right, right_index, start, rows_class, out)
+
+
+@_weight_gradient.register_fake
+def _(left: Tensor, left_index: Any, right: Tensor, right_index: Any, start: Any, shape: Any, dtype: Any) -> Tensor:
+    return left.new_empty(shape, dtype=dtype)
 
 
 def _grid(tiles: Tiles, width: int) -> Any:
@@ -151,16 +172,22 @@ def run_rows_times_weights(
 
 
 def run_weight_gradient(
-    left: Tensor, left_index: Tensor | None, right: Tensor, right_index: Tensor | None, tiles: Tiles, out: Tensor
+    left: Tensor,
+    left_index: Tensor | None,
+    right: Tensor,
+    right_index: Tensor | None,
+    start: Tensor,
+    rows_class: int,
+    out: Tensor,
 ) -> Tensor:
-    """``out``, contiguous, of shape (e, ..., M, N) or (e, M, N)."""
+    """``out``, contiguous, of shape (e, ..., M, N) or (e, M, N). start, rows_class: see ``Tiles``."""
     M, N = left.shape[1], right.shape[1]
 
     def grid(config: dict[str, int]) -> tuple[int]:
         return (_programs(config, len(out) * cdiv(M, config["ROWS"]) * cdiv(N, config["COLS"]), out.device),)
 
     weight_gradient[grid](
-        left, left_index, right, right_index, out, tiles.start, tiles.rows_class,
+        left, left_index, right, right_index, out, start, rows_class,
         E=len(out), M=M, N=N, PRECISION=_precision(),
     )  # fmt: skip
     return out
@@ -191,9 +218,22 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        needs = list(ctx.needs_input_grad[:6])
-        found = _backward(grads[0].contiguous(), *ctx.saved_tensors, ctx.activation, needs, ctx.dtype)
-        return *(grad if need else None for grad, need in zip(found, needs, strict=True)), None, None, None, None
+        need_x, need_w13, need_w2, *need_rest = ctx.needs_input_grad[:6]
+        x_ND, w13, w2, *_, index_R, row_TK, _, _ = saved = ctx.saved_tensors
+        dy, dy_index, needs, dtype = (
+            grads[0].contiguous(),
+            None if row_TK is None else index_R,
+            [need_x, *need_rest],
+            ctx.dtype,
+        )
+        *found, a_RF, dh_RnF, start = _backward(dy, *saved, ctx.activation, needs, dtype)
+        dx_ND, *rest = (grad if need else None for grad, need in zip(found, needs, strict=True))
+        shape13, shape2, dw13, dw2 = list(w13.shape), list(w2.shape), None, None
+        if need_w13:
+            dw13 = now_or_later(ctx, 1, lambda: _weight_gradient(dh_RnF, None, x_ND, index_R, start, shape13, dtype))
+        if need_w2:
+            dw2 = now_or_later(ctx, 2, lambda: _weight_gradient(dy, dy_index, a_RF, None, start, shape2, dtype))
+        return dx_ND, dw13, dw2, *rest, None, None, None, None
 
 
 def triton_expert_mlp(o: Operands) -> Tensor:

@@ -35,7 +35,8 @@ def _(dy_RN: Tensor, w_eNK: Tensor, counts_e: Tensor) -> Tensor:
 
 @operator("grouped_mm_weights")
 def _weights(dy_RN: Tensor, x_RK: Tensor, counts_e: Tensor, w_eNK: Tensor) -> Tensor:
-    return run_weight_gradient(dy_RN, None, x_RK, None, place(counts_e, len(x_RK)), torch.empty_like(w_eNK))
+    tiles = place(counts_e, len(x_RK))
+    return run_weight_gradient(dy_RN, None, x_RK, None, tiles.start, tiles.rows_class, torch.empty_like(w_eNK))
 
 
 @_weights.register_fake

@@ -5,11 +5,8 @@ oneDNN's kernel on packed tiles keeps its rate in float32 where torch's own prod
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from moe_kernels.native.experts import rows_times_weights, weight_gradient
 from moe_kernels.native.library import call, native_obstacle, widens_halves
@@ -61,26 +58,3 @@ def softmax_(logits: Tensor, targets: Tensor, above: Tensor | None, losses: Tens
 
 def _all_rows(x: Tensor) -> Tensor:
     return torch.tensor([len(x)])
-
-
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_TK: Tensor, w_NK: Tensor, bias_N: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x_TK, w_NK)
-        return times_transposed(x_TK, w_NK, bias_N)
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_TK, w_NK = ctx.saved_tensors
-        dy_TN = grads[0].contiguous()
-        dw_NK = transposed_times(dy_TN, x_TK, torch.empty_like(w_NK)) if ctx.needs_input_grad[1] else None
-        dx_TK = times(dy_TN, w_NK) if ctx.needs_input_grad[0] else None
-        return dx_TK, dw_NK, dy_TN.sum(0) if ctx.needs_input_grad[2] else None
-
-
-def native_linear(x: Tensor, w_NK: Tensor, bias_N: Tensor | None) -> Tensor:
-    """``moe_kernels.linear`` where ``takes_native`` says so."""
-    x_TK = x.reshape(-1, x.shape[-1]).contiguous()
-    bias_N = None if bias_N is None else bias_N.contiguous()
-    return _Linear.apply(x_TK, w_NK.contiguous(), bias_N).view(*x.shape[:-1], len(w_NK))

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_kernels.late import now_or_later, room_for
 from moe_kernels.native.library import call
 from moe_kernels.operands import Operands
 
@@ -50,22 +51,22 @@ class _Experts(torch.autograd.Function):
         R = len(h_RnF)
         s_R = None if weight_R is None else weight_R.float()
         # What outlives this call comes first: what is freed at its end then leaves one gap in memory, not several.
-        dw13 = torch.empty_like(w13) if need_w13 else None
-        dw2 = torch.empty_like(w2) if need_w2 else None
+        room13 = room_for(w13) if need_w13 else None
+        room2 = room_for(w2) if need_w2 else None
         a_RF, dh_RnF = x_ND.new_empty(R, width), torch.empty_like(h_RnF)
         ds_parts = x_ND.new_empty(-(-width // COLUMNS), R, dtype=torch.float32)
         call(
             "moe_down_gradient", *_halves(x_ND, w2), dy, dy_index, w2, s_R, h_RnF, a_RF, dh_RnF, ds_parts, counts_e, e,
             width, D, R, ORDER.index(ctx.activation), torch.get_num_threads(),
         )  # fmt: skip
-        dx_ND = ds_R = db13 = db2 = None
+        dx_ND = dw13 = dw2 = ds_R = db13 = db2 = None
         if need_x:
             dx_RD = rows_times_weights(dh_RnF, None, w13.flatten(1, 2), counts_e, False)
             dx_ND = _sum_per_token(dx_RD, len(x_ND), index_R, row_TK)
-        if dw13 is not None:
-            weight_gradient(dh_RnF, None, x_ND, index_R, counts_e, dw13)
-        if dw2 is not None:
-            weight_gradient(dy, dy_index, a_RF, None, counts_e, dw2)
+        if room13 is not None:
+            dw13 = now_or_later(ctx, 2, lambda: weight_gradient(dh_RnF, None, x_ND, index_R, counts_e, room13()))
+        if room2 is not None:
+            dw2 = now_or_later(ctx, 3, lambda: weight_gradient(dy, dy_index, a_RF, None, counts_e, room2()))
         counts = counts_e.tolist()
         dys = dy if dy_index is None or b2 is None else dy.index_select(0, dy_index)
         if need_weight and weight_R is not None:

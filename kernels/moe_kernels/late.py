@@ -41,7 +41,7 @@ def late_weight_gradients(waiting: list[Work] | None = None) -> Iterator[None]:
 
 def may_be_late() -> bool:
     """Whether a forward pass must be made of functions whose backward can leave gradients for later."""
-    return _State.on and not torch.compiler.is_compiling()
+    return not torch.compiler.is_compiling() and _State.on
 
 
 def is_late() -> bool:

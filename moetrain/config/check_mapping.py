@@ -13,7 +13,7 @@ from moetrain.config.check_deepspeed import check_deepspeed
 from moetrain.config.check_placement import placement
 from moetrain.config.errors import ConfigError
 from moetrain.config.schema import PLAIN, Config
-from moetrain.config.sizes import STAGES_PER_RANK, ZERO_BUBBLE, Sizes, divisors, resolve_sizes
+from moetrain.config.sizes import STAGES_PER_RANK, Sizes, divisors, resolve_sizes
 
 
 def check_mapping(cfg: Config, world: int) -> Sizes:
@@ -112,25 +112,6 @@ def micro_batches(cfg: Config, sizes: Sizes) -> Iterator[Broken]:
             "parallel.schedule": list(STAGES_PER_RANK),
         },
     )
-
-
-def zero_bubble(cfg: Config, sizes: Sizes) -> Iterator[Broken]:
-    """What breaks, partly in silence, when the gradients of weights are computed apart from those of inputs."""
-    schedule = cfg.parallel.schedule
-    if sizes.pp == 1 or schedule not in ZERO_BUBBLE:
-        return
-    schedules = [name for name in STAGES_PER_RANK if name not in ZERO_BUBBLE]
-    if sizes.reshards(cfg.parallel):
-        yield Broken(
-            f"parallel.reshard_after_forward=true loses weight gradients under parallel.schedule={schedule}, "
-            "without a word from torch",
-            {"parallel.reshard_after_forward": [None], "parallel.schedule": schedules},
-        )
-    if cfg.train.compile:
-        yield Broken(
-            f"train.compile=true cannot run under parallel.schedule={schedule}: torch splits no compiled backward",
-            {"train.compile": [False], "parallel.schedule": schedules},
-        )
 
 
 def attention_heads(cfg: Config, sizes: Sizes) -> Iterator[Broken]:
@@ -309,5 +290,4 @@ RULES: list[Rule] = [
     placement,
     batch,
     micro_batches,
-    zero_bubble,
 ]

@@ -253,8 +253,8 @@ class ParallelConfig:
     )
     reshard_after_forward: bool | None = Field(
         default=None,
-        description="free gathered parameters after forward; saves memory, costs an all-gather; null: yes, unless the "
-        "pipeline's schedule is a zero-bubble one",
+        description="free gathered parameters after forward; saves memory, costs an all-gather; null: yes, but not in "
+        "a pipeline, where all are whole after a backward pass",
     )
     prefetch: NonNegative = Field(
         default=1, description="blocks whose parameters FSDP gathers ahead of the one that computes"

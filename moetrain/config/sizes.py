@@ -69,9 +69,10 @@ class Sizes:
         return cfg.train.micro_batch * cfg.train.seq_len // (self.cp * self.tp)
 
     def reshards(self, parallel: ParallelConfig) -> bool:
-        """``parallel.reshard_after_forward``, decided: null is true, except under a zero-bubble pipeline."""
+        """``parallel.reshard_after_forward``, decided: null is true, but in a pipeline, which keeps what backward has
+        gathered: at the peak that is all."""
         asked = parallel.reshard_after_forward
-        return not (self.pp > 1 and parallel.schedule in ZERO_BUBBLE) if asked is None else asked
+        return self.pp == 1 if asked is None else asked
 
     def rank_of_stage(self, stage: int, schedule: str) -> int:
         """The pipeline rank (0 to pp - 1) that holds ``stage`` (0 to stages - 1) under ``parallel.schedule``."""

@@ -8,6 +8,7 @@ arrives, and the schedule adds nothing to it: gradients are sums, as without a p
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -76,6 +77,10 @@ class LateStage(PipelineStage):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.left: list[Callable[[], None]] = []
         super().__init__(*args, **kwargs | {"dw_builder": self._take})
+        states: list[Any] = [m._get_fsdp_state() for m in self.submod.modules() if isinstance(m, FSDPModule)]
+        # torch 2.11 has one group of parameters in a module
+        groups = [getattr(s, "_fsdp_param_groups", None) or [getattr(s, "_fsdp_param_group", None)] for s in states]
+        self.sharded: list[Any] = [p for g in itertools.chain(*groups) if g is not None for p in g.fsdp_params]
 
     def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
         """Called by the schedule."""
@@ -98,15 +103,11 @@ class LateStage(PipelineStage):
         left.reverse()
         while left:
             left.pop()()
-        # FSDP sums gradients up in the dtype of its reductions, and looks for them after a backward pass only.
-        for module in self.submod.modules():
-            state: Any = module._get_fsdp_state() if isinstance(module, FSDPModule) else None
-            # torch 2.11 has one group of parameters in a module
-            for group in getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]:
-                for p in group.fsdp_params if group is not None else ():
-                    if hasattr(p, "_unsharded_param"):
-                        p.accumulate_unsharded_grad_if_needed()
-                        p.to_accumulated_grad_if_needed()
+        # FSDP adds gradients up in the dtype of its reductions, and looks for them after a backward pass only.
+        for p in self.sharded:
+            if hasattr(p, "_unsharded_param"):
+                p.accumulate_unsharded_grad_if_needed()
+                p.to_accumulated_grad_if_needed()
 
 
 class Held(nn.Module):

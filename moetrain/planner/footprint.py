@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moetrain.config.sizes import ZERO_BUBBLE, Sizes
+from moetrain.config.sizes import Sizes
 from moetrain.parallel.stages import split_by_cost
 from moetrain.planner import memory
 from moetrain.planner.candidates import SCHEDULES, Mappings, Numbers
@@ -136,7 +136,7 @@ class _Pieces:
                     found["working"] = np.maximum(found["working"], self.kept[k][1] - stage.last * self.ends[1])
         blocks = sum(sum(stage.counts) for stage in mine)
         ahead = np.minimum(blocks, 1 + run.prefetch) * block
-        keeps = int(m.pp[0]) > 1 or schedule in ZERO_BUBBLE
+        keeps = int(m.pp[0]) > 1
         found["gathered"] = narrow * np.where(keeps, whole, np.minimum(whole, root + ahead))
         waits = keeps | (self.n > 1)
         found["unreduced"] = reduced * np.where(waits, whole, np.maximum(root, block))

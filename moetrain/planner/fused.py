@@ -100,15 +100,14 @@ class _Norm(torch.autograd.Function):
 
 
 def scratch(operator: str, args: Sequence[Any]) -> int:
-    """Bytes that ``operator`` of Triton's experts holds beside its arguments and results: inner activations, their
-    gradients and those of gathered rows; in FP8 what is rounded, too (scales left out)."""
+    """Bytes that ``operator`` of Triton's experts holds beside its arguments and results: inner activations and the
+    gradients of gathered rows; in FP8 inner gradients and what is rounded, too (scales left out)."""
     if operator == "moe_kernels::experts_forward":
         x_ND, w2, index_R = args[0], args[2], args[6]
         return int(len(x_ND if index_R is None else index_R) * w2.shape[2] * x_ND.itemsize)
     if operator == "moe_kernels::experts_backward":
         w2, index_R, h_RnF = args[3], args[7], args[10]
-        (_, D, width), R = w2.shape, len(h_RnF)
-        return int((h_RnF.numel() + R * width + (index_R is not None) * R * D) * h_RnF.itemsize)
+        return int((index_R is not None) * len(h_RnF) * w2.shape[1] * h_RnF.itemsize)
     if operator == "moe_kernels::fp8_experts_forward":
         x_ND, w13, w2, index_R = args[0], args[1], args[2], args[6]
         return int(max(w13.numel(), w2.numel() + len(x_ND if index_R is None else index_R) * w2.shape[2]))

@@ -180,13 +180,14 @@ def _experts_under_way(kind: LayerShape, m: Mappings, run: Run) -> Numbers:
     rows, hidden = R * x.dim * e, R * x.inner / m.etp * e
     alone = (m.edp == 1) & (m.offload != 2)
     weights = x.numel / (m.ep * m.etp) * np.where(alone, run.wide, run.narrow)
-    if run.lean:  # one function with all gradients; Triton's has inner activations and rows of all experts beside them
-        scratch = run.rounds * ((x.parts + 1) * hidden + rows)
+    if run.lean:  # Triton's has inner activations of all experts beside gradients, those of their rows or of weights
+        inner = run.rounds * (x.parts + 1) * hidden
         # What is rounded: gradients, the first matrices, and all rows turned, in whole tiles for each expert.
         turned = (R + x.count / m.ep * TILE) * ((x.parts + 1) * x.inner / m.etp + x.dim)
         eight = 0.5 * ((x.parts + 2) * hidden + rows) + x.parts / (x.parts + 1) * x.numel / (m.ep * m.etp) + turned
-        scratch = scratch + np.where(_in_fp8(m, run), eight, 0.0)
-        return rows + _held(kind, m, run) * x.dim * e + scratch + weights
+        last = np.where(_in_fp8(m, run), run.rounds * rows + weights + eight, np.maximum(run.rounds * rows, weights))
+        held = _held(kind, m, run) * x.dim * e
+        return np.where(m.dispatch == LOCAL, held, rows) + held + inner + last
     if run.narrow >= 4:  # expert by expert, then put together, with those of the second matrices there already
         stacked = (2 * x.parts + 1) / (x.parts + 1) * weights - x.kept * hidden - rows
         return np.maximum(stacked, 2 * hidden * m.ep / x.count + rows)

@@ -17,7 +17,7 @@ from moetrain.config.advice import with_setting
 from moetrain.config.check import Sizes, check_config, check_mapping
 from moetrain.config.errors import ConfigError
 from moetrain.config.schema import AttentionConfig, Config, ModelConfig, MoEConfig, ParallelConfig, TrainConfig
-from moetrain.config.sizes import STAGES_PER_RANK, ZERO_BUBBLE, divisors
+from moetrain.config.sizes import STAGES_PER_RANK, divisors
 from moetrain.parallel.pipeline import SCHEDULES
 
 few = st.sampled_from([1, 1, 1, 1, 2, 2, 3, 4])
@@ -126,8 +126,6 @@ def holds(cfg: Config, world: int) -> bool:
         legal.append(n >= stages)
     if p.schedule.startswith("interleaved"):
         legal.append(n < p.pp or n % (n // p.pp) == 0)
-    if p.schedule in ("interleaved_zero_bubble", "zbv_zero_bubble", "dualpipev"):
-        legal += [p.reshard_after_forward is not True, not t.compile]
     return all(legal)
 
 
@@ -158,8 +156,6 @@ def test_a_mapping_is_legal_or_refused_with_advice_that_mends_it(drawn: tuple[Co
         assert sizes.micro_batches(cfg) * cfg.train.micro_batch * sizes.data == cfg.train.global_batch
         held = [sizes.stages_of_rank(rank, cfg.parallel.schedule) for rank in range(sizes.pp)]
         assert sorted(itertools.chain.from_iterable(held)) == list(range(sizes.stages))
-        if sizes.pp > 1 and cfg.parallel.schedule in ZERO_BUBBLE:
-            assert not sizes.reshards(cfg.parallel)
         return
     assert "\n" not in message
     if "the world size" in message or "only one of" in message:
@@ -199,8 +195,6 @@ def test_refusals_name_the_rule_the_sizes_and_the_nearest_legal_choices() -> Non
     refused(16, "nearest legal: parallel.tp=8", parallel__tp=16)
     refused(2, "parallel.layout=[1, 2] has 3 layers, the model has model.n_layers=4; nearest legal: "
             "parallel.layout=null", parallel__pp=2, parallel__layout=[1, 2])  # fmt: skip
-    refused(2, "nearest legal: parallel.reshard_after_forward=null",
-            parallel__pp=2, parallel__schedule="zbv_zero_bubble", parallel__reshard_after_forward=True)  # fmt: skip
     refused(4, "needs at least as many micro-batches as stages, 4, but train.global_batch=3 / (train.micro_batch=1 x "
             "1 data-parallel ranks) = 3; nearest legal: train.global_batch=4", parallel__pp=4,
             train__global_batch=3)  # fmt: skip

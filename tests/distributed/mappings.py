@@ -122,9 +122,7 @@ MODEL = ("attention", "block", "shared", "experts", "router", "documents", "tied
 DEEPSPEED = "DeepSpeed's ZeRO does not do it, and moetrain refuses it"
 FEW = "the schedule runs at least as many micro-batches as it has stages"
 PLACED = "experts that move are whole, on the device, each with one owner, and not in a pipeline"
-RESHARD = "torch loses weight gradients of zero-bubble schedules where weights are freed between"
 ZERO = ("zero1", "zero2", "zero3")
-BUBBLE = ("zb", "zbv", "dualpipev")
 
 # pairs of (column, level) that cannot meet -> why. The config checks refuse them all.
 EXCLUDED: dict[tuple[tuple[str, str], tuple[str, str]], str] = {
@@ -136,7 +134,6 @@ EXCLUDED: dict[tuple[tuple[str, str], tuple[str, str]], str] = {
     **{(("engine", z), ("optim", "muon")): DEEPSPEED for z in ZERO},
     **{(("engine", z), ("offload", "all")): DEEPSPEED for z in ("zero1", "zero2")},
     **{(("pp", s), ("micro", "1")): FEW for s in ("1f1b", "dualpipev")},
-    **{(("pp", s), ("reshard", "yes")): RESHARD for s in BUBBLE},
     **{(("engine", z), ("placement", "fssdp")): PLACED for z in ZERO},
     **{(("pp", s), ("placement", "fssdp")): PLACED for s in COLUMNS["pp"] if s != "-"},
     **{(("dispatch", d), ("placement", "fssdp")): PLACED for d in ("gather", "two_step")},
@@ -185,9 +182,12 @@ def model_of(row: Row) -> tuple[str, ...]:
     return (*itertools.chain.from_iterable(COLUMNS[name][row[name]] for name in MODEL), *layers(row), global_batch(row))
 
 
+TWO_STAGES = ("interleaved", "zb", "zbv", "dualpipev")  # on a rank
+
+
 def layers(row: Row) -> list[str]:
     """One dense layer and one MoE layer; for schedules with two stages on a rank, three of these."""
-    return [f"model.n_layers={4 if row['pp'] in ('interleaved', *BUBBLE) else 2}"]
+    return [f"model.n_layers={4 if row['pp'] in TWO_STAGES else 2}"]
 
 
 def global_batch(row: Row) -> str:

@@ -41,8 +41,8 @@ class Stack:
     of its experts. overlap: dispatch and combine run beside computation. fused: see Constants.fused_passes. graphs:
     which of a layer's operations captured CUDA graphs start: "", "router" (with what comes before dispatch),
     "attention" (both) or "all". loops: each expert's product is a kernel of its own. attention_8: attention in 8 bits
-    where products are. shards: what data parallel ranks split: "all" with gathers for each
-    micro-batch (FSDP), or "optimizer" with gathers once a step. narrow_all: 8 bits in all matrices, not the experts'
+    where products are. shards: what data parallel ranks split: "all" with gathers for each micro-batch, in a pipeline
+    once a step (FSDP), or "optimizer" with gathers once a step. narrow_all: 8 bits in all matrices, not the experts'
     alone. gradients: bytes of a gradient on its way. reduce_each: gradients are reduced after each micro-batch, not
     at the end of the step. fused_sinks: attention with sinks has a fused kernel, else its scores go through memory.
     """

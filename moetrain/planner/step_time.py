@@ -121,15 +121,15 @@ class Pricer(LayerPricer):
             work = gather + reduce + copies
             covered = np.minimum(s.c.reduce * one, 0.95 * work)
             return work - covered, covered
-        # FSDP: in a pipeline weights are gathered forward (backward finds them), without one for both passes.
-        each = gather * (1.0 if pp > 1 else 2.0)
-        covered = np.minimum(s.c.reduce * one, 0.95 * each)
+        # FSDP: in a pipeline weights are gathered once a step, without one for both passes of each micro-batch.
+        first, each = (gather, 0 * gather) if pp > 1 else (0 * gather, 2 * gather)
         if s.stack.reduce_each:
             each, reduce = each + reduce, 0 * reduce
-            covered = np.minimum(s.c.reduce * one, 0.95 * each)
+        first_covered, covered = (np.minimum(s.c.reduce * one, 0.95 * work) for work in (first, each))
         last = reduce + copies
         last_covered = np.where((n > 1) | (pp > 1), 0.0, np.minimum(0.5 * s.c.reduce * one, 0.95 * last))
-        return n * (each - covered) + last - last_covered, n * covered + last_covered
+        hidden = n * covered + first_covered + last_covered
+        return n * each + first + last - hidden, hidden
 
     def _optimizer(self, m: Mappings, own: list[Held]) -> Numbers:
         """AdamW reads weight, gradient and two states and writes three: 28 bytes of a float32 parameter."""
@@ -143,6 +143,6 @@ class Pricer(LayerPricer):
             numbers = numbers + (stage.first + stage.last) * s.shape.vocab * s.shape.dim / (m.tp * m.dp * m.cp)
         # Offloaded state comes and goes; offloaded weights come for every gather, and the CPU updates them.
         host = s.cluster.host_gb_s * 1e9
-        gathers = m.micro_batches(s.run.global_batch) * np.where(m.pp > 1, 1, 2)
+        gathers = np.where(m.pp > 1, 1, 2 * m.micro_batches(s.run.global_batch))
         here, there = 28.0 * numbers / self.memory, (28.0 + 4.0 + 4.0 * gathers) * numbers / host
         return np.select([m.offload == 1, m.offload == 2], [here + 16.0 * numbers / host, there], here)

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from moe_kernels import expert_mlp, moe_mlp
 from moetrain.planner.fused import scratch
 from moetrain.planner.stage_run import Live
 from tests.kernels.expert_cases import make_case, refused_twice
+from tests.kernels.late_cases import check, experts
 from tests.kernels.layer_cases import by_definition, kept_bytes, make_layer, run
 from tests.kernels.test_experts import compare
 from tests.kernels.test_grouped_mm import check_against_definition
@@ -238,8 +240,10 @@ def test_a_dry_run_knows_what_backward_holds_beside_its_results(fp8: bool, monke
     inputs = (x_ND, w13, w2, s_R, None, None, index_R, None, counts_e)
     made = fp8_experts if fp8 else experts
     _, *kept = made._forward.fn(*inputs, "swiglu")
-    dy, needs = torch.randn(R, D).half(), [True] * 4 + [False] * 2
-    args = (dy, *inputs[1:], *kept, "swiglu", needs) if fp8 else (dy, *inputs, *kept, "swiglu", needs, torch.float32)
+    dy, biases = torch.randn(R, D).half(), [False] * 2
+    args: tuple[Any, ...] = (dy, *inputs[1:], *kept, "swiglu", [True] * 4 + biases)
+    if not fp8:  # another operator makes the gradients of matrices
+        args = (dy, *inputs, *kept, "swiglu", [True] * 2 + biases, torch.float32)
     known = torch.nn.ParameterList(
         torch.nn.Parameter(t, requires_grad=False) for t in args if isinstance(t, torch.Tensor)
     )
@@ -247,3 +251,10 @@ def test_a_dry_run_knows_what_backward_holds_beside_its_results(fp8: bool, monke
         grads = made._backward.fn(*args)
     name = f"moe_kernels::{'fp8_' * fp8}experts_backward"
     assert scratch(name, args) == pytest.approx(live.most - sum(g.nbytes for g in grads), rel=0.2)
+
+
+@interpreted
+@pytest.mark.parametrize("per_token", [False, True])
+def test_gradients_of_matrices_may_come_late(per_token: bool) -> None:
+    """Then they are the same, and need no weights (``tests/kernels/test_late.py``)."""
+    check(*experts("triton", torch.float32, torch.float32, per_token), {1, 2})

@@ -1,8 +1,8 @@
 """FSDP's part of a stage: local shards, what it gathers and how often, and what its gradients cost.
 
 FSDP gathers a unit (experts, a block, the root with what is in no block) when it runs and it is not whole, and frees it
-after forward if ``reshard_after_forward``, after backward if there is no pipeline. A pipeline keeps what was gathered to
-the end of the step (or to the unit's next forward), and reduces gradients then; until then they are whole.
+after forward if ``reshard_after_forward``, after backward if there is no pipeline. A pipeline keeps what was gathered
+to the end of the step (or to the unit's next forward), and reduces gradients then; until then they are whole.
 """
 
 from __future__ import annotations

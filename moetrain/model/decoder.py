@@ -51,7 +51,7 @@ class Decoder(nn.Module):
         self.vocabulary = Vocabulary()
         self.index_of: Callable[[int], Tensor] | None = None
         has_table = first or (last and cfg.tie_embeddings)
-        self.embed = nn.Embedding(cfg.vocab_size, cfg.dim) if has_table else None
+        self.embed = _table(cfg.vocab_size, cfg.dim) if has_table else None
         held = range(cfg.n_layers) if layers is None else layers
         self.layers = nn.ModuleDict({str(i): Block(cfg, i, balance, experts) for i in held})
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps, cfg.norm_offset) if last else None
@@ -131,6 +131,11 @@ class Decoder(nn.Module):
         if targets_BS is None:
             return self.vocabulary.logits(h, w_VD)
         return self.vocabulary.loss(h, w_VD, targets_BS, reduction)
+
+
+def _table(rows: int, width: int) -> nn.Embedding:
+    """Not initialised here. (nn.Embedding's own first values make torch import its compiler on the meta device.)"""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
 def _weight(table: nn.Embedding | nn.Linear) -> Tensor:

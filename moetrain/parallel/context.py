@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from moe_kernels.uncompiled import uncompiled
 from torch import Tensor
 
 from moetrain.comm import all_to_all
@@ -90,7 +91,7 @@ class AllGatherCore:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
 
-    @torch.compiler.disable
+    @uncompiled
     def __call__(self, q_BSHd: Tensor, k_BSGd: Tensor, v_BSGv: Tensor, places: Places, rule: Rule) -> Tensor:
         """See ``kernels.attend``."""
         chunks = Chunks(self.group.size(), places.seq_len, places.effective(rule.window))
@@ -151,7 +152,7 @@ class AllToAllCore:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
 
-    @torch.compiler.disable
+    @uncompiled
     def __call__(self, q_BSHd: Tensor, k_BSGd: Tensor, v_BSGv: Tensor, places: Places, rule: Rule) -> Tensor:
         """See ``kernels.attend``."""
         cp, rank = self.group.size(), self.group.rank()

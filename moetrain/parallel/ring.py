@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from moe_kernels.uncompiled import uncompiled
 from torch import Tensor
 
 from moetrain.model.attention.kernels import Rule
@@ -31,7 +32,7 @@ class RingCore:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
 
-    @torch.compiler.disable
+    @uncompiled
     def __call__(self, q_BSHd: Tensor, k_BSGd: Tensor, v_BSGv: Tensor, places: Places, rule: Rule) -> Tensor:
         """See ``kernels.attend``."""
         chunks = Chunks(self.group.size(), places.seq_len, places.effective(rule.window))

@@ -7,10 +7,12 @@ import os
 
 import torch
 
+from moe_kernels.uncompiled import constant
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant
 def triton_obstacle(device: torch.device, dtype: torch.dtype, fp8: bool = False) -> str | None:
     """Why the Triton kernels (fp8: those in FP8) cannot run on ``device`` in ``dtype``, or None where they can.
 

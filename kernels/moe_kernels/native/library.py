@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from moe_kernels.uncompiled import uncompiled
+
 logger = logging.getLogger("moe_kernels")
 
 SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
@@ -32,7 +34,7 @@ FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-std=c++17", "-fP
 BUILD_SECONDS = 300
 
 
-@torch.compiler.disable
+@uncompiled
 def native_obstacle(dtype: torch.dtype) -> str | None:
     """Why the compiled products cannot take rows of ``dtype``, or None where they can. The first call builds them."""
     if os.environ.get("MOE_KERNELS_NATIVE") == "0":
@@ -45,7 +47,7 @@ def native_obstacle(dtype: torch.dtype) -> str | None:
     return None if _works(loaded) else "oneDNN has no kernel for tiles on this processor"
 
 
-@torch.compiler.disable
+@uncompiled
 def widens_halves() -> bool:
     """Whether bfloat16 is multiplied as float32, since the processor has no products of it, or slow ones. (torch's own
     are then two to more than ten times slower than float32.) Ask ``native_obstacle`` first."""
@@ -60,7 +62,7 @@ def widen_halves(widened: bool) -> None:
         loaded.moe_use_half_cells(ctypes.c_int64(not widened))
 
 
-@torch.compiler.disable
+@uncompiled
 def call(function: str, *arguments: torch.Tensor | int | float | None) -> None:
     """Call a function of the library with pointers to tensors, and numbers. Meta tensors (a dry run) have none: nothing
     is done.

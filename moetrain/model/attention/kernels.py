@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
+from moe_kernels.uncompiled import uncompiled
 from torch import Tensor
 
 from moetrain.config.errors import ConfigError
@@ -51,7 +52,7 @@ def attend(q_BSHd: Tensor, k_BSGd: Tensor, v_BSGv: Tensor, places: Places, rule:
         name, _ = choose(backend, setting)
         if name in PACKED:
             return PACKED[name].run(q_BSHd, k_BSGd, v_BSGv, places, window, scale)
-        mask = torch.compiler.disable(places.mask)(window)
+        mask = uncompiled(places.mask)(window)
     else:
         mask = places.mask(window)
     return attend_masked(q_BSHd, k_BSGd, v_BSGv, mask, rule)
@@ -80,7 +81,7 @@ def chooses(backend: str, device: torch.device, places: Places, window: int | No
     return backend in PACKED and device.type != "meta"
 
 
-@torch.compiler.disable
+@uncompiled
 def choose(backend: str, setting: packed.Setting) -> tuple[str, str]:
     """(name, why) of the kernel that runs for ``backend``: of "auto" the first of flash, flex, native, sdpa that can.
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from moe_kernels.native.attention import native_attention
 from moe_kernels.native.library import native_obstacle as compiled_obstacle
+from moe_kernels.uncompiled import uncompiled
 from torch import Tensor
 
 from moetrain.model.places import Places
@@ -146,7 +147,7 @@ def native(q_BSHd: Tensor, k_BSGd: Tensor, v_BSGv: Tensor, places: Places, windo
     return native_attention(q_BSHd, k_BSGd, v_BSGv, places.kept["native", window], scale)
 
 
-@torch.compiler.disable
+@uncompiled
 def flash(q_BSHd: Tensor, k_BSGd: Tensor, v_BSGv: Tensor, places: Places, window: int | None, scale: float) -> Tensor:
     """See ``kernels.attend``. Narrower values are padded: one kernel for both widths."""
     found = flash_function()
@@ -159,7 +160,7 @@ def flash(q_BSHd: Tensor, k_BSGd: Tensor, v_BSGv: Tensor, places: Places, window
     return out[..., :width].unflatten(0, (B, S))
 
 
-@torch.compiler.disable
+@uncompiled
 def flex(q_BSHd: Tensor, k_BSGd: Tensor, v_BSGv: Tensor, places: Places, window: int | None, scale: float) -> Tensor:
     """See ``kernels.attend``."""
     from torch.nn.attention.flex_attention import create_block_mask

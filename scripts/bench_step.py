@@ -2,7 +2,7 @@
 
 Both train the same weights on the same random tokens; the losses of the first step are printed side by side. Each
 contestant lives in a process of its own, all of them take their steps in turn, and medians are compared, so that noise
-of the machine meets all alike. moetrain steps as its trainer does (FSDP2 on one rank; bf16: float32 weights, bfloat16
+of the machine meets all alike. moetrain steps as its trainer does (bf16: float32 weights and FSDP2, bfloat16
 compute). transformers uses SDPA attention, torch's fused AdamW, and in bf16 the faster of autocast over float32 weights
 and plain bfloat16 weights; heats find its fastest experts implementation first.
 
@@ -336,12 +336,11 @@ def export_weights(spec: Spec) -> None:
 
     with process_group(torch.device("cpu"), 600):
         cfg, engine = build_ours(spec)
-        weights = {name: p.full_tensor() for name, p in engine.model.state_dict().items()}
-        export_hf(cfg.model, weights, Path(spec.weights))
+        export_hf(cfg.model, engine.model.state_dict(), Path(spec.weights))
 
 
 class Moetrain:
-    """The trainer's step on one rank: FSDP2, fused AdamW, clipping, loads."""
+    """The trainer's step on one rank: fused AdamW, clipping, loads."""
 
     def __init__(self, spec: Spec) -> None:
         import torch

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from moetrain.config.schema import Config, ModelConfig
+from moetrain.config.sizes import Sizes
 from moetrain.model.block import Block
 from moetrain.model.decoder import Decoder
 from moetrain.model.init import init_rule
@@ -96,12 +97,20 @@ def weight_dtype(cfg: Config) -> torch.dtype:
 def parallelize(model: Decoder, cfg: Config, dims: ParallelDims) -> None:
     """Make ``model`` (on the meta device) parallel in place."""
     spread(model, cfg, dims)
+    if on_its_own(cfg, dims.sizes):
+        return
     # 7. FSDP last: it takes the parameters over, whatever they have become.
     options = cfg.parallel
     shard(
         model, dims.fsdp_mesh, dims.experts["edp"], cfg.train.precision,
         reshard=dims.sizes.reshards(options), prefetch=options.prefetch, offload=options.offload == "all",
     )  # fmt: skip
+
+
+def on_its_own(cfg: Config, sizes: Sizes) -> bool:
+    """Whether a rank holds its stage alone and computes with the weights as they are: there is nothing to gather, to
+    round or to reduce, so parameters stay plain tensors, and FSDP, which would copy them all the same, is left out."""
+    return sizes.world == sizes.pp and cfg.train.precision != "bf16" and cfg.parallel.offload != "all"
 
 
 def spread(model: Decoder, cfg: Config, dims: ParallelDims) -> None:
@@ -147,6 +156,8 @@ def _split_experts(layer: MoELayer, cfg: Config, dims: ParallelDims, dispatchers
         width = cfg.model.dim // etp
         experts.split_group = dims.group("etp")
         experts.output_slice = slice(dims.rank("etp") * width, (dims.rank("etp") + 1) * width)
+    if on_its_own(cfg, dims.sizes):
+        return  # where FSDP makes DTensors of the others, these must be some too: one optimizer takes them all
     mesh = dims.experts["ep", "etp"] if etp > 1 else dims.experts["ep"]
     for name, p in list(experts.named_parameters(recurse=False)):
         placements: list[Placement] = [Shard(0), Shard(INNER[name])] if etp > 1 else [Shard(0)]

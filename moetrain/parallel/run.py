@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from moetrain.model.decoder import Decoder
 from moetrain.moe.routing import Carry
@@ -100,8 +101,8 @@ class OneStage:
     def forward_backward(self, batches: list[Inputs], scale: LossScale, step: int) -> Tensor:
         sums = torch.zeros(1 + len(scale.coefs), dtype=sum_dtype(self.device), device=self.device)
         for i, batch in enumerate(batches):
-            # FSDP reduces once, after the last micro-batch
-            self.model.set_requires_gradient_sync(i == len(batches) - 1)  # type: ignore[operator]
+            if isinstance(self.model, FSDPModule):  # which reduces once, after the last micro-batch
+                self.model.set_requires_gradient_sync(i == len(batches) - 1)
             loss, carry = self._run(batch, step)
             scale.total(loss, carry.aux_A).backward()
             sums[0] += loss.detach()

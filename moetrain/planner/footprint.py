@@ -105,6 +105,8 @@ class _Pieces:
         self.copy = self.embed if shape.tied and int(m.pp[0]) > 1 else None
         self.ends = memory.ends_bytes(shape, m, run)
         self.n = m.micro_batches(run.global_batch)
+        # A stage on one rank, computed in the dtype of its weights: no FSDP
+        self.own = (m.dp * m.rep * m.cp * m.tp == 1) & (run.narrow == run.wide) & (m.offload != 2)
 
     def rank(self, mine: list[Held], rank: int, schedule: str) -> dict[str, Numbers]:
         """PARTS and host of the rank that holds the stages ``mine``."""
@@ -140,6 +142,8 @@ class _Pieces:
         found["gathered"] = narrow * np.where(keeps, whole, np.minimum(whole, root + ahead))
         waits = keeps | (self.n > 1)
         found["unreduced"] = reduced * np.where(waits, whole, np.maximum(root, block))
+        for name in ("gathered", "unreduced"):
+            found[name] = np.where(self.own, 0.0, found[name])
         found["activations"] = self._activations(mine, rank, schedule)
         found["copies"] = copies_bytes(self.shape, m, run)  # which no pipeline has
         if run.shards == "optimizer":  # 16-bit weights, 32-bit gradients; a 32-bit copy and two states, split

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from moetrain.config.schema import Config
 from moetrain.config.sizes import Sizes
 from moetrain.moe.experts import Experts
-from moetrain.parallel.apply import build_stage, parallelize
+from moetrain.parallel.apply import build_stage, on_its_own, parallelize
 from moetrain.parallel.fsdp import left_alone
 from moetrain.parallel.mesh import ParallelDims
 from moetrain.parallel.pipeline import StagePart
@@ -58,6 +58,8 @@ def shard_stage(cfg: Config, dims: ParallelDims, stage: Stage) -> Shards:
     """Build ``stage`` as a run does."""
     part = build_stage(cfg, stage)
     parallelize(part, cfg, dims)
+    if on_its_own(cfg, dims.sizes):
+        return Shards(part, [])
     fsdp, edp = dims.sizes.dp_shard * dims.sizes.cp, dims.sizes.edp
     # Innermost first: a parameter belongs to the smallest unit that has it.
     taken: set[nn.Parameter] = left_alone(part, edp, cfg.parallel.offload == "all")

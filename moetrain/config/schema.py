@@ -254,7 +254,7 @@ class ParallelConfig:
     reshard_after_forward: bool | None = Field(
         default=None,
         description="free gathered parameters after forward; saves memory, costs an all-gather; null: yes, but not in "
-        "a pipeline, where all are whole after a backward pass",
+        "a pipeline, where every micro-batch would gather them again",
     )
     prefetch: NonNegative = Field(
         default=1, description="blocks whose parameters FSDP gathers ahead of the one that computes"

@@ -69,8 +69,8 @@ class Sizes:
         return cfg.train.micro_batch * cfg.train.seq_len // (self.cp * self.tp)
 
     def reshards(self, parallel: ParallelConfig) -> bool:
-        """``parallel.reshard_after_forward``, decided: null is true, but in a pipeline, which keeps what backward has
-        gathered: at the peak that is all."""
+        """``parallel.reshard_after_forward``, decided: null is true, but not in a pipeline, where every micro-batch
+        would gather weights again, of which backward keeps all."""
         asked = parallel.reshard_after_forward
         return self.pp == 1 if asked is None else asked
 

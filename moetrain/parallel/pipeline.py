@@ -63,7 +63,7 @@ class StagePart(Decoder):
         if self.last:
             x = self.output(x, targets_BS)
             x = x if targets_BS is None else torch.stack([x])
-        # A copy: zero-bubble schedules detach a stage's outputs in place, which an input handed on as it is forbids.
+        # A copy: schedules detach the last stage's outputs in place, which an input handed on as it is forbids.
         return (x, carry.aux_A.clone()) if self.aux_names else (x,)
 
 
